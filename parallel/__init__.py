@@ -1,0 +1,1 @@
+"""Plugging the loss into a parallel run: process groups, vocabulary-parallel layers."""

@@ -1,0 +1,125 @@
+"""What an engine is: three functions on one device's 2-D tensors, and the words they share.
+
+An engine knows nothing of groups, reductions, padding or options. It sees one rank's shard
+
+    x = logits * scale                       [N, C_r], fp32 arithmetic (fp64 for fp64 logits)
+
+and a ``local_target`` [N] int64: the column of the row's target when it lives in this shard,
+``ELSEWHERE`` when another rank owns it, ``IGNORED`` when the row does not count.
+
+The partial statistics of one row, in the order of the rows of the [k, N] tensor that
+``partials`` fills (``m``, ``s`` and ``x_y`` always, the others when wanted, in this order):
+
+    m       max_c x_c                                  -inf when every column is -inf
+    s       sum_c e^(x_c - m)                          0 when m is -inf; NaN if any x_c is NaN
+    x_y     x at local_target                          0 when the target lives elsewhere
+    u       sum_c w_c (x_c - m)                        (smooth; w_c = 1 without weight;
+                                                        relative to 0 instead of m if m is -inf)
+    t       sum_c e^(x_c - m) (x_c - m)                (entropy; a column with e^(..) = 0 adds 0)
+    argmax  first column that attains m, an integer    (argmax; stored as the bits of an int32 in
+                                                        fp32 tensors and of an int64 in fp64 ones)
+
+With m, s the merged statistics of the whole vocabulary, p_c = e^(x_c - m) / s and the row's
+``Coefficients``, the gradient of one row is
+
+    dx_c = p_c (softmax - entropy * log p_c) - [c = local_target] target - w_c smooth
+
+where a column with p_c = 0 contributes 0 to the entropy term, never 0 * -inf. ``scale`` is already
+folded into the coefficients; an engine applies it to the logits only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+ELSEWHERE = -1
+IGNORED = -2
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which statistics beyond m, s and x_y a call needs."""
+
+    smooth: bool = False
+    entropy: bool = False
+    argmax: bool = False
+    ignored_rows: bool = False
+    """Compute the statistics of IGNORED rows as well. When False their logits are never read
+    and every statistic of such a row is written as 0."""
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of the k rows that ``partials`` fills, in order."""
+        optional = [name for name in ("smooth", "entropy", "argmax") if getattr(self, name)]
+        return ("m", "s", "x_y", *({"smooth": "u", "entropy": "t"}.get(n, n) for n in optional))
+
+
+class Coefficients(NamedTuple):
+    """What multiplies the parts of a row's gradient: [N] each, in the arithmetic dtype."""
+
+    softmax: Tensor
+    target: Tensor
+    smooth: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+class Engine(Protocol):
+    """The three functions of an engine module. All run without autograd.
+
+    ``logits`` is [N, C_r] with N, C_r >= 1, of dtype fp16, bf16, fp32 or fp64, any strides.
+    ``weight`` is this shard's slice [C_r] of the class weights in the arithmetic dtype, or None.
+    No function allocates anything of size [N, C_r] or keeps a reference to its arguments.
+    """
+
+    def supports(self, logits: Tensor) -> bool:
+        """Whether this engine can serve such logits (device and dtype)."""
+        ...
+
+    def partials(
+        self,
+        logits: Tensor,
+        local_target: Tensor,
+        weight: Tensor | None,
+        scale: float,
+        wanted: Wanted,
+        out: Tensor,
+        log_prob_out: Tensor | None = None,
+    ) -> None:
+        """Fill ``out`` [k, N] (arithmetic dtype, rows contiguous) in one read of the logits.
+
+        ``log_prob_out`` [N, C_r] in the logits' dtype is given when the caller will ask for
+        ``log_prob`` next: an engine whose kernel leaves log-probabilities behind may put them
+        there; the others ignore it.
+        """
+        ...
+
+    def gradient(
+        self,
+        logits: Tensor,
+        m: Tensor,
+        s: Tensor,
+        local_target: Tensor,
+        coefficients: Coefficients,
+        weight: Tensor | None,
+        scale: float,
+        out: Tensor,
+    ) -> None:
+        """Write dx [N, C_r] into ``out`` (the logits' dtype); ``out`` may be ``logits`` itself.
+
+        Rows marked IGNORED are written as zeros and their logits not read. The value of the
+        target's column is formed in the arithmetic dtype before it is rounded.
+        """
+        ...
+
+    def log_prob(self, logits: Tensor, m: Tensor, s: Tensor, scale: float, out: Tensor) -> None:
+        """Write x - m - log s [N, C_r] into ``out`` (the logits' dtype), ignored rows included."""
+        ...
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64 logits, fp32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
