@@ -1,0 +1,190 @@
+"""Who is measured: one small function a competitor, and one source of logits for all of them.
+
+Idea: every peer is a function (logits, target) -> scalar mean loss that autograd can go back
+through. All are handed the same tensor in the same state: a non-leaf, as a head's output is,
+whose gradient is dropped as soon as it arrives (``Head``). Were it a leaf, autograd would keep,
+and at times copy, a gradient that no training step keeps. Imports happen in ``prepare``, so that
+a peer that is missing or broken costs nothing but its own row.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812  (torch's own name for it)
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Sink:
+    """Where the logits' gradient ends: dropped, or kept when a check asked for it."""
+
+    def __init__(self) -> None:
+        self.keep = False
+        self.gradient: Tensor | None = None
+
+
+class Head(torch.autograd.Function):
+    """Stands for the layer that made the logits: hands them out, drops their gradient.
+
+    ``anchor`` is a scalar leaf that gives the output a place in the graph. The output shares the
+    buffer's memory but is no view of it to autograd, as a real head's output is none: several
+    peers write into their logits, which autograd refuses on views made here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, buffer: Tensor, sink: Sink) -> Tensor:
+        ctx.sink = sink
+        return torch.empty(0, dtype=buffer.dtype, device=buffer.device).set_(
+            buffer.untyped_storage(), buffer.storage_offset(), buffer.shape, buffer.stride()
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        if ctx.sink.keep:
+            ctx.sink.gradient = gradients[0]
+        return None, None, None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a rank knows when it prepares a peer."""
+
+    group: dist.ProcessGroup
+    world: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One competitor.
+
+    ``package`` must be importable for it to be installed. ``where`` tells which process counts
+    make sense: whole logits need one process, DTensor's loss is only offered for more.
+    ``around`` is entered around forward and backward. ``ours`` marks this library.
+    """
+
+    name: str
+    label: str
+    prepare: Callable[[Setting], Loss]
+    package: str = "torch"
+    where: Literal["one", "many", "any"] = "any"
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ours: Literal["", "in place", "out of place"] = ""
+
+    def status(self, world: int) -> str:
+        """Empty when it can run on ``world`` ranks, else why it cannot."""
+        if not installed(self.package):
+            return "not installed"
+        if self.where == "one" and world > 1:
+            return "needs the whole vocabulary: one process only"
+        if self.where == "many" and world == 1:
+            return "needs more than one rank"
+        return ""
+
+
+def installed(package: str) -> bool:
+    """Whether ``package`` (dotted or not) can be found, without importing more than its parents."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # a parent is missing, or was blocked in sys.modules
+        return False
+
+
+def _ours(inplace: bool) -> Callable[[Setting], Loss]:
+    def prepare(setting: Setting) -> Loss:
+        from vocab_parallel_ce import cross_entropy
+
+        group = setting.group if setting.world > 1 else None
+
+        def loss(logits: Tensor, target: Tensor) -> Tensor:
+            return cross_entropy(logits, target, group=group, inplace_backward=inplace)
+
+        return loss
+
+    return prepare
+
+
+def _torch(setting: Setting) -> Loss:
+    return lambda logits, target: F.cross_entropy(logits, target)
+
+
+def _torch_compiled(setting: Setting) -> Loss:
+    compiled = torch.compile(F.cross_entropy)
+    return lambda logits, target: compiled(logits, target)
+
+
+def _loss_parallel(setting: Setting) -> Loss:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = DeviceMesh.from_group(setting.group, setting.device.type)
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(DTensor.from_local(logits, mesh, [Shard(-1)]), target)
+
+    return loss
+
+
+def _in_loss_parallel() -> AbstractContextManager[Any]:
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    context: AbstractContextManager[Any] = loss_parallel()
+    return context
+
+
+def _megatron_group(world: int) -> dist.ProcessGroup:
+    """Megatron's tensor-parallel group over all ranks, made at the first call."""
+    from megatron.core import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
+    group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
+    return group
+
+
+def _megatron(setting: Setting) -> Loss:
+    _megatron_group(setting.world)  # the function looks it up by itself
+    from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        per_token: Tensor = vocab_parallel_cross_entropy(logits, target)
+        return per_token.mean()
+
+    return loss
+
+
+def _megatron_fused(setting: Setting) -> Loss:
+    group = _megatron_group(setting.world)
+    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        per_token: Tensor = fused_vocab_parallel_cross_entropy(logits, target, group)
+        return per_token.mean()
+
+    return loss
+
+
+PEERS = (
+    Peer("ours-inplace", "ours, in place", _ours(True), ours="in place"),
+    Peer("ours", "ours, out of place", _ours(False), ours="out of place"),
+    Peer("torch", "F.cross_entropy", _torch, where="one"),
+    Peer("torch-compile", "torch.compile(F.cross_entropy)", _torch_compiled, where="one"),
+    Peer(
+        "loss-parallel",
+        "torch loss_parallel",
+        _loss_parallel,
+        where="many",
+        around=_in_loss_parallel,
+    ),
+    Peer("megatron", "Megatron-core unfused", _megatron, package="megatron.core"),
+    Peer("megatron-fused", "Megatron-core fused", _megatron_fused, package="megatron.core"),
+)
+BY_NAME = {peer.name: peer for peer in PEERS}
