@@ -1,0 +1,471 @@
+"""Sixteen numbers at once: the vector type in which the CPU kernels are written.
+
+``Lanes`` is a Numba type that holds an LLVM vector of fixed width. LLVM maps it to whatever the
+processor has (one zmm, two ymm, four xmm or NEON registers), so the kernels are vectorised by
+construction, on every target alike, and the order of their sums does not depend on the machine.
+
+Nothing here is specific to a processor. ``llvm.fmuladd`` is one instruction where there is a fused
+multiply-add and two elsewhere, never a call.
+
+A *token* is a scalar argument of which only the type counts. It says how an element is stored:
+uint16 means bf16, int16 means fp16, float32 and float64 mean themselves. bf16 and fp16 are widened
+to fp32 in registers, and rounded to nearest even on the way back, by integer operations.
+"""
+
+from __future__ import annotations
+
+import operator
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numba
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, overload, register_model
+
+LANES = 16
+BLOCK = 1024  # elements worked on while they stay in the first-level cache
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_I16, _I32 = ir.IntType(16), ir.IntType(32)
+_F32, _F64 = ir.FloatType(), ir.DoubleType()
+_STORED = {
+    types.uint16: (_I16, 2),
+    types.int16: (_I16, 2),
+    types.float32: (_F32, 4),
+    types.float64: (_F64, 8),
+    types.int32: (_I32, 4),
+    types.int64: (ir.IntType(64), 8),
+}
+
+# Numba's cache sees changes of the kernels' own file only; this makes it see changes of this one.
+_REVISION = f"{zlib.crc32(Path(__file__).read_bytes()):08x}"
+
+
+def kernel(function: Function) -> Function:
+    """Compile at first use, keep the machine code on disk if any place for it is writable."""
+    function.__qualname__ += f"_{_REVISION}"
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return cast(Function, numba.njit(cache=True, **options)(function))
+    except RuntimeError:
+        return cast(Function, numba.njit(**options)(function))
+
+
+def helper(function: Function) -> Function:
+    """Compile a function that only kernels call."""
+    return cast(Function, numba.njit(error_model="numpy", no_cpython_wrapper=True)(function))
+
+
+def inlined(function: Function) -> Function:
+    """A helper that takes or returns lanes: inlined, so that they stay in registers."""
+    compiled = numba.njit(error_model="numpy", no_cpython_wrapper=True, forceinline=True)
+    return cast(Function, compiled(function))
+
+
+def operation(function: Callable[..., Any]) -> Any:
+    """Typed face of ``numba.extending.intrinsic``."""
+    return intrinsic(function)
+
+
+# The type
+
+
+class Lanes(types.Type):  # type: ignore[misc]
+    """LANES numbers of one arithmetic type."""
+
+    def __init__(self, scalar: Any) -> None:
+        self.scalar = scalar
+        super().__init__(name=f"Lanes({scalar})")
+
+
+@register_model(Lanes)  # type: ignore[misc]
+class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, lanes: Lanes) -> None:
+        super().__init__(manager, lanes, _vector(_STORED[lanes.scalar][0]))
+
+
+def _vector(element: Any) -> Any:
+    return ir.VectorType(element, LANES)
+
+
+def _arithmetic(token: Any) -> Any:
+    return types.float64 if token == types.float64 else types.float32
+
+
+def _common(*args: Any) -> Any:
+    """The Lanes type among the arguments of an operation; scalars are spread over it."""
+    return next((a for a in args if isinstance(a, Lanes)), None)
+
+
+def _spread(context: Any, builder: Any, value: Any, given: Any, lanes: Lanes) -> Any:
+    if isinstance(given, Lanes):
+        return value
+    value = context.cast(builder, value, given, lanes.scalar)
+    vector = _vector(value.type)
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(_I32, 0))
+    zeros = ir.Constant(_vector(_I32), [ir.Constant(_I32, 0)] * LANES)
+    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
+
+
+def _spread_all(context: Any, builder: Any, sig: Any, args: Any) -> list[Any]:
+    lanes = _common(*sig.args)
+    return [_spread(context, builder, v, t, lanes) for v, t in zip(args, sig.args, strict=True)]
+
+
+def _as(kind: Any, element: Any) -> Any:
+    """``element`` as a vector if ``kind`` is one."""
+    return _vector(element) if isinstance(kind, ir.VectorType) else element
+
+
+def _constant(kind: Any, value: Any) -> Any:
+    if isinstance(kind, ir.VectorType):
+        return ir.Constant(kind, [ir.Constant(kind.element, value)] * LANES)
+    return ir.Constant(kind, value)
+
+
+# Conversion between what is stored and what is computed with, for one element or for LANES
+
+
+def _widen(builder: Any, raw: Any, token: Any) -> Any:
+    if token not in (types.uint16, types.int16):
+        return raw
+    bits = builder.zext(raw, _as(raw.type, _I32))
+    integer, real = bits.type, _as(raw.type, _F32)
+
+    def const(value: int) -> Any:
+        return _constant(integer, value)
+
+    if token == types.uint16:
+        return builder.bitcast(builder.shl(bits, const(16)), real)
+    sign = builder.shl(builder.and_(bits, const(0x8000)), const(16))
+    magnitude = builder.shl(builder.and_(bits, const(0x7FFF)), const(13))
+    normal = builder.add(magnitude, const((127 - 15) << 23))
+    # 2^-14 (1 + f) - 2^-14 is exact, and no operand is subnormal in fp32.
+    shifted = builder.bitcast(builder.add(magnitude, const((127 - 14) << 23)), real)
+    tiny = builder.bitcast(builder.fsub(shifted, _constant(real, 2.0**-14)), integer)
+    endless = builder.add(magnitude, const((255 - 31) << 23))
+    finite = builder.icmp_unsigned("<", magnitude, const(31 << 23))
+    subnormal = builder.icmp_unsigned("<", magnitude, const(1 << 23))
+    bits = builder.select(subnormal, tiny, builder.select(finite, normal, endless))
+    return builder.bitcast(builder.or_(bits, sign), real)
+
+
+def _narrow(builder: Any, value: Any, token: Any) -> Any:
+    if token not in (types.uint16, types.int16):
+        return value
+    integer, real = _as(value.type, _I32), value.type
+
+    def const(number: int) -> Any:
+        return _constant(integer, number)
+
+    bits = builder.bitcast(value, integer)
+    nan = builder.fcmp_unordered("uno", value, value)
+
+    def round_off(number: Any, dropped: int) -> Any:
+        odd = builder.and_(builder.lshr(number, const(dropped)), const(1))
+        half = builder.add(const((1 << (dropped - 1)) - 1), odd)
+        return builder.lshr(builder.add(number, half), const(dropped))
+
+    if token == types.uint16:
+        quiet = builder.or_(builder.lshr(bits, const(16)), const(0x40))
+        stored = builder.select(nan, quiet, round_off(bits, 16))
+        return builder.trunc(stored, _as(value.type, _I16))
+    sign = builder.and_(builder.lshr(bits, const(16)), const(0x8000))
+    magnitude = builder.and_(bits, const(0x7FFFFFFF))
+    normal = round_off(builder.sub(magnitude, const((127 - 15) << 23)), 13)
+    overflow = builder.icmp_unsigned(">", normal, const(0x7C00))
+    normal = builder.select(overflow, const(0x7C00), normal)
+    # One unit in the last place of 0.5 is the smallest fp16: the addition rounds to nearest even.
+    shifted = builder.fadd(builder.bitcast(magnitude, real), _constant(real, 0.5))
+    tiny = builder.sub(builder.bitcast(shifted, integer), const(126 << 23))
+    subnormal = builder.icmp_unsigned("<", magnitude, const((127 - 14) << 23))
+    stored = builder.select(subnormal, tiny, normal)
+    stored = builder.or_(builder.select(nan, const(0x7E00), stored), sign)
+    return builder.trunc(stored, _as(value.type, _I16))
+
+
+# Memory
+
+
+def _load(builder: Any, address: Any, token: Any, wide: bool) -> Any:
+    element, size = _STORED[token]
+    kind = _vector(element) if wide else element
+    pointer = builder.inttoptr(address, kind.as_pointer())
+    return _widen(builder, builder.load(pointer, align=size), token)
+
+
+def _store(builder: Any, address: Any, value: Any, token: Any) -> None:
+    raw = _narrow(builder, value, token)
+    pointer = builder.inttoptr(address, raw.type.as_pointer())
+    builder.store(raw, pointer, align=_STORED[token][1])
+
+
+@operation
+def load(typing: Any, address: Any, token: Any) -> Any:
+    """LANES consecutive elements."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _load(builder, args[0], token, wide=True)
+
+    return Lanes(_arithmetic(token))(types.int64, token), codegen
+
+
+@operation
+def store(typing: Any, address: Any, value: Any, token: Any) -> Any:
+    """Round and write LANES consecutive elements."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _store(builder, args[0], args[1], token)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, value, token), codegen
+
+
+@operation
+def read(typing: Any, address: Any, token: Any) -> Any:
+    """One element: as the arithmetic type, or as it is if the token is a wider integer."""
+    result = token if token in (types.int32, types.int64) else _arithmetic(token)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _load(builder, args[0], token, wide=False)
+
+    return result(types.int64, token), codegen
+
+
+@operation
+def write(typing: Any, address: Any, value: Any, token: Any) -> Any:
+    """Round and write one element."""
+    computed = token if token in (types.int32, types.int64) else _arithmetic(token)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _store(builder, args[0], args[1], token)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, computed, token), codegen
+
+
+@operation
+def size_of(typing: Any, token: Any) -> Any:
+    """Bytes of one stored element."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return ir.Constant(ir.IntType(64), _STORED[token][1])
+
+    return types.int64(token), codegen
+
+
+@operation
+def scratch(typing: Any, token: Any) -> Any:
+    """Address of a block of numbers on the stack of the calling kernel."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        array = cgutils.alloca_once(builder, ir.ArrayType(_STORED[token][0], BLOCK))
+        return builder.ptrtoint(array, ir.IntType(64))
+
+    return types.int64(token), codegen
+
+
+# Arithmetic
+
+
+class _Binary(AbstractTemplate):  # type: ignore[misc]
+    def generic(self, args: Any, kws: Any) -> Any:
+        lanes = _common(*args)
+        return lanes and signature(lanes, *args)
+
+
+for _operator in (operator.add, operator.sub, operator.mul):
+    infer_global(_operator)(type(f"_{_operator.__name__}", (_Binary,), {}))
+
+
+def _lower(op: Any, name: str) -> None:
+    def lowering(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return getattr(builder, name)(*_spread_all(context, builder, sig, args))
+
+    for pair in ((Lanes, Lanes), (Lanes, types.Number), (types.Number, Lanes)):
+        lower_builtin(op, *pair)(lowering)
+
+
+_lower(operator.add, "fadd")
+_lower(operator.sub, "fsub")
+_lower(operator.mul, "fmul")
+
+
+def _call_llvm(builder: Any, name: str, args: Any) -> Any:
+    kind = args[0].type
+    suffix = f"v{LANES}f{64 if kind.element == _F64 else 32}"
+    prototype = ir.FunctionType(kind, [kind] * len(args))
+    function = cgutils.get_or_insert_function(builder.module, prototype, f"llvm.{name}.{suffix}")
+    return builder.call(function, args)
+
+
+@operation
+def lanes_of(typing: Any, value: Any, token: Any) -> Any:
+    """The same number in every lane."""
+    lanes = Lanes(_arithmetic(token))
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _spread(context, builder, args[0], value, lanes)
+
+    return lanes(value, token), codegen
+
+
+@operation
+def number(typing: Any, value: Any, token: Any) -> Any:
+    """A scalar as the arithmetic type."""
+    arithmetic = _arithmetic(token)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return context.cast(builder, args[0], value, arithmetic)
+
+    return arithmetic(value, token), codegen
+
+
+@operation
+def multiply_add(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """a b + c, rounded once where the processor can."""
+    lanes = _common(a, b, c)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        values = _spread_all(context, builder, sig, args)
+        return _call_llvm(builder, "fmuladd", values)
+
+    return lanes(a, b, c), codegen
+
+
+@operation
+def larger(typing: Any, a: Any, b: Any) -> Any:
+    """max(a, b), and b where a is NaN: one instruction on x86."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.select(builder.fcmp_ordered(">", *args), *args)
+
+    return a(a, b), codegen
+
+
+@operation
+def where_less(typing: Any, a: Any, b: Any, then: Any, otherwise: Any) -> Any:
+    """``then`` where a < b, ``otherwise`` elsewhere (also where a or b is NaN)."""
+    lanes = _common(a, b, then, otherwise)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        values = _spread_all(context, builder, sig, args)
+        return builder.select(builder.fcmp_ordered("<", *values[:2]), *values[2:])
+
+    return lanes(a, b, then, otherwise), codegen
+
+
+@operation
+def two_to(typing: Any, bits: Any) -> Any:
+    """2^(k - 127) where k is the integer in the low bits of each fp32 lane."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        integer = builder.bitcast(args[0], _vector(_I32))
+        return builder.bitcast(builder.shl(integer, _constant(integer.type, 23)), args[0].type)
+
+    return bits(bits), codegen
+
+
+def _fold(builder: Any, value: Any, combine: Callable[[Any, Any], Any]) -> Any:
+    """Combine the lanes in halves: the same tree on every machine."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        halves = []
+        for start in (0, width):
+            index = [ir.Constant(_I32, start + i) for i in range(width)]
+            mask = ir.Constant(ir.VectorType(_I32, width), index)
+            halves.append(builder.shuffle_vector(value, value, mask))
+        value = combine(*halves)
+    return builder.extract_element(value, ir.Constant(_I32, 0))
+
+
+@operation
+def total(typing: Any, value: Any) -> Any:
+    """Sum of the lanes, in fp64."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        wide = args[0] if value.scalar == types.float64 else builder.fpext(args[0], _vector(_F64))
+        return _fold(builder, wide, builder.fadd)
+
+    return types.float64(value), codegen
+
+
+@operation
+def highest(typing: Any, value: Any) -> Any:
+    """Largest lane; no lane may be NaN."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _fold(
+            builder, args[0], lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b)
+        )
+
+    return value.scalar(value), codegen
+
+
+# The exponential
+
+_LOG2_E = 1.4426950408889634
+_LN2_HIGH = 0.693359375  # ten bits: its product with an exponent is exact
+_LN2_LOW = -2.1219444005469057e-4
+_LN2 = 0.6931471805599453
+_MAGIC = 1.5 * 2.0**23 + 127.0  # adding it rounds to an integer, left in the low bits of the sum
+_FLUSH = -87.33654  # just above -126 log 2: below it the result would be subnormal
+
+
+def exp(d: Any, precision: Any) -> Any:
+    """e^d of lanes with d <= 0, NaN kept, exactly 0 for -inf and below 2^-126.
+
+    d = k log 2 + f with k an integer and |f| <= log(2)/2; e^f is a minimax polynomial. For fp32
+    (``precision``) the relative error is below 1e-7, for 16-bit results below 1e-5. fp64 takes the
+    C library's exponential lane by lane.
+    """
+    raise NotImplementedError("compiled code only")
+
+
+@overload(exp, jit_options={"forceinline": True, "error_model": "numpy"})  # type: ignore[misc]
+def _exp(d: Any, precision: Any) -> Any:
+    if precision == types.float64:
+        return _exp_double
+    return _exp_single if precision == types.float32 else _exp_half
+
+
+def _exp_double(d: Any, precision: Any) -> Any:
+    return _library_exp(d)
+
+
+def _exp_single(d: Any, precision: Any) -> Any:
+    shifted = multiply_add(d, _LOG2_E, _MAGIC)
+    k = shifted - _MAGIC
+    f = multiply_add(k, -_LN2_HIGH, d)
+    f = multiply_add(k, -_LN2_LOW, f)
+    p = multiply_add(f, 1.38145401034e-3, 8.36874513197e-3)
+    p = multiply_add(p, f, 4.16683907869e-2)
+    p = multiply_add(p, f, 1.66665203989e-1)
+    p = multiply_add(p, f, 4.99999934321e-1)
+    p = multiply_add(p, f, 1.0)
+    p = multiply_add(p, f, 1.0)
+    return where_less(d, _FLUSH, 0.0, p * two_to(shifted))
+
+
+def _exp_half(d: Any, precision: Any) -> Any:
+    shifted = multiply_add(d, _LOG2_E, _MAGIC)
+    f = multiply_add(shifted - _MAGIC, -_LN2, d)
+    p = multiply_add(f, 4.15136832331e-2, 1.67875917475e-1)
+    p = multiply_add(p, f, 5.00030197779e-1)
+    p = multiply_add(p, f, 9.99966772704e-1)
+    p = multiply_add(p, f, 1.0)
+    return where_less(d, _FLUSH, 0.0, p * two_to(shifted))
+
+
+@operation
+def _library_exp(typing: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _call_llvm(builder, "exp", args)
+
+    return value(value), codegen
