@@ -1,0 +1,162 @@
+"""Real ranks for tests: one pool of four Gloo processes that serves every multi-rank case.
+
+A case is a module-level function ``case(group, *args)``; it runs on the first ``world`` ranks of
+the pool, each in its own process, over a real Gloo group of that size:
+
+    results = pool.run(case, world=3, args=(1, 2))        # one return value a rank, in rank order
+    outcomes = pool.outcomes(case, world=3)               # the same, exceptions caught: Outcome
+
+Importing torch costs seconds, so the processes live as long as the test session. Cases that hang
+or kill a rank belong in ``run_fresh``, which starts processes of its own and ends them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+WORLDS = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case on one rank."""
+
+    value: Any = None
+    error: str = ""
+    """The exception's message; empty when the case returned."""
+    kind: str = ""
+    """The exception's class name."""
+    trace: str = ""
+
+
+class Hung(AssertionError):
+    """Some rank did not answer in time."""
+
+
+def _serve(rank: int, size: int, store: str, timeout: float, pipe: Connection) -> None:
+    import datetime
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=timeout)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=limit
+    )
+    groups = {world: dist.new_group(range(world), timeout=limit) for world in range(1, size + 1)}
+    pipe.send(Outcome("ready"))
+    while (job := pipe.recv()) is not None:
+        case, world, args, kwargs = job
+        try:
+            outcome = Outcome(case(groups[world], *args, **kwargs))
+        except Exception as problem:
+            outcome = Outcome(
+                None, str(problem), type(problem).__name__, traceback.format_exc()
+            )
+        pipe.send(outcome)
+    dist.destroy_process_group()
+
+
+class Pool:
+    """``size`` Gloo processes that wait for cases."""
+
+    def __init__(self, size: int = max(WORLDS), timeout: float = 60.0) -> None:
+        self.size, self.timeout = size, timeout
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+
+    def start(self) -> Pool:
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory()
+        store = os.path.join(self._folder.name, "store")
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, self.size, store, self.timeout, theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        self._receive(range(self.size), 120.0)
+        return self
+
+    def stop(self) -> None:
+        for pipe in self._pipes:
+            try:
+                pipe.send(None)
+            except OSError:
+                continue
+        for process in self._processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+        self._pipes, self._processes = [], []
+        self._folder.cleanup()
+
+    def _receive(self, ranks: range, timeout: float) -> list[Outcome]:
+        deadline = time.monotonic() + timeout
+        outcomes: list[Outcome] = []
+        for rank in ranks:
+            pipe = self._pipes[rank]
+            try:
+                if pipe.poll(max(0.0, deadline - time.monotonic())):
+                    outcomes.append(pipe.recv())
+                    continue
+                reason = f"gave no answer within {timeout:.0f} s"
+            except (EOFError, OSError):
+                reason = "died"
+            self.stop()
+            raise Hung(f"rank {rank} {reason}; other ranks said {outcomes}")
+        return outcomes
+
+    def outcomes(
+        self,
+        case: Callable[..., Any],
+        world: int,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> list[Outcome]:
+        """Run ``case(group, *args, **kwargs)`` on ``world`` ranks; never raises for its errors."""
+        if not self._pipes:
+            self.start()
+        for pipe in self._pipes[:world]:
+            pipe.send((case, world, args, kwargs or {}))
+        return self._receive(range(world), timeout or self.timeout)
+
+    def run(
+        self,
+        case: Callable[..., Any],
+        world: int,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        timeout: float | None = None,
+    ) -> list[Any]:
+        """The return values in rank order; an exception of any rank fails the test."""
+        outcomes = self.outcomes(case, world, args, kwargs, timeout)
+        for rank, outcome in enumerate(outcomes):
+            if outcome.kind:
+                raise AssertionError(f"rank {rank} of {world} raised:\n{outcome.trace}")
+        return [outcome.value for outcome in outcomes]
+
+
+def run_fresh(
+    case: Callable[..., Any], world: int, args: tuple[Any, ...] = (), timeout: float = 60.0
+) -> list[Outcome]:
+    """``case`` in processes of its own, for cases after which a rank is of no more use."""
+    pool = Pool(world, timeout).start()
+    try:
+        return pool.outcomes(case, world, args)
+    finally:
+        if pool._pipes:
+            pool.stop()

@@ -1,0 +1,290 @@
+"""Every static argument checked before anything is computed: shapes, dtypes, ranges, names.
+
+What depends on the values of tensors (targets, weights) is checked by the primitive, after the
+exchange, so that all ranks raise together.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .collectives import BACKENDS_WITHOUT_FP64, COLLECTIVES, communication_device
+from .engines import ENGINES
+from .header import REDUCTIONS
+from .preflight import preflight
+from .request import RowRequest, check_is_on
+from .shard import VocabShard, group_rank_and_size
+
+LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TARGET_DTYPES = (torch.int64, torch.int32)
+
+
+class Options(NamedTuple):
+    """The arguments of a public function that are neither tensors nor what it returns."""
+
+    reduction: str = "none"
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    lse_square_scale: float = 0.0
+    group: dist.ProcessGroup | None = None
+    shard: VocabShard | None = None
+    inplace_backward: bool = False
+    normalizer: Tensor | float | None = None
+    scale: float = 1.0
+    engine: str = "auto"
+    collective: str = "auto"
+    check: bool | None = None
+
+
+class Outputs(NamedTuple):
+    """Which optional outputs a public function asks for."""
+
+    entropy: bool = False
+    argmax: bool = False
+    ignored_rows: bool = False
+
+
+def prepare(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: Options, outputs: Outputs
+) -> RowRequest:
+    """Check everything static and say what the primitive shall do.
+
+    Raises TypeError or ValueError; with ``check`` on, every rank of the group learns of it and
+    raises as well.
+    """
+    if torch.compiler.is_compiling():
+        return _prepare(input, target, weight, options, outputs)
+    try:
+        return _prepare(input, target, weight, options, outputs)
+    except (TypeError, ValueError) as problem:
+        group = options.group
+        if check_is_on(_check_word(options.check)) and isinstance(group, dist.ProcessGroup):
+            preflight(problem, communication_device(group), group)
+        raise
+
+
+def _check_word(check: bool | None) -> str:
+    return "environment" if check is None else "on" if check else "off"
+
+
+def _prepare(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: Options, outputs: Outputs
+) -> RowRequest:
+    _check_group(options.group)
+    rank, world = group_rank_and_size(options.group)
+    where = f" (rank {rank} of the group)" if world > 1 else ""
+    _check_numbers(options, where)
+    _check_tensors(input, target, weight, where)
+    if input.dtype == torch.float64 and options.group is not None:
+        check_backend_dtype(str(dist.get_backend(options.group)), input.dtype, where)
+    shard = _resolve_shard(input, options.shard, rank, world, where)
+    if weight is not None and weight.shape[0] != shard.vocab_size:
+        raise ValueError(
+            f"weight has {weight.shape[0]} entries but vocab_size is {shard.vocab_size}: pass the "
+            f"full weight vector of all classes on every rank{where}"
+        )
+    if options.inplace_backward and input.requires_grad and torch.is_grad_enabled():
+        check_overwritable(input, where)
+    return RowRequest(
+        start=shard.start,
+        stop=shard.stop,
+        vocab_size=shard.vocab_size,
+        implicit_shard=options.shard is None,
+        smooth=options.label_smoothing > 0,
+        entropy=outputs.entropy,
+        argmax=outputs.argmax,
+        ignored_rows=outputs.ignored_rows,
+        ignore_index=options.ignore_index,
+        scale=float(options.scale),
+        label_smoothing=float(options.label_smoothing),
+        lse_square_scale=float(options.lse_square_scale),
+        reduction=options.reduction,
+        engine=options.engine,
+        collective=options.collective,
+        check=_check_word(options.check),
+    )
+
+
+def _check_group(group: object) -> None:
+    if group is None:
+        return
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group must be a torch.distributed.ProcessGroup that this rank belongs to, or None "
+            f"for one rank, got {type(group).__name__} (of a DeviceMesh: mesh.get_group(dim))"
+        )
+
+
+def _check_numbers(options: Options, where: str) -> None:
+    if options.reduction not in REDUCTIONS:
+        raise ValueError(
+            f"reduction must be one of {', '.join(REDUCTIONS)}, got {options.reduction!r}{where}"
+        )
+    if not _is_int(options.ignore_index):
+        raise TypeError(f"ignore_index must be an int, got {options.ignore_index!r}{where}")
+    if not _is_number(options.label_smoothing) or not 0 <= options.label_smoothing <= 1:
+        raise ValueError(
+            f"label_smoothing must lie in [0, 1], got {options.label_smoothing!r}{where}"
+        )
+    if not _is_number(options.lse_square_scale) or not math.isfinite(options.lse_square_scale):
+        raise ValueError(
+            "the z-loss scale (lse_square_scale) must be a finite number, got "
+            f"{options.lse_square_scale!r}{where}"
+        )
+    if not _is_number(options.scale) or not math.isfinite(options.scale):
+        raise ValueError(
+            f"scale must be a finite number, got {options.scale!r}{where}; it multiplies the "
+            "logits (1 / temperature)"
+        )
+    if options.engine not in ENGINES:
+        raise ValueError(
+            f"engine must be one of {', '.join(ENGINES)}, got {options.engine!r}{where}"
+        )
+    if options.collective not in COLLECTIVES:
+        raise ValueError(
+            f"collective must be one of {', '.join(COLLECTIVES)}, got {options.collective!r}{where}"
+        )
+    if options.check is not None and not isinstance(options.check, bool):
+        raise TypeError(f"check must be True, False or None, got {options.check!r}{where}")
+    _check_normalizer(options.normalizer, options.reduction, where)
+
+
+def _check_normalizer(normalizer: object, reduction: str, where: str) -> None:
+    if normalizer is None:
+        return
+    if reduction != "mean":
+        raise ValueError(
+            f"normalizer replaces the denominator of reduction='mean', got reduction="
+            f"{reduction!r}{where}; leave it out, or divide the result"
+        )
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(
+                f"normalizer must hold one number, got shape {tuple(normalizer.shape)}{where}"
+            )
+    elif not _is_number(normalizer):
+        raise TypeError(
+            f"normalizer must be a scalar tensor or a number, got {normalizer!r}{where}"
+        )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, torch.SymFloat)) and not isinstance(value, bool)
+
+
+def _check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, where: str) -> None:
+    for name, value in (("input", input), ("target", target), ("weight", weight)):
+        if not isinstance(value, Tensor) and not (name == "weight" and value is None):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}{where}")
+    if input.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"input must be fp16, bf16, fp32 or fp64 logits, got {input.dtype}{where}")
+    if input.dim() < 1:
+        raise ValueError(f"input must have shape [..., C_r], got a 0-d tensor{where}")
+    if target.dtype not in TARGET_DTYPES:
+        raise TypeError(
+            f"target must hold class ids in int64 or int32, got {target.dtype}{where}; class "
+            "probabilities are not supported"
+        )
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}, but input {tuple(input.shape)} needs "
+            f"{tuple(input.shape[:-1])}{where}: one id for each row of logits, vocabulary last"
+        )
+    if target.device != input.device:
+        raise ValueError(f"target is on {target.device}, input on {input.device}{where}")
+    if weight is None:
+        return
+    if weight.dim() != 1 or not weight.is_floating_point():
+        raise ValueError(
+            f"weight must be a floating point vector [vocab_size], got {weight.dtype} of shape "
+            f"{tuple(weight.shape)}{where}"
+        )
+    if weight.device != input.device:
+        raise ValueError(f"weight is on {weight.device}, input on {input.device}{where}")
+    if weight.requires_grad:
+        raise ValueError(f"weight gets no gradient: pass weight.detach(){where}")
+
+
+def check_backend_dtype(backend: str, dtype: torch.dtype, where: str = "") -> None:
+    """Raise if partials of logits of this dtype cannot be reduced by this backend."""
+    if dtype == torch.float64 and any(name in backend for name in BACKENDS_WITHOUT_FP64):
+        raise ValueError(
+            f"input is float64, which the {backend} backend does not carry{where}; use "
+            "input.float(), or a gloo group and CPU tensors for fp64 checks"
+        )
+
+
+def _resolve_shard(
+    input: Tensor, shard: VocabShard | None, rank: int, world: int, where: str
+) -> VocabShard:
+    columns = input.shape[-1]
+    if shard is None:
+        if columns == 0:
+            raise ValueError(
+                f"input has no columns{where}; an empty shard must be told: "
+                "shard=VocabShard(start, start, vocab_size)"
+            )
+        return VocabShard(rank * columns, (rank + 1) * columns, world * columns)
+    if not isinstance(shard, VocabShard):
+        raise TypeError(f"shard must be a VocabShard or None, got {type(shard).__name__}{where}")
+    if columns < shard.size:
+        raise ValueError(
+            f"input has {columns} columns but shard holds the {shard.size} ids "
+            f"[{shard.start}, {shard.stop}){where}; the shard must be the one that the head was "
+            "split by"
+        )
+    if world == 1 and shard.size != shard.vocab_size:
+        raise ValueError(
+            f"shard holds ids [{shard.start}, {shard.stop}) of vocab_size={shard.vocab_size}, but "
+            "there is one rank only; pass group= with the ranks that hold the others"
+        )
+    if columns == shard.vocab_size and shard.size < shard.vocab_size:
+        raise ValueError(
+            f"input looks gathered: it has all vocab_size={shard.vocab_size} columns, but shard "
+            f"holds [{shard.start}, {shard.stop}){where}; pass this rank's logits, "
+            f"logits[..., {shard.start}:{shard.stop}]"
+        )
+    return shard
+
+
+def check_overwritable(input: Tensor, where: str) -> None:
+    """In-place backward writes into the logits' memory: it must be theirs, and hold them once."""
+    way_out = "use inplace_backward=False, or pass the output of an operation"
+    if input.is_leaf:
+        raise ValueError(
+            f"inplace_backward=True would overwrite input, which is a leaf{where}; {way_out}"
+        )
+    if torch.compiler.is_compiling():
+        return
+    base = input._base
+    if base is not None and base.is_leaf and base.requires_grad:
+        raise ValueError(
+            f"inplace_backward=True would overwrite the leaf that input is a view of{where}; "
+            f"{way_out}"
+        )
+    if _overlaps_itself(input):
+        raise ValueError(
+            f"inplace_backward=True needs logits whose elements do not share memory, got shape "
+            f"{tuple(input.shape)} with strides {input.stride()}{where}; use "
+            "inplace_backward=False, or input.contiguous()"
+        )
+
+
+def _overlaps_itself(x: Tensor) -> bool:
+    """Whether some element may share memory with another (sure to be False for dense views)."""
+    span = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride < span:
+                return True
+            span = stride * (size - 1) + span
+    return False

@@ -1,0 +1,129 @@
+"""Moves partials between ranks: one all_gather, or a MAX and one packed SUM.
+
+    all_gather   every rank receives all headers and all partials and merges them in rank order:
+                 one collective, (k N + header) floats a rank, the same bits on every rank
+    all_reduce   MAX of m, then one SUM of everything else rescaled to it: two collectives whose
+                 size does not grow with the number of ranks; the order of the sum, and so its last
+                 bits, belong to the backend
+
+"auto" gathers while the gathered tensor stays small, which is where latency rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .engines.contract import Wanted
+from .header import HEADER_INTS
+from .statistics import Merged, merge, rescale
+
+COLLECTIVES = ("auto", "all_gather", "all_reduce")
+GATHER_LIMIT_BYTES = 6_000_000
+BACKENDS_WITHOUT_FP64 = ("hccl",)
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What one rank contributes: header, W_r and the partials, in one buffer ready to be sent.
+
+    The buffer is int32 because any backend gathers int32, whatever the partials' dtype.
+    """
+
+    buffer: Tensor
+    header: Tensor
+    """[HEADER_INTS] int32"""
+    shard_weight: Tensor
+    """[1] sum of the class weights of this shard, in the arithmetic dtype"""
+    parts: Tensor
+    """[k, N] in the arithmetic dtype"""
+
+    @classmethod
+    def allocate(cls, k: int, rows: int, dtype: torch.dtype, device: torch.device) -> Payload:
+        ints = HEADER_INTS + (1 + k * rows) * (dtype.itemsize // 4)
+        return cls.view(torch.empty(ints, dtype=torch.int32, device=device), k, rows, dtype)
+
+    @classmethod
+    def view(cls, buffer: Tensor, k: int, rows: int, dtype: torch.dtype) -> Payload:
+        """Read [..., ints] int32 as payloads."""
+        lead = buffer.shape[:-1]
+        numbers = buffer[..., HEADER_INTS:].view(dtype)
+        return cls(
+            buffer,
+            buffer[..., :HEADER_INTS],
+            numbers[..., :1],
+            numbers[..., 1:].view(*lead, k, rows) if rows else numbers.new_empty(*lead, k, 0),
+        )
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """The outcome of an exchange, the same on every rank."""
+
+    headers: Tensor
+    """[W, HEADER_INTS] int32"""
+    merged: Merged
+
+
+def exchange(
+    payload: Payload, wanted: Wanted, collective: str, group: dist.ProcessGroup
+) -> Exchanged:
+    """Merge every rank's payload; communicates over ``group``, once or twice."""
+    k, rows = payload.parts.shape
+    world = dist.get_world_size(group)
+    gathered_bytes = world * k * rows * payload.parts.element_size()
+    gather = collective == "all_gather" or (
+        collective == "auto" and (gathered_bytes <= GATHER_LIMIT_BYTES or wanted.argmax)
+    )
+    return (_by_gather if gather else _by_reduce)(payload, wanted, group, world)
+
+
+def _by_gather(payload: Payload, wanted: Wanted, group: dist.ProcessGroup, world: int) -> Exchanged:
+    k, rows = payload.parts.shape
+    received = payload.buffer.new_empty(world * payload.buffer.numel())
+    all_gather_flat(received, payload.buffer, group)
+    all_ranks = Payload.view(received.view(world, -1), k, rows, payload.parts.dtype)
+    starts = all_ranks.header[:, 0]
+    merged = merge(all_ranks.parts, wanted, all_ranks.shard_weight[:, 0], starts)
+    return Exchanged(all_ranks.header, merged)
+
+
+def _by_reduce(payload: Payload, wanted: Wanted, group: dist.ProcessGroup, world: int) -> Exchanged:
+    rows = payload.parts.shape[1]
+    named = dict(zip(wanted.rows, payload.parts.unbind(0), strict=True))
+    m = named["m"].clone()
+    dist.all_reduce(m, dist.ReduceOp.MAX, group=group)
+    terms = rescale(named, m, payload.shard_weight)
+    # Each rank fills its own slots and adds 0 to the others': the sum gathers the headers. Halves
+    # of 16 bits are exact in fp32.
+    slots = m.new_zeros(world, 2, HEADER_INTS)
+    slots[dist.get_rank(group), 0] = payload.header & 0xFFFF
+    slots[dist.get_rank(group), 1] = payload.header >> 16
+    packed = torch.cat([*terms.values(), slots.flatten()])
+    dist.all_reduce(packed, dist.ReduceOp.SUM, group=group)
+    sums = dict(zip(terms, packed[: len(terms) * rows].view(len(terms), rows), strict=True))
+    low, high = packed[len(terms) * rows :].view(world, 2, HEADER_INTS).to(torch.int32).unbind(1)
+    merged = Merged(m, sums["s"], sums["x_y"], sums.get("u"), sums.get("t"))
+    return Exchanged(high << 16 | low, merged)
+
+
+def all_gather_flat(out: Tensor, mine: Tensor, group: dist.ProcessGroup | None) -> None:
+    """``out`` [W * n] = every rank's ``mine`` [n], in rank order."""
+    # The newer name of the same collective; the older one warns where both exist.
+    gather: Callable[..., object] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    gather(out, mine, group=group)
+
+
+def communication_device(group: dist.ProcessGroup | None) -> torch.device:
+    """A device whose tensors ``group`` can move: the CPU where its backend serves it."""
+    backend = str(dist.get_backend(group))
+    for name, device in (("gloo", "cpu"), ("nccl", "cuda"), ("hccl", "npu")):
+        if name in backend:
+            if device == "cpu":
+                return torch.device("cpu")
+            return torch.device(device, getattr(torch, device).current_device())
+    return torch.device("cpu")

@@ -1,0 +1,222 @@
+"""The primitive as custom operators, so that torch.compile(fullgraph=True) sees one opaque node.
+
+Three operators under ``torch.ops.vocab_parallel_ce``; the group travels by name because a schema
+has no process groups, and a RowRequest travels as its scalars. The fakes give shapes only. The
+in-place backward is an operator that declares that it mutates the logits: the compiler keeps the
+order of its reads and writes, and copies where overwriting would be seen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from .engines.contract import arithmetic_dtype
+from .primitive import (
+    RowResult,
+    compute_gradient,
+    compute_log_prob,
+    compute_statistics,
+    refuse_second_backward,
+)
+from .request import RowRequest
+
+NO_GROUP = ""
+
+
+def _group(name: str) -> dist.ProcessGroup | None:
+    return None if name == NO_GROUP else _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+@torch.library.custom_op("vocab_parallel_ce::row_statistics", mutates_args=())
+def _row_statistics(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    start: int,
+    stop: int,
+    vocab_size: int,
+    implicit_shard: bool,
+    smooth: bool,
+    entropy: bool,
+    argmax: bool,
+    ignored_rows: bool,
+    ignore_index: int,
+    scale: float,
+    label_smoothing: float,
+    lse_square_scale: float,
+    reduction: str,
+    engine: str,
+    collective: str,
+    check: str,
+    group_name: str,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    request = RowRequest(
+        start, stop, vocab_size, implicit_shard, smooth, entropy, argmax, ignored_rows,
+        ignore_index, scale, label_smoothing, lse_square_scale, reduction, engine, collective,
+        check,
+    )  # fmt: skip
+    r = compute_statistics(logits, target, weight, request, _group(group_name))
+    return r.stats, r.m, r.s, r.local_target, r.argmax
+
+
+@_row_statistics.register_fake
+def _(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    start: int,
+    stop: int,
+    vocab_size: int,
+    implicit_shard: bool,
+    smooth: bool,
+    entropy: bool,
+    argmax: bool,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, dtype = target.numel(), arithmetic_dtype(logits.dtype)
+    return (
+        logits.new_empty((2 + smooth + entropy, rows), dtype=dtype),
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows, dtype=torch.int64),
+        logits.new_empty(rows if argmax else 0, dtype=torch.int64),
+    )
+
+
+def _gradient_request(
+    start: int, stop: int, vocab_size: int, smooth: bool, entropy: bool, scale: float, engine: str
+) -> RowRequest:
+    return RowRequest(
+        start, stop, vocab_size, False, smooth=smooth, entropy=entropy, scale=scale, engine=engine
+    )
+
+
+@torch.library.custom_op("vocab_parallel_ce::row_gradient", mutates_args=())
+def _row_gradient(
+    logits: Tensor,
+    stats: Tensor,
+    m: Tensor,
+    s: Tensor,
+    local_target: Tensor,
+    weight: Tensor | None,
+    grad_stats: Tensor,
+    start: int,
+    stop: int,
+    vocab_size: int,
+    smooth: bool,
+    entropy: bool,
+    scale: float,
+    engine: str,
+) -> Tensor:
+    request = _gradient_request(start, stop, vocab_size, smooth, entropy, scale, engine)
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    result = RowResult(stats, m, s, local_target, m)
+    compute_gradient(logits, result, weight, grad_stats, request, grad)
+    return grad
+
+
+@_row_gradient.register_fake
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+@torch.library.custom_op("vocab_parallel_ce::row_gradient_", mutates_args=("logits",))
+def _row_gradient_inplace(
+    logits: Tensor,
+    stats: Tensor,
+    m: Tensor,
+    s: Tensor,
+    local_target: Tensor,
+    weight: Tensor | None,
+    grad_stats: Tensor,
+    start: int,
+    stop: int,
+    vocab_size: int,
+    smooth: bool,
+    entropy: bool,
+    scale: float,
+    engine: str,
+) -> None:
+    request = _gradient_request(start, stop, vocab_size, smooth, entropy, scale, engine)
+    result = RowResult(stats, m, s, local_target, m)
+    compute_gradient(logits, result, weight, grad_stats, request, logits)
+
+
+@_row_gradient_inplace.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+@torch.library.custom_op("vocab_parallel_ce::log_prob", mutates_args=())
+def _log_prob(
+    logits: Tensor,
+    m: Tensor,
+    s: Tensor,
+    start: int,
+    stop: int,
+    vocab_size: int,
+    scale: float,
+    engine: str,
+) -> Tensor:
+    request = RowRequest(start, stop, vocab_size, False, scale=scale, engine=engine)
+    return compute_log_prob(logits, m, s, request)
+
+
+@_log_prob.register_fake
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, _, weight, start, stop, vocab_size, _, smooth, entropy = inputs[:9]
+    scale, engine, inplace_backward = inputs[12], inputs[16], inputs[20]
+    stats, m, s, local_target, argmax = output
+    ctx.save_for_backward(logits, stats, m, s, local_target, weight)
+    ctx.mark_non_differentiable(m, s, local_target, argmax)
+    ctx.scalars = (start, stop, vocab_size, smooth, entropy, scale, engine)
+    ctx.inplace_backward = inplace_backward
+    ctx.overwritten = False
+
+
+def _backward(ctx: Any, grad_stats: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    refuse_second_backward(ctx)
+    logits, *saved = ctx.saved_tensors
+    none = [None] * 20
+    if not ctx.inplace_backward:
+        return (_row_gradient(logits, *saved, grad_stats, *ctx.scalars), *none)
+    ctx.overwritten = True
+    memory = logits.detach()
+    _row_gradient_inplace(memory, *saved, grad_stats, *ctx.scalars)
+    return (memory, *none)
+
+
+_row_statistics.register_autograd(_backward, setup_context=_setup_context)
+
+
+def row_statistics(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    request: RowRequest,
+    group: dist.ProcessGroup | None,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``primitive.row_statistics`` as one node of a compiled graph."""
+    name = NO_GROUP if group is None else group.group_name
+    stats, m, s, _, argmax = _row_statistics(
+        logits, target, weight, *request.scalars(), name, inplace_backward
+    )
+    return stats, m, s, argmax
+
+
+def log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) -> Tensor:
+    """``primitive.log_prob`` as one node of a compiled graph."""
+    r = request
+    detached = logits.detach()
+    return _log_prob(detached, m, s, r.start, r.stop, r.vocab_size, r.scale, r.engine)

@@ -1,0 +1,170 @@
+"""DTensor logits in, DTensor loss out.
+
+The vocabulary may be sharded over one mesh dimension, which then gives the group and the shard;
+the other mesh dimensions replicate, or shard the rows. A per-row result keeps the rows' sharding,
+a sum or a mean is reduced over it and comes back replicated (one more scalar all_reduce each for
+numerator and denominator), and gradients come back in the logits' placement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from .checks import Options, check_overwritable
+from .shard import VocabShard
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How local results become what the caller expects; without a mesh they already are."""
+
+    mesh: DeviceMesh | None = None
+    logits_placements: tuple[Placement, ...] = ()
+    row_placements: tuple[Placement, ...] = ()
+    shape: tuple[int, ...] = ()
+    """of the global logits"""
+
+    def rows(self, value: Tensor) -> Tensor:
+        """A per-row result [...], sharded like the logits' rows."""
+        return self._wrap(value, self.row_placements, self.shape[:-1])
+
+    def logits(self, value: Tensor) -> Tensor:
+        """A tensor like the logits, in their placement."""
+        return self._wrap(value, self.logits_placements, self.shape)
+
+    def scalar(self, value: Tensor) -> Tensor:
+        """A reduced result, the same on every rank."""
+        if self.mesh is None:
+            return value
+        return self._wrap(value, tuple(Replicate() for _ in self.row_placements), value.shape)
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum of a 0-d local value over the ranks that hold other rows; differentiable."""
+        if self.mesh is None or not any(p.is_shard() for p in self.row_placements):
+            return value
+        partial = [Partial() if p.is_shard() else Replicate() for p in self.row_placements]
+        part = DTensor.from_local(value, self.mesh, partial, run_check=False)
+        return part.redistribute(placements=[Replicate()] * len(partial)).to_local()
+
+    def _wrap(
+        self, value: Tensor, placements: tuple[Placement, ...], shape: tuple[int, ...]
+    ) -> Tensor:
+        if self.mesh is None:
+            return value
+        # Uneven shards: the global shape cannot be told from the local one.
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            value, self.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+        )
+
+
+_PLAIN = Layout()
+
+
+def unwrap(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor | None, Options, Layout]:
+    """Local tensors and options of a call; plain tensors pass through.
+
+    Raises ValueError for placements that the loss cannot serve. Communicates nothing, unless
+    ``normalizer`` is a DTensor that must be reduced.
+    """
+    if not isinstance(input, DTensor):
+        for name, value in (("target", target), ("weight", weight)):
+            if isinstance(value, DTensor):
+                raise ValueError(
+                    f"{name} is a DTensor but input is not: pass both as DTensors, or "
+                    f"{name}.to_local()"
+                )
+        return input, target, weight, options, _PLAIN
+    if options.group is not None or options.shard is not None:
+        raise ValueError(
+            "group and shard must be left out for DTensor input: its mesh and placements tell them"
+        )
+    if options.inplace_backward and input.requires_grad and torch.is_grad_enabled():
+        check_overwritable(input, "")
+    mesh, last = input.device_mesh, input.dim() - 1
+    vocab_dims = _vocab_dims(input, last)
+    placements = tuple(input.placements)
+    rows = tuple(Replicate() if d in vocab_dims else p for d, p in enumerate(placements))
+    layout = Layout(mesh, placements, rows, tuple(input.shape))
+
+    local = input.to_local(grad_placements=placements)
+    _, offset = compute_local_shape_and_global_offset(input.shape, mesh, placements)
+    if vocab_dims:
+        start = min(offset[last], input.shape[last])
+        shard = VocabShard(start, start + local.shape[-1], input.shape[last])
+        options = options._replace(group=mesh.get_group(vocab_dims[0]), shard=shard)
+    if isinstance(options.normalizer, DTensor):
+        options = options._replace(normalizer=options.normalizer.full_tensor())
+    local_target = _local_target(target, local, layout, offset)
+    return local, local_target, _local_weight(weight), options, layout
+
+
+def _vocab_dims(input: DTensor, last: int) -> list[int]:
+    """The mesh dimensions that shard the vocabulary: none or one."""
+    for dim, placement in enumerate(input.placements):
+        if placement.is_partial():
+            raise ValueError(
+                f"input is Partial on mesh dimension {dim}: logits must be summed first, "
+                "input.redistribute(...) to Replicate or Shard"
+            )
+        if placement.is_shard() and type(placement) is not Shard:
+            raise ValueError(
+                f"input has placement {placement} on mesh dimension {dim}, whose order of "
+                "elements the loss does not follow; redistribute it to Shard or Replicate"
+            )
+    dims = [d for d, p in enumerate(input.placements) if _shards(p, last, input.dim())]
+    if len(dims) > 1:
+        raise ValueError(
+            f"input shards its vocabulary over mesh dimensions {dims}; one of them must "
+            "replicate it, or the mesh must be flattened"
+        )
+    return dims
+
+
+def _shards(placement: Placement, dim: int, ndim: int) -> bool:
+    return isinstance(placement, Shard) and placement.dim % ndim == dim
+
+
+def _local_target(target: Tensor, local: Tensor, layout: Layout, offset: tuple[int, ...]) -> Tensor:
+    shape = layout.shape[:-1]
+    if target.shape != shape and not (
+        target.shape == local.shape[:-1] and not isinstance(target, DTensor)
+    ):
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}, but DTensor input {tuple(layout.shape)} "
+            f"needs {tuple(shape)} (or the local rows, {tuple(local.shape[:-1])})"
+        )
+    if isinstance(target, DTensor):
+        if target.device_mesh != layout.mesh:
+            raise ValueError("target is a DTensor on another mesh than input")
+        given: tuple[Any, ...] = tuple(target.placements)
+        same = given == layout.row_placements
+        if not same and not all(p.is_replicate() for p in given):
+            raise ValueError(
+                f"target has placements {given}, but input needs {layout.row_placements} "
+                "(its rows' own) or Replicate; use target.redistribute(...)"
+            )
+        return target.redistribute(placements=layout.row_placements).to_local()
+    if target.shape == local.shape[:-1]:
+        return target
+    cut = tuple(slice(o, o + n) for o, n in zip(offset, local.shape[:-1], strict=False))
+    return target[cut]
+
+
+def _local_weight(weight: Tensor | None) -> Tensor | None:
+    if not isinstance(weight, DTensor):
+        return weight
+    if not all(p.is_replicate() for p in weight.placements):
+        raise ValueError(
+            f"weight has placements {tuple(weight.placements)}; every rank needs the full vector: "
+            "weight.full_tensor()"
+        )
+    return weight.to_local()

@@ -1,0 +1,283 @@
+"""The header: what each rank tells the others about itself, in every exchange.
+
+A few integers a rank travel with the partials at no extra collective. From them each rank alone
+decides whether the shards fit together and whether all ranks were called alike:
+
+    CPU            -> an error that names the argument, the values and the ranks, on every rank
+    accelerators   -> NaN in every row, decided on the device: reading the header would be a sync
+                      (with ``check`` on: the same error as on the CPU)
+
+What a rank found wrong with the values of its own arguments travels too, so that all ranks
+raise together after the exchange instead of one raising while the others wait for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .request import RowRequest
+
+REDUCTIONS = ("none", "sum", "mean")
+
+# int32 slots of a header, in order. Two-slot entries hold an int64 or the bits of a float64.
+_STATIC = (
+    ("start", 1),
+    ("stop", 1),
+    ("vocab_size", 1),
+    ("flags", 1),
+    ("scale", 2),
+    ("label_smoothing", 2),
+    ("lse_square_scale", 2),
+    ("ignore_index", 2),
+)
+_DYNAMIC = ("target", "content", "weight", "bad_row", "bad_target", "bad_weight")
+STATIC_INTS = sum(width for _, width in _STATIC)
+HEADER_INTS = STATIC_INTS + 2 * len(_DYNAMIC)
+_START, _STOP, _VOCAB, _OPTIONS = 0, 1, 2, slice(3, STATIC_INTS)
+_CHECKSUMS = {name: STATIC_INTS + 2 * i for i, name in enumerate(_DYNAMIC)}
+_NONE = -1
+
+_FLAGS = ("smooth", "entropy", "argmax", "ignored_rows", "implicit_shard")
+
+
+@dataclass(frozen=True)
+class ValueProblems:
+    """What is wrong with the values of this rank's own arguments; found on CPU or with check."""
+
+    bad_row: int = _NONE
+    bad_target: int = 0
+    bad_weight: int = _NONE
+
+
+@functools.lru_cache(maxsize=256)
+def _static_ints(request: RowRequest) -> tuple[int, ...]:
+    flags = sum(getattr(request, name) << bit for bit, name in enumerate(_FLAGS))
+    flags |= REDUCTIONS.index(request.reduction) << len(_FLAGS)
+    packed = struct.pack(
+        "<4i3dq",
+        request.start,
+        request.stop,
+        request.vocab_size,
+        flags,
+        request.scale,
+        request.label_smoothing,
+        request.lse_square_scale,
+        request.ignore_index,
+    )
+    return struct.unpack(f"<{STATIC_INTS}i", packed)
+
+
+@functools.lru_cache(maxsize=256)
+def _static_tensor(request: RowRequest, device: torch.device) -> Tensor:
+    return torch.tensor(_static_ints(request), dtype=torch.int32, device=device)
+
+
+def checksum(values: Tensor) -> Tensor:
+    """An int64 that depends on every value and its place; computed on the device, no sync."""
+    flat = values.reshape(-1)
+    odd = torch.arange(1, 2 * flat.numel() + 1, 2, dtype=torch.int64, device=flat.device)
+    return odd.mul_(flat).sum()
+
+
+def float_checksum(values: Tensor) -> Tensor:
+    """``checksum`` of the bits of an fp32 or fp64 tensor."""
+    return checksum(values.view(torch.int64 if values.dtype == torch.float64 else torch.int32))
+
+
+def write_header(
+    out: Tensor,
+    request: RowRequest,
+    target: Tensor,
+    content: Tensor | None,
+    weight: Tensor | None,
+    problems: ValueProblems,
+) -> None:
+    """Fill ``out`` [HEADER_INTS] int32.
+
+    ``content`` are this rank's (m, s) partials: ranks that hold the same ones in every row were
+    handed the same logits. It is left out where shards were told explicitly.
+    """
+    out[:STATIC_INTS] = _static_tensor(request, out.device)
+    zero = torch.zeros((), dtype=torch.int64, device=out.device)
+    dynamic = torch.stack(
+        [
+            checksum(target),
+            zero if content is None else float_checksum(content),
+            zero if weight is None else float_checksum(weight),
+            zero + problems.bad_row,
+            zero + problems.bad_target,
+            zero + problems.bad_weight,
+        ]
+    )
+    out[STATIC_INTS:] = dynamic.view(torch.int32)
+
+
+@dataclass(frozen=True)
+class Header:
+    """One rank's header, read on the host."""
+
+    start: int
+    stop: int
+    vocab_size: int
+    options: dict[str, object]
+    checksums: dict[str, int]
+
+
+def read_headers(headers: Tensor) -> list[Header]:
+    """[W, HEADER_INTS] int32 -> one Header a rank."""
+    out = []
+    for ints in headers.tolist():
+        raw = struct.pack(f"<{HEADER_INTS}i", *ints)
+        start, stop, vocab_size, flags, *numbers = struct.unpack_from("<4i3dq", raw)
+        names = ("scale", "label_smoothing", "lse_square_scale", "ignore_index")
+        options: dict[str, object] = dict(zip(names, numbers, strict=True))
+        options["reduction"] = REDUCTIONS[(flags >> len(_FLAGS)) % len(REDUCTIONS)]
+        # After the numbers they follow from: an error shall name what the user typed.
+        options.update({name: bool(flags >> bit & 1) for bit, name in enumerate(_FLAGS)})
+        dynamic = struct.unpack_from(f"<{len(_DYNAMIC)}q", raw, 4 * STATIC_INTS)
+        checksums = dict(zip(_DYNAMIC, dynamic, strict=True))
+        out.append(Header(start, stop, vocab_size, options, checksums))
+    return out
+
+
+def raise_on_problems(headers: list[Header], target: Tensor, constant_rows: bool) -> None:
+    """Raise the ValueError that these headers call for, the same on every rank, or return.
+
+    ``constant_rows``: every row of this rank's shard holds one value (a head that is still zero),
+    so equal contents mean nothing.
+    """
+    for rank, header in enumerate(headers):
+        _raise_on_values(rank, header)
+    first = headers[0]
+    for rank, header in enumerate(headers[1:], start=1):
+        for name, value in header.options.items():
+            if value != first.options[name]:
+                raise ValueError(
+                    f"ranks disagree on {_ARGUMENT.get(name, name)}: rank 0 of the group passed "
+                    f"{first.options[name]!r}, rank {rank} passed {value!r}; "
+                    "pass the same options on every rank"
+                )
+        if header.vocab_size != first.vocab_size:
+            raise ValueError(
+                "ranks disagree on vocab_size: rank 0 of the group has "
+                f"{first.vocab_size} (its ids are [{first.start}, {first.stop})), rank {rank} has "
+                f"{header.vocab_size} (its ids are [{header.start}, {header.stop})); equal shards "
+                "must have equal columns, uneven ones need shard=VocabShard(start, stop, "
+                "vocab_size) or VocabShard.from_group(local_size, group)"
+            )
+    _raise_on_coverage(headers)
+    for rank, header in enumerate(headers[1:], start=1):
+        for name in ("target", "weight"):
+            if header.checksums[name] != first.checksums[name]:
+                raise ValueError(
+                    f"ranks disagree on {name}: rank 0 and rank {rank} of the group passed "
+                    f"different values; every rank of a tensor-parallel group must pass the same "
+                    f"{name} (was the batch split over these ranks, or shuffled with another seed?)"
+                )
+    if looks_gathered(headers) and not constant_rows:
+        size = first.stop - first.start
+        ignore_index = first.options["ignore_index"]
+        kept = target[target != ignore_index]
+        if bool((kept < size).all()):
+            raise ValueError(
+                f"input looks gathered: all {len(headers)} ranks of the group passed the same "
+                f"logits of {size} columns and every target is below {size}; each rank must pass "
+                "its own shard of the vocabulary, e.g. logits[..., start:stop] (if these really "
+                "are shards, say so with shard=VocabShard.even(vocab_size, group))"
+            )
+
+
+_ARGUMENT = {
+    "ignored_rows": "return_log_prob or lse_square_scale_for_zloss",
+    "implicit_shard": "shard (given on one rank only)",
+}
+
+
+def raise_on_own_values(problems: ValueProblems, request: RowRequest) -> None:
+    """One rank alone: what ``raise_on_problems`` says of its values."""
+    checksums = {
+        "bad_row": problems.bad_row,
+        "bad_target": problems.bad_target,
+        "bad_weight": problems.bad_weight,
+    }
+    options: dict[str, object] = {"ignore_index": request.ignore_index}
+    _raise_on_values(0, Header(request.start, request.stop, request.vocab_size, options, checksums))
+
+
+def _raise_on_values(rank: int, header: Header) -> None:
+    if header.checksums["bad_row"] != _NONE:
+        raise ValueError(
+            f"target is out of range: row {header.checksums['bad_row']} holds "
+            f"{header.checksums['bad_target']} on rank {rank} of the group, which is neither a "
+            f"class in [0, {header.vocab_size}) nor ignore_index="
+            f"{header.options['ignore_index']}; mark rows to leave out with ignore_index"
+        )
+    if header.checksums["bad_weight"] != _NONE:
+        raise ValueError(
+            f"weight must be finite and not negative: class {header.checksums['bad_weight']} is "
+            f"not on rank {rank} of the group; use 0 to leave a class out"
+        )
+
+
+def _raise_on_coverage(headers: list[Header]) -> None:
+    """Shards must tile [0, vocab_size)."""
+    vocab_size = headers[0].vocab_size
+    shards = sorted((h.start, h.stop, rank) for rank, h in enumerate(headers) if h.start < h.stop)
+    reached, holder = 0, _NONE
+    for start, stop, rank in shards:
+        if start < reached:
+            raise ValueError(
+                f"vocabulary shards overlap: rank {holder} of the group holds ids up to {reached}, "
+                f"rank {rank} holds [{start}, {stop}); give each id to one rank"
+            )
+        if start > reached:
+            raise ValueError(_missing(reached, start, vocab_size, headers))
+        reached, holder = stop, rank
+    if reached < vocab_size:
+        raise ValueError(_missing(reached, vocab_size, vocab_size, headers))
+
+
+def _missing(start: int, stop: int, vocab_size: int, headers: list[Header]) -> str:
+    held = ", ".join(f"rank {r}: [{h.start}, {h.stop})" for r, h in enumerate(headers))
+    return (
+        f"vocabulary ids [{start}, {stop}) of vocab_size={vocab_size} are on no rank of the group "
+        f"({held}); pass shards that cover the vocabulary, and the group that holds them all"
+    )
+
+
+def looks_gathered(headers: list[Header]) -> bool:
+    """Every rank inferred its shard and holds the same partials in every row."""
+    if len(headers) == 1 or not headers[0].options["implicit_shard"]:
+        return False
+    return len({h.checksums["content"] for h in headers}) == 1
+
+
+def disagreement(headers: Tensor, target: Tensor, constant_rows: Tensor) -> Tensor:
+    """The verdict of ``raise_on_problems`` as a 0-d bool tensor, without leaving the device."""
+    world = headers.shape[0]
+    first = headers[:1]
+    start, stop = headers[:, _START], headers[:, _STOP]
+    bad = (headers[:, _VOCAB] != first[:, _VOCAB]).any()
+    bad |= (headers[:, _OPTIONS] != first[:, _OPTIONS]).any()
+    for name in ("target", "weight"):
+        slot = _CHECKSUMS[name]
+        bad |= (headers[:, slot : slot + 2] != first[:, slot : slot + 2]).any()
+    # Sizes that add up to the vocabulary without any pair that overlaps tile it.
+    bad |= (stop - start).sum() != headers[0, _VOCAB]
+    holds = stop > start
+    overlap = (start[:, None] < stop[None]) & (start[None] < stop[:, None])
+    overlap &= holds[:, None] & holds[None]
+    bad |= overlap.sum() != holds.sum()  # each one overlaps itself
+    if world > 1:
+        slot = _CHECKSUMS["content"]
+        same = (headers[:, slot : slot + 2] == first[:, slot : slot + 2]).all()
+        implicit = (headers[0, 3] >> _FLAGS.index("implicit_shard") & 1).bool()
+        ignore = headers[0, STATIC_INTS - 2 : STATIC_INTS].view(torch.int64)
+        low = ((target < stop[0] - start[0]) | (target == ignore)).all()
+        bad |= same & implicit & ~constant_rows & low
+    return bad

@@ -1,0 +1,323 @@
+"""The one differentiable primitive: logits -> row statistics [j, N].
+
+    forward    partials of this shard (one read of the logits), one exchange, [N] arithmetic
+    backward   no communication; one formula for every output (one read, one write):
+
+        dx_c = scale (p_c (g_nll + g_lse + W g_smooth - g_H (log p_c + H)) - [c = y] g_nll
+                      - w_c g_smooth)
+
+Every loss is ordinary autograd on the [N] vectors above it. Here, once for all engines: padding
+columns are narrowed away, an empty shard is answered for, leading dimensions that cannot be
+flattened are looped over, and the rules of in-place backward are kept. Eager calls go through an
+``autograd.Function``; ``compiled.py`` registers the same functions as custom operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .collectives import Payload, exchange
+from .engines import select
+from .engines.contract import ELSEWHERE, IGNORED, Coefficients, arithmetic_dtype
+from .header import (
+    ValueProblems,
+    disagreement,
+    looks_gathered,
+    raise_on_own_values,
+    raise_on_problems,
+    read_headers,
+    write_header,
+)
+from .preflight import Plan, preflight
+from .request import RowRequest
+from .statistics import finish, merge_single, stat_names
+
+
+@dataclass
+class RowResult:
+    """What the forward pass knows of N rows."""
+
+    stats: Tensor
+    """[j, N] the differentiable statistics, rows named by ``stat_names``"""
+    m: Tensor
+    s: Tensor
+    """[N] the softmax of every row is e^(x - m) / s; kept apart, see the backward"""
+    local_target: Tensor
+    """[N] int64 column, ELSEWHERE or IGNORED"""
+    argmax: Tensor
+    """[N] int64, or empty when not asked for"""
+
+
+def row_blocks(x: Tensor) -> list[Tensor]:
+    """[..., C] as 2-D views [n, C] in row order, without a copy: one where strides allow it."""
+    if x.dim() == 2:
+        return [x]
+    if x.dim() == 1:
+        return [x[None]]
+    try:
+        return [x.view(-1, x.shape[-1])]
+    except RuntimeError:
+        return [block for part in x.unbind(0) for block in row_blocks(part)]
+
+
+def _numbered(blocks: list[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    first = 0
+    for block in blocks:
+        yield slice(first, first + block.shape[0]), block
+        first += block.shape[0]
+
+
+def _shard_weight(weight: Tensor | None, request: RowRequest, dtype: torch.dtype) -> Tensor | None:
+    return None if weight is None else weight[request.start : request.stop].to(dtype)
+
+
+def _total_weight(weight: Tensor | None, request: RowRequest, dtype: torch.dtype) -> Tensor | float:
+    return float(request.vocab_size) if weight is None else weight.to(dtype).sum()
+
+
+def _find_problems(target: Tensor, invalid: Tensor, weight: Tensor | None) -> ValueProblems:
+    """On the host: the first row and the first class whose value is not allowed."""
+    bad_row, bad_target, bad_weight = -1, 0, -1
+    if bool(invalid.any()):
+        bad_row = int(invalid.to(torch.uint8).argmax())
+        bad_target = int(target[bad_row])
+    if weight is not None:
+        fine = (weight >= 0) & (weight < torch.inf)
+        if not bool(fine.all()):
+            bad_weight = int((~fine).to(torch.uint8).argmax())
+    return ValueProblems(bad_row, bad_target, bad_weight)
+
+
+def compute_statistics(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    request: RowRequest,
+    group: dist.ProcessGroup | None,
+) -> RowResult:
+    """The forward pass: logits [..., C_r], target [...] and the full weight [vocab_size]."""
+    world = 1 if group is None else dist.get_world_size(group)
+    on_host = logits.device.type == "cpu" or request.checking
+    if request.checking and group is not None and world > 1:
+        preflight(Plan(request, logits, target), logits.device, group)
+
+    target = target.reshape(-1)
+    ignored = target == request.ignore_index
+    invalid = ((target < 0) | (target >= request.vocab_size)).logical_and_(~ignored)
+    problems = _find_problems(target, invalid, weight) if on_host else ValueProblems()
+    if world == 1 and on_host:
+        raise_on_own_values(problems, request)
+
+    local_target = target.long() - request.start
+    elsewhere = (local_target < 0) | (local_target >= request.shard.size)
+    local_target.masked_fill_(elsewhere, ELSEWHERE).masked_fill_(ignored, IGNORED)
+
+    dtype = arithmetic_dtype(logits.dtype)
+    wanted, rows = request.wanted, target.shape[0]
+    payload = Payload.allocate(len(wanted.rows), rows, dtype, logits.device)
+    _fill_partials(payload.parts, logits, local_target, weight, request)
+
+    if group is None or world == 1:
+        merged = merge_single(payload.parts, wanted)
+        poison = invalid
+    else:
+        shard_weight = _shard_weight(weight, request, dtype)
+        payload.shard_weight.copy_(
+            torch.tensor([float(request.shard.size)])
+            if shard_weight is None
+            else shard_weight.sum()
+        )
+        content = payload.parts[:2] if request.implicit_shard else None
+        write_header(payload.header, request, target, content, weight, problems)
+        exchanged = exchange(payload, wanted, request.collective, group)
+        merged = exchanged.merged
+        s_local = payload.parts[1]
+        constant = ((s_local == request.shard.size) | ignored).all
+        if on_host:
+            headers = read_headers(exchanged.headers)
+            constant_rows = looks_gathered(headers) and bool(constant())
+            raise_on_problems(headers, target, constant_rows)
+            poison = invalid
+        else:
+            poison = invalid | disagreement(exchanged.headers, target, constant())
+    # One NaN here makes the loss and the whole gradient of the row NaN, on every rank.
+    merged.s = merged.s.masked_fill(poison, torch.nan)
+    stats = finish(merged, wanted, _total_weight(weight, request, dtype), ignored)
+    argmax = merged.argmax if merged.argmax is not None else ignored.new_empty(0, dtype=torch.int64)
+    return RowResult(stats, merged.m, merged.s, local_target, argmax)
+
+
+def _fill_partials(
+    parts: Tensor, logits: Tensor, local_target: Tensor, weight: Tensor | None, request: RowRequest
+) -> None:
+    size = request.shard.size
+    if size == 0 or parts.shape[1] == 0:
+        parts.zero_()
+        parts[0].fill_(-torch.inf)
+        return
+    engine = select(request.engine, logits)
+    shard_weight = _shard_weight(weight, request, parts.dtype)
+    for rows, block in _numbered(row_blocks(logits[..., :size])):
+        engine.partials(
+            block,
+            local_target[rows],
+            shard_weight,
+            request.scale,
+            request.wanted,
+            parts[:, rows],
+        )
+
+
+def compute_gradient(
+    logits: Tensor,
+    result: RowResult,
+    weight: Tensor | None,
+    grad_stats: Tensor,
+    request: RowRequest,
+    out: Tensor,
+) -> None:
+    """The backward pass: write d(logits) into ``out`` [..., C_r], which may be ``logits``."""
+    size = request.shard.size
+    if size < out.shape[-1]:
+        out[..., size:].zero_()
+    if size == 0 or result.m.numel() == 0:
+        return
+    g = dict(zip(stat_names(request.wanted), grad_stats.unbind(0), strict=True))
+    softmax = g["nll"] + g["lse"]
+    smooth = entropy = None
+    if request.smooth:
+        softmax = softmax + g["smooth"] * _total_weight(weight, request, softmax.dtype)
+        smooth = g["smooth"] * request.scale
+    if request.entropy:
+        h = result.stats[stat_names(request.wanted).index("entropy")]
+        softmax = softmax - g["entropy"] * h
+        entropy = g["entropy"] * request.scale
+    coefficients = Coefficients(softmax * request.scale, g["nll"] * request.scale, smooth, entropy)
+    engine = select(request.engine, logits)
+    shard_weight = _shard_weight(weight, request, softmax.dtype)
+    sources = row_blocks(logits[..., :size])
+    if out is logits:
+        pairs = zip(sources, sources, strict=True)
+    else:
+        # ``out`` is dense: it splits along any cut that the logits need.
+        counts = [block.shape[0] for block in sources]
+        flat = out.view(-1, out.shape[-1])[:, :size]
+        pairs = zip(sources, flat.split(counts), strict=True)
+    first = 0
+    for source, destination in pairs:
+        rows = slice(first, first + source.shape[0])
+        first = rows.stop
+        part = Coefficients(*(None if c is None else c[rows] for c in coefficients))
+        engine.gradient(
+            source,
+            result.m[rows],
+            result.s[rows],
+            result.local_target[rows],
+            part,
+            shard_weight,
+            request.scale,
+            destination,
+        )
+
+
+def compute_log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) -> Tensor:
+    """This shard's slice of the global log-softmax, shaped like the logits and in their dtype.
+
+    Padding columns hold -inf: they have no probability.
+    """
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    size = request.shard.size
+    if size < out.shape[-1]:
+        out[..., size:] = -torch.inf
+    if size == 0 or m.numel() == 0:
+        return out
+    engine = select(request.engine, logits)
+    flat = out.view(-1, out.shape[-1])[:, :size]
+    for rows, block in _numbered(row_blocks(logits[..., :size])):
+        engine.log_prob(block, m[rows], s[rows], request.scale, flat[rows])
+    return out
+
+
+def refuse_second_backward(ctx: Any) -> None:
+    """A flag of our own: saved-tensor hooks can hide the version counter's complaint."""
+    if ctx.overwritten:
+        raise RuntimeError(
+            "a second backward through a loss with inplace_backward=True: the first one "
+            "overwrote the logits with their gradient; use inplace_backward=False to go "
+            "backward more than once"
+        )
+
+
+class _RowStatistics(torch.autograd.Function):
+    """The primitive in eager mode."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        request: RowRequest,
+        group: dist.ProcessGroup | None,
+        inplace_backward: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        result = compute_statistics(logits, target, weight, request, group)
+        stats = result.stats if request.entropy else None
+        ctx.save_for_backward(logits, result.m, result.s, result.local_target, stats, weight)
+        ctx.mark_non_differentiable(result.m, result.s, result.argmax)
+        ctx.request = request
+        ctx.inplace_backward = inplace_backward
+        ctx.overwritten = False
+        return result.stats, result.m, result.s, result.argmax
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_stats: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        refuse_second_backward(ctx)
+        logits, m, s, local_target, stats, weight = ctx.saved_tensors
+        request: RowRequest = ctx.request
+        result = RowResult(stats, m, s, local_target, m)
+        if not ctx.inplace_backward:
+            grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+            compute_gradient(logits, result, weight, grad_stats, request, grad)
+            return grad, None, None, None, None, None
+        ctx.overwritten = True
+        # Without the tape's view of it: the engine writes, this function tells autograd.
+        memory = logits.detach()
+        compute_gradient(memory, result, weight, grad_stats, request, memory)
+        torch.autograd.graph.increment_version(logits)
+        return memory, None, None, None, None, None
+
+
+def row_statistics(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    request: RowRequest,
+    group: dist.ProcessGroup | None,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Differentiable stats [j, N], then m [N], s [N] and argmax, which carry no gradient."""
+    if torch.compiler.is_compiling():
+        from . import compiled
+
+        return compiled.row_statistics(logits, target, weight, request, group, inplace_backward)
+    out = _RowStatistics.apply(logits, target, weight, request, group, inplace_backward)
+    return out  # type: ignore[no-any-return]
+
+
+def log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) -> Tensor:
+    """``compute_log_prob`` as the eager or the compiled caller needs it; carries no gradient."""
+    if torch.compiler.is_compiling():
+        from . import compiled
+
+        return compiled.log_prob(logits, m, s, request)
+    with torch.no_grad():
+        return compute_log_prob(logits.detach(), m, s, request)

@@ -1,0 +1,84 @@
+"""From row statistics to a loss: [N] arithmetic only, PyTorch's formulas.
+
+l_n = (1 - eps) w_y nll + (eps / C) smooth      z_n = z_scale * lse^2       0 on ignored rows
+mean: sum l_n / sum of w_y over kept rows  +  sum z_n / number of kept rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .request import RowRequest
+from .statistics import stat_names
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """[N] each; ``loss`` is without z."""
+
+    loss: Tensor
+    zloss: Tensor | None
+    row_weight: Tensor
+    """w_y of kept rows, 0 of ignored ones"""
+    kept: Tensor
+
+
+def row_losses(
+    stats: Tensor, target: Tensor, weight: Tensor | None, request: RowRequest
+) -> RowLosses:
+    """``stats`` [j, N] of the primitive and ``target`` [N] -> the losses of every row."""
+    named = dict(zip(stat_names(request.wanted), stats.unbind(0), strict=True))
+    kept = target != request.ignore_index
+    loss = named["nll"]
+    row_weight = kept.to(stats.dtype)
+    if weight is not None:
+        # Clamped, because an ignored or an invalid target must not index out of bounds.
+        column = target.long().clamp(0, request.vocab_size - 1)
+        row_weight = row_weight * weight.to(stats.dtype)[column]
+        loss = loss * row_weight
+    eps = request.label_smoothing
+    if eps > 0:
+        loss = (1 - eps) * loss + (eps / request.vocab_size) * named["smooth"]
+    zloss = None
+    if request.lse_square_scale != 0:
+        zloss = (request.lse_square_scale * named["lse"].square()).masked_fill(~kept, 0.0)
+    return RowLosses(loss, zloss, row_weight, kept)
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
+def reduce_rows(
+    rows: RowLosses,
+    reduction: str,
+    normalizer: Tensor | float | None = None,
+    total: Callable[[Tensor], Tensor] = _same,
+) -> tuple[Tensor, Tensor]:
+    """(loss with z, the z part of it): [N], or 0-d when reduced.
+
+    ``total`` adds a 0-d sum up over ranks that hold other rows of the same batch.
+    """
+    if reduction == "none":
+        zloss = torch.zeros_like(rows.loss) if rows.zloss is None else rows.zloss
+        return (rows.loss if rows.zloss is None else rows.loss + zloss), zloss
+    loss = total(rows.loss.sum())
+    zloss = loss.new_zeros(()) if rows.zloss is None else total(rows.zloss.sum())
+    if reduction == "mean":
+        if normalizer is None:
+            loss = loss / total(rows.row_weight.sum())
+            if rows.zloss is not None:
+                zloss = zloss / total(rows.kept.sum().to(zloss.dtype))
+        else:
+            loss, zloss = _divide(loss, normalizer), _divide(zloss, normalizer)
+    return (loss if rows.zloss is None else loss + zloss), zloss
+
+
+def _divide(value: Tensor, normalizer: Tensor | float) -> Tensor:
+    if isinstance(normalizer, Tensor):
+        return value / normalizer.detach().reshape(()).to(value)
+    return value / normalizer

@@ -1,0 +1,63 @@
+"""RowRequest: everything static about one call, checked, as plain numbers and strings.
+
+It is what the api hands to the primitive, what a custom operator takes apart into scalars, and
+what the header tells the other ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .engines.contract import Wanted
+from .shard import VocabShard
+
+CHECK_VARIABLE = "VOCAB_PARALLEL_CE_CHECK"
+
+
+@dataclass(frozen=True)
+class RowRequest:
+    """One call's statics; every field is a scalar that a custom operator can take."""
+
+    start: int
+    stop: int
+    vocab_size: int
+    implicit_shard: bool
+    """The shard was not told but follows from the rank: equal shards in rank order."""
+    smooth: bool = False
+    entropy: bool = False
+    argmax: bool = False
+    ignored_rows: bool = False
+    ignore_index: int = -100
+    scale: float = 1.0
+    label_smoothing: float = 0.0
+    lse_square_scale: float = 0.0
+    reduction: str = "none"
+    engine: str = "auto"
+    collective: str = "auto"
+    check: str = "environment"
+    """"on", "off", or "environment": as VOCAB_PARALLEL_CE_CHECK says when the call runs."""
+
+    @property
+    def shard(self) -> VocabShard:
+        return VocabShard(self.start, self.stop, self.vocab_size)
+
+    @property
+    def wanted(self) -> Wanted:
+        return Wanted(self.smooth, self.entropy, self.argmax, self.ignored_rows)
+
+    @property
+    def checking(self) -> bool:
+        return check_is_on(self.check)
+
+    def scalars(self) -> tuple[Any, ...]:
+        """The fields in order, for a custom operator; ``RowRequest(*scalars)`` restores it."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+
+def check_is_on(check: str) -> bool:
+    """Whether ranks compare notes before they start."""
+    if check == "environment":
+        return os.environ.get(CHECK_VARIABLE, "0").lower() not in ("", "0", "false", "no", "off")
+    return check == "on"

@@ -1,0 +1,85 @@
+"""VocabShard: which vocabulary ids live on this rank.
+
+A shard is three integers and never talks to anybody. The one way that communicates,
+``VocabShard.from_group``, is called by hand when the model is built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+def group_rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """This process's rank in ``group`` and the group's size; (0, 1) without a group."""
+    if group is None:
+        return 0, 1
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The ids [start, stop) of a vocabulary of ``vocab_size`` live on this rank.
+
+    Column j of the logits is id ``start + j``. Columns beyond ``stop - start`` are padding: they
+    take no part in the softmax and their gradient is exactly 0. An empty shard (start == stop) is
+    legal. Shards of a group must cover [0, vocab_size) without overlap, in any order of ranks;
+    every call of the loss verifies that (an error on CPU, NaN on accelerators).
+    """
+
+    start: int
+    stop: int
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        for name in ("start", "stop", "vocab_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"VocabShard: {name} must be an int, got {value!r}")
+        if not 0 <= self.start <= self.stop <= self.vocab_size or self.vocab_size < 1:
+            raise ValueError(
+                "VocabShard: needs 0 <= start <= stop <= vocab_size and vocab_size >= 1, got "
+                f"start={self.start}, stop={self.stop}, vocab_size={self.vocab_size}"
+            )
+
+    @property
+    def size(self) -> int:
+        """Number of ids that live here."""
+        return self.stop - self.start
+
+    @classmethod
+    def even(cls, vocab_size: int, group: dist.ProcessGroup | None = None) -> VocabShard:
+        """Shards of ceil(vocab_size / world) ids in rank order, the last ones shorter or empty.
+
+        This is how ``torch.chunk`` and DTensor's ``Shard`` divide. Nothing is communicated.
+        """
+        rank, world = group_rank_and_size(group)
+        size = -(-vocab_size // world)
+        start = min(rank * size, vocab_size)
+        return cls(start, min(start + size, vocab_size), vocab_size)
+
+    @classmethod
+    def from_group(cls, local_size: int, group: dist.ProcessGroup | None = None) -> VocabShard:
+        """Shards of any sizes in rank order: exchanges ``local_size`` over ``group``.
+
+        Communicates once (an all_gather of one int64 a rank) and must be called by every rank of
+        the group; call it when the model is built, not at every step.
+        """
+        if not isinstance(local_size, int) or isinstance(local_size, bool) or local_size < 0:
+            raise ValueError(
+                f"VocabShard.from_group: local_size must be an int >= 0, got {local_size!r}"
+            )
+        rank, world = group_rank_and_size(group)
+        if world == 1:
+            return cls(0, local_size, local_size)
+        device = torch.device("cpu")
+        if dist.get_backend(group) not in ("gloo", "mpi"):
+            device = torch.device(torch.accelerator.current_accelerator() or "cpu")
+        mine = torch.tensor([local_size], dtype=torch.int64, device=device)
+        sizes = [torch.empty_like(mine) for _ in range(world)]
+        dist.all_gather(sizes, mine, group=group)
+        counts = [int(size.item()) for size in sizes]
+        start = sum(counts[:rank])
+        return cls(start, start + local_size, sum(counts))

@@ -1,0 +1,133 @@
+"""What a row carries and how partials merge: pure tensor arithmetic on [W, k, N] and [N].
+
+Every rank summarises its shard of a row in k floats (see ``engines/contract.py``). With
+m = max_r m_r the summaries merge exactly as one pass over the whole row would have made them:
+
+    s   = sum_r e^(m_r - m) s_r
+    t   = sum_r e^(m_r - m) (t_r + (m_r - m) s_r)
+    u   = sum_r (u_r + W_r (m_r - m))              W_r = sum of the class weights of shard r
+    x_y = sum_r x_y_r                              all but the owner hold 0
+
+(the online softmax of Milakov and Gimelshein 2018, over ranks instead of blocks). The statistics
+of the row follow without cancellation, because m never leaves the differences:
+
+    nll = log s - (x_y - m)    lse = m + log s    smooth = W log s - u    entropy = log s - t / s
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .engines.contract import Wanted
+
+
+@dataclass
+class Merged:
+    """The statistics of N rows over the whole vocabulary: [N] each."""
+
+    m: Tensor
+    s: Tensor
+    x_y: Tensor
+    u: Tensor | None = None
+    t: Tensor | None = None
+    argmax: Tensor | None = None
+
+
+def stat_names(wanted: Wanted) -> tuple[str, ...]:
+    """Rows of the primitive's differentiable output, in order."""
+    names = ["nll", "lse"]
+    if wanted.smooth:
+        names.append("smooth")
+    if wanted.entropy:
+        names.append("entropy")
+    return tuple(names)
+
+
+def _shift(m_part: Tensor, m: Tensor) -> Tensor:
+    """m_r - m, and 0 where a shard is all -inf: its sums are 0 and need no rescaling."""
+    return torch.where(m_part == -torch.inf, torch.zeros_like(m_part), m_part - m)
+
+
+def rescale(parts: dict[str, Tensor], m: Tensor, shard_weight: Tensor | None) -> dict[str, Tensor]:
+    """Partials relative to their own m, made relative to the global ``m``; ready to be summed.
+
+    ``parts`` maps the names of ``Wanted.rows`` to [..., N]; ``shard_weight`` is W_r, [..., 1].
+    """
+    shift = _shift(parts["m"], m)
+    factor = shift.exp()
+    out = {"s": factor * parts["s"], "x_y": parts["x_y"]}
+    if "u" in parts:
+        assert shard_weight is not None
+        out["u"] = torch.addcmul(parts["u"], shard_weight, shift)
+    if "t" in parts:
+        # -inf * 0 of a shard whose m_r is negligible must stay 0, as e^z z does for z -> -inf.
+        out["t"] = factor * torch.addcmul(parts["t"], shift, parts["s"])
+    return out
+
+
+def integer_view(parts: Tensor) -> Tensor:
+    """The argmax row, which travels as the bits of an integer of the same width."""
+    return parts.view(torch.int64 if parts.dtype == torch.float64 else torch.int32)
+
+
+def merge(parts: Tensor, wanted: Wanted, shard_weight: Tensor, starts: Tensor) -> Merged:
+    """Merge [W, k, N] partials in rank order: the same bits on every rank that holds them.
+
+    ``shard_weight`` [W] holds every rank's W_r and ``starts`` [W] its first vocabulary id.
+    """
+    named = {name: parts[:, row] for row, name in enumerate(wanted.rows)}
+    m = named["m"].amax(0)
+    # In rank order, one by one: torch.sum promises no order of its own.
+    terms = rescale(named, m, shard_weight[:, None])
+    sums = {name: _sum_in_order(value) for name, value in terms.items()}
+    merged = Merged(m, sums["s"], sums["x_y"], sums.get("u"), sums.get("t"))
+    if wanted.argmax:
+        ids = integer_view(named["argmax"]).long() + starts[:, None].long()
+        # The smallest id wins a tie; a row of NaN has no maximum and answers -1.
+        none = torch.iinfo(torch.int64).max
+        best = torch.where(named["m"] == m, ids, none).amin(0)
+        merged.argmax = torch.where(best == none, -1, best)
+    return merged
+
+
+def merge_single(parts: Tensor, wanted: Wanted) -> Merged:
+    """One rank holds the whole vocabulary: its partials are the statistics."""
+    named = dict(zip(wanted.rows, parts.unbind(0), strict=True))
+    argmax = integer_view(named["argmax"]).long() if wanted.argmax else None
+    return Merged(
+        named["m"], named["s"], named["x_y"], named.get("u"), named.get("t"), argmax=argmax
+    )
+
+
+def _sum_in_order(values: Tensor) -> Tensor:
+    total = values[0].clone()
+    for value in values[1:]:
+        total += value
+    return total
+
+
+def finish(merged: Merged, wanted: Wanted, total_weight: float | Tensor, ignored: Tensor) -> Tensor:
+    """The [j, N] statistics named by ``stat_names``; exactly 0 on ignored rows.
+
+    ``lse`` of an ignored row is real when ``wanted.ignored_rows`` had its logits read.
+    """
+    log_s = merged.s.log()
+    stats = merged.s.new_empty(len(stat_names(wanted)), merged.s.shape[0])
+    nll, lse, *rest = stats.unbind(0)
+    torch.sub(log_s, merged.x_y - merged.m, out=nll)
+    torch.add(merged.m, log_s, out=lse)
+    if wanted.smooth:
+        assert merged.u is not None
+        torch.sub(log_s * total_weight, merged.u, out=rest.pop(0))
+    if wanted.entropy:
+        assert merged.t is not None
+        torch.sub(log_s, merged.t / merged.s, out=rest.pop(0))
+    for name, row in zip(stat_names(wanted), stats.unbind(0), strict=True):
+        if name != "lse" or not wanted.ignored_rows:
+            row.masked_fill_(ignored, 0.0)
+    if merged.argmax is not None:
+        merged.argmax.masked_fill_(ignored, -1)
+    return stats
