@@ -1,0 +1,160 @@
+"""Embedding and output head whose weights are split over the vocabulary.
+
+Each tensor-parallel rank owns the rows [start, stop) of a [vocab_size, width] weight. Two autograd
+functions, each the other's mirror, keep everything between the two layers replicated:
+
+    reduce_from_group    forward: sum over the group    backward: nothing    (after the embedding)
+    copy_to_group        forward: nothing    backward: sum over the group    (before the head)
+
+Initial weights do not depend on how many ranks there are: every rank draws the full weight from
+the same seeded generator and keeps its rows. For a moment that takes the full weight in memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812  (torch's own name for it)
+from torch import Tensor, nn
+
+from vocab_parallel_ce import VocabShard
+
+
+def _sum_over(group: dist.ProcessGroup, values: Tensor) -> Tensor:
+    """A new tensor: the sum over the group, carried in fp32 where values are narrower."""
+    narrow = values.dtype in (torch.float16, torch.bfloat16)
+    total = values.to(torch.float32 if narrow else values.dtype, copy=True).contiguous()
+    dist.all_reduce(total, group=group)
+    return total.to(values.dtype)
+
+
+class _ReduceFromGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return _sum_over(group, values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class _CopyToGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _sum_over(ctx.group, gradients[0]), None
+
+
+def reduce_from_group(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Partial sums on each rank -> their sum on every rank. Any shape; group None is one rank."""
+    if group is None or dist.get_world_size(group) == 1:
+        return values
+    result: Tensor = _ReduceFromGroup.apply(values, group)  # type: ignore[no-untyped-call, unused-ignore]
+    return result
+
+
+def copy_to_group(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The same values to ranks that each use them in part; their gradients are summed."""
+    if group is None or dist.get_world_size(group) == 1:
+        return values
+    result: Tensor = _CopyToGroup.apply(values, group)  # type: ignore[no-untyped-call, unused-ignore]
+    return result
+
+
+class _VocabParallelWeight(nn.Module):
+    """Rows [shard.start, shard.stop) of a [vocab_size, width] weight."""
+
+    def __init__(
+        self,
+        shard: VocabShard,
+        width: int,
+        group: dist.ProcessGroup | None,
+        generator: torch.Generator,
+        std: float,
+        weight: nn.Parameter | None,
+    ) -> None:
+        super().__init__()
+        self.shard, self.group = shard, group
+        if weight is None:
+            full = torch.empty(shard.vocab_size, width).normal_(0.0, std, generator=generator)
+            weight = nn.Parameter(full[shard.start : shard.stop].clone())
+        elif tuple(weight.shape) != (shard.size, width):
+            raise ValueError(
+                f"weight of shape {tuple(weight.shape)} does not fit shard={shard}: "
+                f"it must be [{shard.size}, {width}]"
+            )
+        self.weight = weight
+
+    def extra_repr(self) -> str:
+        shard = self.shard
+        return f"rows {shard.start}:{shard.stop} of {shard.vocab_size}, {self.weight.shape[1]} wide"
+
+
+class VocabParallelEmbedding(_VocabParallelWeight):
+    """ids [...] -> vectors [..., width], the same on every rank of the group."""
+
+    def __init__(
+        self,
+        shard: VocabShard,
+        width: int,
+        group: dist.ProcessGroup | None,
+        *,
+        generator: torch.Generator,
+        std: float = 0.02,
+    ) -> None:
+        super().__init__(shard, width, group, generator, std, None)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """An id outside the vocabulary is an error on a CPU; accelerators are not made to wait."""
+        shard = self.shard
+        if ids.device.type == "cpu" and ids.numel():
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= shard.vocab_size:
+                wrong = low if low < 0 else high
+                raise ValueError(
+                    f"ids contain {wrong}, which is not in the vocabulary [0, {shard.vocab_size})"
+                )
+        elsewhere = (ids < shard.start) | (ids >= shard.stop)
+        if shard.size == 0:  # no rows: zeros that still belong to the weight's graph
+            vectors = self.weight.sum() + self.weight.new_zeros(*ids.shape, self.weight.shape[1])
+        else:
+            vectors = F.embedding((ids - shard.start).masked_fill(elsewhere, 0), self.weight)
+            vectors = vectors.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        return reduce_from_group(vectors, self.group)
+
+
+class VocabParallelHead(_VocabParallelWeight):
+    """hidden [..., width] -> this rank's logits [..., stop - start].
+
+    `weight` ties the head to an embedding of the same shard.
+    """
+
+    def __init__(
+        self,
+        shard: VocabShard,
+        width: int,
+        group: dist.ProcessGroup | None,
+        *,
+        generator: torch.Generator,
+        std: float = 0.02,
+        weight: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__(shard, width, group, generator, std, weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(copy_to_group(hidden, self.group), self.weight)
+
+
+def vocab_parallel_parameters(model: nn.Module) -> dict[str, VocabShard]:
+    """Name of each parameter that is split over the vocabulary -> the rows that live here."""
+    return {
+        f"{name}.weight" if name else "weight": module.shard
+        for name, module in model.named_modules()
+        if isinstance(module, _VocabParallelWeight)
+    }
