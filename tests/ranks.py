@@ -37,7 +37,7 @@ class Outcome:
     trace: str = ""
 
 
-class Hung(AssertionError):
+class HungError(AssertionError):
     """Some rank did not answer in time."""
 
 
@@ -59,9 +59,7 @@ def _serve(rank: int, size: int, store: str, timeout: float, pipe: Connection) -
         try:
             outcome = Outcome(case(groups[world], *args, **kwargs))
         except Exception as problem:
-            outcome = Outcome(
-                None, str(problem), type(problem).__name__, traceback.format_exc()
-            )
+            outcome = Outcome(None, str(problem), type(problem).__name__, traceback.format_exc())
         pipe.send(outcome)
     dist.destroy_process_group()
 
@@ -116,7 +114,7 @@ class Pool:
             except (EOFError, OSError):
                 reason = "died"
             self.stop()
-            raise Hung(f"rank {rank} {reason}; other ranks said {outcomes}")
+            raise HungError(f"rank {rank} {reason}; other ranks said {outcomes}")
         return outcomes
 
     def outcomes(

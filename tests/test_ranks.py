@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from .ranks import WORLDS, Hung, Pool, run_fresh
+from .ranks import WORLDS, HungError, Pool, run_fresh
 
 
 def _sum_of_ranks(group: dist.ProcessGroup) -> tuple[str, float]:
@@ -42,5 +42,5 @@ def test_errors_come_back(pool: Pool) -> None:
 
 
 def test_a_hang_is_noticed() -> None:
-    with pytest.raises(Hung, match="no answer within"):
+    with pytest.raises(HungError, match="no answer within"):
         run_fresh(_sleep, 2, timeout=2.0)
