@@ -1,0 +1,62 @@
+# make demo      a virtual environment, the install, and a GPT trained on two CPU ranks
+# make test      lint, types and every test
+# make bench     the loss beside its peers on this machine; writes runs/bench
+#
+# Options:  PYTHON=python3.11           the interpreter to build the environment from
+#           TORCH=torch==2.13.0         the torch to install
+#           PIP_OPTIONS="--index-url …" pip's own options for torch, to choose a CPU or CUDA build
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH ?= torch==2.13.0
+PIP_OPTIONS ?=
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+TORCHRUN := $(BIN)/torchrun --standalone
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types unit bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# \?//p' Makefile | head -8
+
+# The stamp keeps the environment until what it was made from changes.
+$(VENV)/installed: pyproject.toml
+	@echo "== install into $(VENV) with $(PYTHON)"
+	@echo "   downloads: $(TORCH) (a CPU build is about 200 MB; the package index's default build for"
+	@echo "   Linux x86-64 brings CUDA and several GB: choose with PIP_OPTIONS), then about 150 MB of"
+	@echo "   numba, numpy, tokenizers, matplotlib, rich, typer, pytest, hypothesis, mypy, ruff and"
+	@echo "   megatron-core. pip options for torch: '$(PIP_OPTIONS)'"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	@start=$$(date +%s); \
+	$(PYTHON) -m venv $(VENV) && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) $(TORCH) && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[launch,test,peers]' && \
+	echo "== install: $$(( $$(date +%s) - start )) s"
+	@touch $@
+
+demo: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(TORCHRUN) --nproc-per-node 2 -m vocab_parallel_ce.launch.train \
+	    --tp 2 --device cpu --out runs/demo --fresh
+
+test: lint types unit
+
+lint: $(VENV)/installed
+	@start=$$(date +%s); echo "== lint"; \
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && \
+	echo "== lint: $$(( $$(date +%s) - start )) s"
+
+types: $(VENV)/installed
+	@start=$$(date +%s); echo "== types"; \
+	$(BIN)/mypy && echo "== types: $$(( $$(date +%s) - start )) s"
+
+unit: $(VENV)/installed
+	@start=$$(date +%s); echo "== tests"; \
+	$(BIN)/python -m pytest -q --durations=15 && \
+	echo "== tests: $$(( $$(date +%s) - start )) s"
+
+bench: $(VENV)/installed
+	$(BIN)/python -m vocab_parallel_ce.launch.bench --out runs/bench
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info
