@@ -1,0 +1,72 @@
+"""The one rule of how exact a result must be; no test has a tolerance of its own.
+
+    |actual_i - exact_i|  <=  2 E  +  ulp_i
+
+    exact   the fp64 result
+    naive   the same quantity by the textbook formula in plain torch, in the arithmetic dtype (fp32
+            for fp16, bf16 and fp32 logits; fp64 for fp64), never rounded to the output's dtype
+    E       the largest error of ``naive`` against ``exact`` over all elements of the tensor (a
+            single element of the naive result may be right by luck)
+    ulp_i   one unit in the last place of the output's dtype at |exact_i|: the distance between two
+            neighbouring numbers of that dtype there (of its subnormals below the smallest normal)
+
+So a small probability in a bf16 gradient must be right in its own last place, not in that of the
+largest element. Where ``exact`` is not finite, ``actual`` must hold the same infinity or NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """The spacing of ``dtype`` at every |value|, in fp64."""
+    info = torch.finfo(dtype)
+    size = value.detach().double().abs().clamp(min=info.smallest_normal)
+    power_of_two = size / (2 * torch.frexp(size).mantissa)  # the mantissa lies in [0.5, 1)
+    return power_of_two * info.eps
+
+
+def naive_error(exact: Tensor, naive: Tensor) -> float:
+    """E: the largest error of ``naive`` among the elements where both are finite."""
+    exact, naive = exact.detach().double(), naive.detach().double()
+    errors = (naive - exact).abs()
+    errors = errors[exact.isfinite() & naive.isfinite()]
+    return float(errors.max()) if errors.numel() else 0.0
+
+
+def assert_close(
+    actual: Tensor,
+    exact: Tensor,
+    naive: Tensor,
+    what: str = "result",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Fail unless ``actual`` obeys the rule of this module.
+
+    ``exact`` is fp64; ``what`` names the quantity in the message; ``dtype`` is the output's, if
+    it is not ``actual``'s own (the last place of a result that was rounded on its way).
+    """
+    assert exact.dtype == torch.float64, f"{what}: exact must be fp64, got {exact.dtype}"
+    assert actual.shape == exact.shape == naive.shape, (
+        f"{what}: shapes {tuple(actual.shape)}, {tuple(exact.shape)}, {tuple(naive.shape)}"
+    )
+    if exact.numel() == 0:
+        return
+    got, want = actual.detach().double(), exact.detach()
+    finite = want.isfinite()
+    same = torch.where(want.isnan(), got.isnan(), got == want)
+    assert bool(same[~finite].all()), f"{what}: not the same infinities and NaNs as the fp64 result"
+    want = torch.where(finite, want, 0.0)
+    got = torch.where(finite, got, 0.0)
+    allowed = 2 * naive_error(exact, naive) + ulp(want, dtype or actual.dtype)
+    error = (got - want).abs()
+    wrong = ~(error <= allowed)
+    if bool(wrong.any()):
+        worst = int(torch.where(error.isnan(), torch.inf, error / allowed).argmax())
+        raise AssertionError(
+            f"{what}: {int(wrong.sum())} of {wrong.numel()} elements are off; element {worst} is "
+            f"{got.flatten()[worst].item()!r}, exact {want.flatten()[worst].item()!r}, "
+            f"error {error.flatten()[worst].item():.3e} > {allowed.flatten()[worst].item():.3e}"
+        )
