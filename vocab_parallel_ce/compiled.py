@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch._C._distributed_c10d import _resolve_process_group
 
 from .engines.contract import arithmetic_dtype
 from .primitive import (
@@ -219,4 +219,5 @@ def log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) -> Tenso
     """``primitive.log_prob`` as one node of a compiled graph."""
     r = request
     detached = logits.detach()
-    return _log_prob(detached, m, s, r.start, r.stop, r.vocab_size, r.scale, r.engine)
+    out: Tensor = _log_prob(detached, m, s, r.start, r.stop, r.vocab_size, r.scale, r.engine)
+    return out

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from .collectives import Payload, exchange
 from .engines import select
-from .engines.contract import ELSEWHERE, IGNORED, Coefficients, arithmetic_dtype
+from .engines.contract import Coefficients, arithmetic_dtype
 from .header import (
     ValueProblems,
     disagreement,
@@ -38,6 +38,7 @@ from .header import (
 from .preflight import Plan, preflight
 from .request import RowRequest
 from .statistics import finish, merge_single, stat_names
+from .targets import find_problems, locate
 
 
 @dataclass
@@ -78,21 +79,13 @@ def _shard_weight(weight: Tensor | None, request: RowRequest, dtype: torch.dtype
     return None if weight is None else weight[request.start : request.stop].to(dtype)
 
 
+def _shard_total(weight: Tensor | None, request: RowRequest, dtype: torch.dtype) -> Tensor | float:
+    part = _shard_weight(weight, request, dtype)
+    return float(request.size) if part is None else part.sum()
+
+
 def _total_weight(weight: Tensor | None, request: RowRequest, dtype: torch.dtype) -> Tensor | float:
     return float(request.vocab_size) if weight is None else weight.to(dtype).sum()
-
-
-def _find_problems(target: Tensor, invalid: Tensor, weight: Tensor | None) -> ValueProblems:
-    """On the host: the first row and the first class whose value is not allowed."""
-    bad_row, bad_target, bad_weight = -1, 0, -1
-    if bool(invalid.any()):
-        bad_row = int(invalid.to(torch.uint8).argmax())
-        bad_target = int(target[bad_row])
-    if weight is not None:
-        fine = (weight >= 0) & (weight < torch.inf)
-        if not bool(fine.all()):
-            bad_weight = int((~fine).to(torch.uint8).argmax())
-    return ValueProblems(bad_row, bad_target, bad_weight)
 
 
 def compute_statistics(
@@ -109,55 +102,44 @@ def compute_statistics(
         preflight(Plan(request, logits, target), logits.device, group)
 
     target = target.reshape(-1)
-    ignored = target == request.ignore_index
-    invalid = ((target < 0) | (target >= request.vocab_size)).logical_and_(~ignored)
-    problems = _find_problems(target, invalid, weight) if on_host else ValueProblems()
+    located = locate(target, request)
+    ignored = located.ignored
+    problems = find_problems(target, located.allowed, weight) if on_host else ValueProblems()
     if world == 1 and on_host:
         raise_on_own_values(problems, request)
-
-    local_target = target.long() - request.start
-    elsewhere = (local_target < 0) | (local_target >= request.shard.size)
-    local_target.masked_fill_(elsewhere, ELSEWHERE).masked_fill_(ignored, IGNORED)
 
     dtype = arithmetic_dtype(logits.dtype)
     wanted, rows = request.wanted, target.shape[0]
     payload = Payload.allocate(len(wanted.rows), rows, dtype, logits.device)
-    _fill_partials(payload.parts, logits, local_target, weight, request)
+    _fill_partials(payload.parts, logits, located.local_target, weight, request)
 
+    poison = None if on_host else ~located.allowed
     if group is None or world == 1:
         merged = merge_single(payload.parts, wanted)
-        poison = invalid
     else:
-        shard_weight = _shard_weight(weight, request, dtype)
-        payload.shard_weight.copy_(
-            torch.tensor([float(request.shard.size)])
-            if shard_weight is None
-            else shard_weight.sum()
-        )
+        payload.shard_weight[0] = _shard_total(weight, request, dtype)
         content = payload.parts[:2] if request.implicit_shard else None
         write_header(payload.header, request, target, content, weight, problems)
         exchanged = exchange(payload, wanted, request.collective, group)
         merged = exchanged.merged
-        s_local = payload.parts[1]
-        constant = ((s_local == request.shard.size) | ignored).all
-        if on_host:
+        constant = ((payload.parts[1] == request.size) | ignored).all
+        if poison is None:
             headers = read_headers(exchanged.headers)
-            constant_rows = looks_gathered(headers) and bool(constant())
-            raise_on_problems(headers, target, constant_rows)
-            poison = invalid
+            raise_on_problems(headers, target, looks_gathered(headers) and bool(constant()))
         else:
-            poison = invalid | disagreement(exchanged.headers, target, constant())
-    # One NaN here makes the loss and the whole gradient of the row NaN, on every rank.
-    merged.s = merged.s.masked_fill(poison, torch.nan)
+            poison |= disagreement(exchanged.headers, target, constant())
+    if poison is not None:
+        # One NaN here makes the loss and the whole gradient of the row NaN, on every rank.
+        merged.s = merged.s.masked_fill(poison, torch.nan)
     stats = finish(merged, wanted, _total_weight(weight, request, dtype), ignored)
-    argmax = merged.argmax if merged.argmax is not None else ignored.new_empty(0, dtype=torch.int64)
-    return RowResult(stats, merged.m, merged.s, local_target, argmax)
+    argmax = merged.argmax if merged.argmax is not None else located.local_target.new_empty(0)
+    return RowResult(stats, merged.m, merged.s, located.local_target, argmax)
 
 
 def _fill_partials(
     parts: Tensor, logits: Tensor, local_target: Tensor, weight: Tensor | None, request: RowRequest
 ) -> None:
-    size = request.shard.size
+    size = request.size
     if size == 0 or parts.shape[1] == 0:
         parts.zero_()
         parts[0].fill_(-torch.inf)
@@ -184,7 +166,7 @@ def compute_gradient(
     out: Tensor,
 ) -> None:
     """The backward pass: write d(logits) into ``out`` [..., C_r], which may be ``logits``."""
-    size = request.shard.size
+    size = request.size
     if size < out.shape[-1]:
         out[..., size:].zero_()
     if size == 0 or result.m.numel() == 0:
@@ -199,31 +181,26 @@ def compute_gradient(
         h = result.stats[stat_names(request.wanted).index("entropy")]
         softmax = softmax - g["entropy"] * h
         entropy = g["entropy"] * request.scale
-    coefficients = Coefficients(softmax * request.scale, g["nll"] * request.scale, smooth, entropy)
+    softmax, target_part = softmax * request.scale, g["nll"] * request.scale
     engine = select(request.engine, logits)
     shard_weight = _shard_weight(weight, request, softmax.dtype)
-    sources = row_blocks(logits[..., :size])
-    if out is logits:
-        pairs = zip(sources, sources, strict=True)
-    else:
-        # ``out`` is dense: it splits along any cut that the logits need.
-        counts = [block.shape[0] for block in sources]
-        flat = out.view(-1, out.shape[-1])[:, :size]
-        pairs = zip(sources, flat.split(counts), strict=True)
-    first = 0
-    for source, destination in pairs:
-        rows = slice(first, first + source.shape[0])
-        first = rows.stop
-        part = Coefficients(*(None if c is None else c[rows] for c in coefficients))
+    # A fresh gradient is dense, so it splits along any cut that the logits need.
+    flat = None if out is logits else out.view(-1, out.shape[-1])[:, :size]
+    for rows, source in _numbered(row_blocks(logits[..., :size])):
         engine.gradient(
             source,
             result.m[rows],
             result.s[rows],
             result.local_target[rows],
-            part,
+            Coefficients(
+                softmax[rows],
+                target_part[rows],
+                None if smooth is None else smooth[rows],
+                None if entropy is None else entropy[rows],
+            ),
             shard_weight,
             request.scale,
-            destination,
+            source if flat is None else flat[rows],
         )
 
 
@@ -233,7 +210,7 @@ def compute_log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) 
     Padding columns hold -inf: they have no probability.
     """
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    size = request.shard.size
+    size = request.size
     if size < out.shape[-1]:
         out[..., size:] = -torch.inf
     if size == 0 or m.numel() == 0:
@@ -278,7 +255,7 @@ class _RowStatistics(torch.autograd.Function):
         return result.stats, result.m, result.s, result.argmax
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_stats: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         refuse_second_backward(ctx)
         logits, m, s, local_target, stats, weight = ctx.saved_tensors
@@ -309,8 +286,10 @@ def row_statistics(
         from . import compiled
 
         return compiled.row_statistics(logits, target, weight, request, group, inplace_backward)
-    out = _RowStatistics.apply(logits, target, weight, request, group, inplace_backward)
-    return out  # type: ignore[no-any-return]
+    out: tuple[Tensor, Tensor, Tensor, Tensor] = _RowStatistics.apply(  # type: ignore[no-untyped-call]
+        logits, target, weight, request, group, inplace_backward
+    )
+    return out
 
 
 def log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) -> Tensor:

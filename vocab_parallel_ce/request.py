@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from .engines.contract import Wanted
-from .shard import VocabShard
 
 CHECK_VARIABLE = "VOCAB_PARALLEL_CE_CHECK"
 
@@ -40,8 +39,9 @@ class RowRequest:
     """"on", "off", or "environment": as VOCAB_PARALLEL_CE_CHECK says when the call runs."""
 
     @property
-    def shard(self) -> VocabShard:
-        return VocabShard(self.start, self.stop, self.vocab_size)
+    def size(self) -> int:
+        """Number of ids, and of columns that are not padding, on this rank."""
+        return self.stop - self.start
 
     @property
     def wanted(self) -> Wanted:

@@ -125,9 +125,11 @@ def finish(merged: Merged, wanted: Wanted, total_weight: float | Tensor, ignored
     if wanted.entropy:
         assert merged.t is not None
         torch.sub(log_s, merged.t / merged.s, out=rest.pop(0))
-    for name, row in zip(stat_names(wanted), stats.unbind(0), strict=True):
-        if name != "lse" or not wanted.ignored_rows:
-            row.masked_fill_(ignored, 0.0)
+    if wanted.ignored_rows:
+        nll.masked_fill_(ignored, 0.0)
+        stats[2:].masked_fill_(ignored, 0.0)
+    else:
+        stats.masked_fill_(ignored, 0.0)
     if merged.argmax is not None:
         merged.argmax.masked_fill_(ignored, -1)
     return stats

@@ -1,0 +1,51 @@
+"""Where each row's target lives, and which rows count.
+
+Validity is decided from the target and vocab_size alone, never from "no rank owns it".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .engines.contract import ELSEWHERE, IGNORED
+from .header import ValueProblems
+from .request import RowRequest
+
+
+@dataclass(frozen=True)
+class Located:
+    """[N] each."""
+
+    local_target: Tensor
+    """int64 column of this shard, ELSEWHERE or IGNORED"""
+    ignored: Tensor
+    allowed: Tensor
+    """the target is a class or ignore_index"""
+
+
+def locate(target: Tensor, request: RowRequest) -> Located:
+    """Locate ``target`` [N] in the shard of ``request``; no host synchronisation."""
+    target = target.long()
+    ignored = target == request.ignore_index
+    here = (target >= request.start) & (target < request.stop)
+    local_target = torch.where(here, target - request.start, ELSEWHERE)
+    local_target.masked_fill_(ignored, IGNORED)
+    if request.stop - request.start < request.vocab_size:
+        here = (target >= 0) & (target < request.vocab_size)
+    return Located(local_target, ignored, here | ignored)
+
+
+def find_problems(target: Tensor, allowed: Tensor, weight: Tensor | None) -> ValueProblems:
+    """On the host: the first row and the first class whose value is not allowed."""
+    bad_row, bad_target, bad_weight = -1, 0, -1
+    if not bool(allowed.all()):
+        bad_row = int((~allowed).to(torch.uint8).argmax())
+        bad_target = int(target[bad_row])
+    if weight is not None:
+        fine = (weight >= 0) & (weight < torch.inf)
+        if not bool(fine.all()):
+            bad_weight = int((~fine).to(torch.uint8).argmax())
+    return ValueProblems(bad_row, bad_target, bad_weight)
