@@ -18,7 +18,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -112,15 +112,10 @@ def check_and_compare(trainer: Trainer) -> bool:
     return ok
 
 
-def run(
-    groups: ParallelGroups,
-    options: TrainOptions,
-    paths: list[Path],
-    cache: Path,
-    resume: Resume,
-    check: bool,
-) -> bool:
-    """The whole job on this rank; False if the self-check failed."""
+def prepare(
+    groups: ParallelGroups, options: TrainOptions, paths: list[Path], cache: Path, resume: Resume
+) -> Trainer:
+    """Everything before the first step. A ValueError from here is about what the user asked for."""
     begin = time.perf_counter()
     corpus = shared_corpus(groups, paths, options.shape.vocab_size, cache)
     say(groups, f"{len(corpus.tokens):,} tokens of text ({time.perf_counter() - begin:.1f} s)")
@@ -136,6 +131,12 @@ def run(
     )
     if trainer.state.step:
         say(groups, f"Continuing {options.out} after step {trainer.state.step}.")
+    return trainer
+
+
+def train_and_check(trainer: Trainer, check: bool) -> bool:
+    """The job itself; False if the self-check failed."""
+    groups, options = trainer.groups, trainer.options
     log = None
     if groups.rank == 0:
         log = TrainingLog(options.metrics, trainer.state.step, options.steps, options.log_every)
@@ -144,9 +145,13 @@ def run(
     if groups.rank == 0:
         draw_curve(options.metrics, options.out / "loss.png")
     say(groups, f"Metrics, curve and checkpoints are in {options.out}.")
-    ok = check_and_compare(trainer) if check else True
-    say(groups, f"{time.perf_counter() - begin:.0f} s in all.")
-    return ok
+    return check_and_compare(trainer) if check else True
+
+
+def refuse(error: ValueError) -> NoReturn:
+    """Ends this rank with the message and no traceback: the user can act on it."""
+    print(f"rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
+    raise typer.Exit(USAGE_ERROR)
 
 
 @app.command()
@@ -183,6 +188,7 @@ def main(
     die_at_step: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Trains a GPT whose vocabulary is split across tensor-parallel ranks."""
+    begin = time.perf_counter()
     try:
         options = TrainOptions(
             shape=GPTShape(vocab_size, context, width, layers, heads, dropout, tied),
@@ -203,12 +209,15 @@ def main(
             die_at_step=die_at_step,
         )
         groups = ParallelGroups.open(device, tp=tp, dp=dp, timeout_seconds=timeout)
-        with groups:
-            ok = run(groups, options, text or [], cache or default_cache(), resume, check)
     except ValueError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
-        raise typer.Exit(USAGE_ERROR) from None
+        refuse(error)
+    with groups:
+        try:
+            trainer = prepare(groups, options, text or [], cache or default_cache(), resume)
+        except ValueError as error:
+            refuse(error)
+        ok = train_and_check(trainer, check)
+        say(groups, f"{time.perf_counter() - begin:.0f} s in all.")
     if not ok:
         raise typer.Exit(1)
 

@@ -106,6 +106,8 @@ class ParallelGroups:
     dp_group: dist.ProcessGroup
     control: dist.ProcessGroup
     mesh: DeviceMesh
+    owned: bool
+    """Whether closing ends the process groups: not when the caller had initialised them."""
 
     @classmethod
     def open(
@@ -116,12 +118,17 @@ class ParallelGroups:
         dp: int | None = None,
         timeout_seconds: float = 600.0,
     ) -> ParallelGroups:
-        """Joins all ranks. Bad sizes are refused before anything is connected."""
-        world_size = _environment_int("WORLD_SIZE", 1)
+        """Joins all ranks. Bad sizes are refused before anything is connected.
+
+        Where torch.distributed is already initialised, its ranks are used as they are.
+        """
+        owned = not dist.is_initialized()
+        world_size = _environment_int("WORLD_SIZE", 1) if owned else dist.get_world_size()
         tp, dp = grid_size(world_size, tp, dp)
         device = local_device(device_type)
         timeout = timedelta(seconds=timeout_seconds)
-        _initialise(device, timeout)
+        if owned:
+            _initialise(device, timeout)
         mesh = init_device_mesh(device.type, (dp, tp), mesh_dim_names=("dp", "tp"))
         world = dist.group.WORLD
         assert world is not None
@@ -138,6 +145,7 @@ class ParallelGroups:
             dp_group=mesh.get_group("dp"),
             control=world if on_cpu else dist.new_group(backend="gloo", timeout=timeout),
             mesh=mesh,
+            owned=owned,
         )
 
     def barrier(self) -> None:
@@ -147,7 +155,8 @@ class ParallelGroups:
     def close(self) -> None:
         """Waits for all ranks, then leaves."""
         self.barrier()
-        dist.destroy_process_group()
+        if self.owned:
+            dist.destroy_process_group()
 
     def __enter__(self) -> ParallelGroups:
         return self
@@ -160,7 +169,7 @@ class ParallelGroups:
     ) -> None:
         if kind is None:
             self.close()
-        elif self.device.type == "cpu":
+        elif self.owned and self.device.type == "cpu":
             # No barrier: the others may never come. On an accelerator not even this, because
             # closing waits for collectives in flight; the exit of the process ends them.
             dist.destroy_process_group()
