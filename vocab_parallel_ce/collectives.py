@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .engines.contract import Wanted
 from .header import HEADER_INTS
-from .statistics import Merged, merge, rescale
+from .statistics import Merged, merge, rescale_
 
 COLLECTIVES = ("auto", "all_gather", "all_reduce")
 GATHER_LIMIT_BYTES = 6_000_000
@@ -76,9 +76,9 @@ def exchange(
     k, rows = payload.parts.shape
     world = dist.get_world_size(group)
     gathered_bytes = world * k * rows * payload.parts.element_size()
-    gather = collective == "all_gather" or (
-        collective == "auto" and (gathered_bytes <= GATHER_LIMIT_BYTES or wanted.argmax)
-    )
+    small = gathered_bytes <= GATHER_LIMIT_BYTES
+    # An argmax cannot be summed or maximised with its value: it always gathers.
+    gather = wanted.argmax or collective == "all_gather" or (collective == "auto" and small)
     return (_by_gather if gather else _by_reduce)(payload, wanted, group, world)
 
 
@@ -94,21 +94,22 @@ def _by_gather(payload: Payload, wanted: Wanted, group: dist.ProcessGroup, world
 
 def _by_reduce(payload: Payload, wanted: Wanted, group: dist.ProcessGroup, world: int) -> Exchanged:
     rows = payload.parts.shape[1]
-    named = dict(zip(wanted.rows, payload.parts.unbind(0), strict=True))
-    m = named["m"].clone()
+    names = wanted.rows[1:]
+    m = payload.parts[0].clone()
     dist.all_reduce(m, dist.ReduceOp.MAX, group=group)
-    terms = rescale(named, m, payload.shard_weight)
+    packed = m.new_zeros(len(names) * rows + world * 2 * HEADER_INTS)
+    sums, slots = packed.split([len(names) * rows, world * 2 * HEADER_INTS])
+    named = dict(zip(names, sums.view(len(names), rows).unbind(0), strict=True))
+    sums.copy_(payload.parts[1:].flatten())
+    rescale_({"m": payload.parts[0].clone(), **named}, m, payload.shard_weight)
     # Each rank fills its own slots and adds 0 to the others': the sum gathers the headers. Halves
     # of 16 bits are exact in fp32.
-    slots = m.new_zeros(world, 2, HEADER_INTS)
-    slots[dist.get_rank(group), 0] = payload.header & 0xFFFF
-    slots[dist.get_rank(group), 1] = payload.header >> 16
-    packed = torch.cat([*terms.values(), slots.flatten()])
+    halves = slots.view(world, 2, HEADER_INTS)
+    halves[dist.get_rank(group), 0] = payload.header & 0xFFFF
+    halves[dist.get_rank(group), 1] = payload.header >> 16
     dist.all_reduce(packed, dist.ReduceOp.SUM, group=group)
-    sums = dict(zip(terms, packed[: len(terms) * rows].view(len(terms), rows), strict=True))
-    low, high = packed[len(terms) * rows :].view(world, 2, HEADER_INTS).to(torch.int32).unbind(1)
-    merged = Merged(m, sums["s"], sums["x_y"], sums.get("u"), sums.get("t"))
-    return Exchanged(high << 16 | low, merged)
+    low, high = halves.to(torch.int32).unbind(1)
+    return Exchanged(high << 16 | low, Merged(m, **named))
 
 
 def all_gather_flat(out: Tensor, mine: Tensor, group: dist.ProcessGroup | None) -> None:

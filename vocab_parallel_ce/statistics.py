@@ -46,26 +46,25 @@ def stat_names(wanted: Wanted) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _shift(m_part: Tensor, m: Tensor) -> Tensor:
-    """m_r - m, and 0 where a shard is all -inf: its sums are 0 and need no rescaling."""
-    return torch.where(m_part == -torch.inf, torch.zeros_like(m_part), m_part - m)
-
-
-def rescale(parts: dict[str, Tensor], m: Tensor, shard_weight: Tensor | None) -> dict[str, Tensor]:
-    """Partials relative to their own m, made relative to the global ``m``; ready to be summed.
+def rescale_(parts: dict[str, Tensor], m: Tensor, shard_weight: Tensor) -> None:
+    """Make partials relative to the global ``m``, in place: then they can be summed.
 
     ``parts`` maps the names of ``Wanted.rows`` to [..., N]; ``shard_weight`` is W_r, [..., 1].
+    What was m_r holds the rescaling factors afterwards. In place, because W x k x N numbers are
+    what a merge costs in memory already.
     """
-    shift = _shift(parts["m"], m)
-    factor = shift.exp()
-    out = {"s": factor * parts["s"], "x_y": parts["x_y"]}
+    # A shard that is all -inf (m_r = -inf, s_r = t_r = 0) must add 0, and its u_r = -inf stay: the
+    # shift is kept finite, since W_r = 0 and s_r = 0 times -inf would be NaN.
+    shift = parts["m"].sub_(m.masked_fill(m == -torch.inf, 0.0))
+    shift.clamp_(min=torch.finfo(shift.dtype).min)
     if "u" in parts:
-        assert shard_weight is not None
-        out["u"] = torch.addcmul(parts["u"], shard_weight, shift)
+        parts["u"].addcmul_(shard_weight, shift)
     if "t" in parts:
-        # -inf * 0 of a shard whose m_r is negligible must stay 0, as e^z z does for z -> -inf.
-        out["t"] = factor * torch.addcmul(parts["t"], shift, parts["s"])
-    return out
+        parts["t"].addcmul_(shift, parts["s"])
+    factor = shift.exp_()
+    for name in ("s", "t"):
+        if name in parts:
+            parts[name].mul_(factor)
 
 
 def integer_view(parts: Tensor) -> Tensor:
@@ -77,20 +76,20 @@ def merge(parts: Tensor, wanted: Wanted, shard_weight: Tensor, starts: Tensor) -
     """Merge [W, k, N] partials in rank order: the same bits on every rank that holds them.
 
     ``shard_weight`` [W] holds every rank's W_r and ``starts`` [W] its first vocabulary id.
+    ``parts`` is used up as scratch.
     """
     named = {name: parts[:, row] for row, name in enumerate(wanted.rows)}
     m = named["m"].amax(0)
-    # In rank order, one by one: torch.sum promises no order of its own.
-    terms = rescale(named, m, shard_weight[:, None])
-    sums = {name: _sum_in_order(value) for name, value in terms.items()}
-    merged = Merged(m, sums["s"], sums["x_y"], sums.get("u"), sums.get("t"))
+    argmax = None
     if wanted.argmax:
-        ids = integer_view(named["argmax"]).long() + starts[:, None].long()
+        ids = integer_view(named.pop("argmax")).long() + starts[:, None].long()
         # The smallest id wins a tie; a row of NaN has no maximum and answers -1.
         none = torch.iinfo(torch.int64).max
         best = torch.where(named["m"] == m, ids, none).amin(0)
-        merged.argmax = torch.where(best == none, -1, best)
-    return merged
+        argmax = torch.where(best == none, -1, best)
+    rescale_(named, m, shard_weight[:, None])
+    del named["m"]
+    return Merged(m, argmax=argmax, **{name: _sum_in_order(v) for name, v in named.items()})
 
 
 def merge_single(parts: Tensor, wanted: Wanted) -> Merged:
@@ -103,6 +102,7 @@ def merge_single(parts: Tensor, wanted: Wanted) -> Merged:
 
 
 def _sum_in_order(values: Tensor) -> Tensor:
+    """[W, N] -> [N], rank after rank: torch.sum promises no order of its own."""
     total = values[0].clone()
     for value in values[1:]:
         total += value
