@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .collectives import Payload, exchange
 from .engines import select
@@ -232,6 +231,26 @@ def refuse_second_backward(ctx: Any) -> None:
         )
 
 
+class _RefuseSecondDerivative(torch.autograd.Function):
+    """Hands a gradient on; differentiating it raises.
+
+    torch's ``once_differentiable`` raises only where the incoming gradient requires one. Here the
+    dependence on the logits counts as well: without it a gradient penalty would silently lose its
+    gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Tensor:
+        raise RuntimeError(
+            "the loss cannot be differentiated twice: its gradient has no derivative here; for a "
+            "gradient penalty use torch.nn.functional.cross_entropy on gathered logits"
+        )
+
+
 class _RowStatistics(torch.autograd.Function):
     """The primitive in eager mode."""
 
@@ -255,8 +274,15 @@ class _RowStatistics(torch.autograd.Function):
         return result.stats, result.m, result.s, result.argmax
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_stats: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grad = _RowStatistics._gradient(ctx, grad_stats)
+        if torch.is_grad_enabled():  # create_graph=True
+            grad = _RefuseSecondDerivative.apply(grad.requires_grad_())  # type: ignore[no-untyped-call]
+        return grad, None, None, None, None, None
+
+    @staticmethod
+    def _gradient(ctx: Any, grad_stats: Tensor) -> Tensor:
         refuse_second_backward(ctx)
         logits, m, s, local_target, stats, weight = ctx.saved_tensors
         request: RowRequest = ctx.request
@@ -264,13 +290,13 @@ class _RowStatistics(torch.autograd.Function):
         if not ctx.inplace_backward:
             grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
             compute_gradient(logits, result, weight, grad_stats, request, grad)
-            return grad, None, None, None, None, None
+            return grad
         ctx.overwritten = True
         # Without the tape's view of it: the engine writes, this function tells autograd.
-        memory = logits.detach()
+        memory: Tensor = logits.detach()
         compute_gradient(memory, result, weight, grad_stats, request, memory)
         torch.autograd.graph.increment_version(logits)
-        return memory, None, None, None, None, None
+        return memory
 
 
 def row_statistics(
