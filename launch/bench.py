@@ -118,9 +118,14 @@ def start_ranks(plan: Plan, ranks: int, logs: Path) -> list[dict[str, Any]]:
                 if log:
                     log.close()
         for rank, process in enumerate(processes):
-            if rank and process.returncode:
+            if rank and process.returncode:  # rank 0 has said it already, on standard error
                 tail = (logs / f"rank{rank}.log").read_text(errors="replace").splitlines()[-8:]
-                print(f"rank {rank} ended with {process.returncode}:", *tail, sep="\n  ")
+                print(
+                    f"rank {rank} ended with {process.returncode}:",
+                    *tail,
+                    sep="\n  ",
+                    file=sys.stderr,
+                )
         if not result.exists():
             codes = [process.returncode for process in processes]
             raise RuntimeError(f"the ranks ended with {codes} and without a result")
@@ -216,7 +221,7 @@ def main(
     runs: list[dict[str, Any]] = []
     problems: list[str] = []
     if under_torchrun:
-        with bench_report.progress(steps(plan), f"{counts[0]} ranks", first) as tell:
+        with bench_report.progress(steps(plan), counts[0], first) as tell:
             runs = run_plan(plan, tell)
         if not first:
             return
@@ -225,7 +230,7 @@ def main(
             try:
                 runs += start_ranks(plan, count, out)
             except RuntimeError as failure:
-                problems.append(f"{count} ranks not measured: {failure}")
+                problems.append(f"{bench_report.ranks_in_words(count)} not measured: {failure}")
     # A terminal tells its width; a file or a pipe gets what the tables need.
     console = Console() if sys.stdout.isatty() else Console(width=160)
     judged = bench_report.judge(runs, LABELS)

@@ -416,7 +416,9 @@ def _leave_with_parent() -> None:
     """Exit when standard input closes: the parent holds it open for as long as it lives."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        # Not sys.stdin: its lock, held here, would abort the interpreter's own exit.
+        while os.read(0, 1):
+            pass
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -429,7 +431,7 @@ def main(plan: str, init_method: str, result: str) -> None:
 
     rank = int(os.environ["RANK"])
     todo = Plan.load(plan)
-    with progress(steps(todo), f"{os.environ['WORLD_SIZE']} ranks", rank == 0) as tell:
+    with progress(steps(todo), int(os.environ["WORLD_SIZE"]), rank == 0) as tell:
         runs = run_plan(todo, tell, init_method)
     if rank == 0:
         Path(result).write_text(json.dumps(runs))

@@ -99,14 +99,17 @@ def _mib(size: float) -> str:
     return f"{size / MIB:.2f} MiB"
 
 
+def ranks_in_words(ranks: int) -> str:
+    return "1 process" if ranks == 1 else f"{ranks} ranks"
+
+
 def _where(run: Run) -> str:
-    ranks = "1 process" if run["ranks"] == 1 else f"{run['ranks']} ranks"
-    return f"{ranks}, [{run['rows']}, {run['vocab']}] {run['dtype']}"
+    return f"{ranks_in_words(run['ranks'])}, [{run['rows']}, {run['vocab']}] {run['dtype']}"
 
 
 def _judge_ratio(ratio: Ratio, runs: list[Run], labels: dict[str, str]) -> Judged:
-    place = "1 process" if ratio.ranks == 1 else f"{ratio.ranks} ranks"
-    what = f"{place}, {ratio.dtype}: {labels[ratio.ours]} against {labels[ratio.against]}"
+    where = f"{ranks_in_words(ratio.ranks)}, {ratio.dtype}"
+    what = f"{where}: {labels[ratio.ours]} against {labels[ratio.against]}"
     reason = "not among the runs"
     for run in runs:
         if (run["ranks"], run["dtype"], run["device"]) != (ratio.ranks, ratio.dtype, "cpu"):
@@ -175,10 +178,10 @@ def failures(runs: list[Run], ours_only: bool = False) -> list[str]:
 
 
 @contextmanager
-def progress(total: int, title: str, show: bool) -> Iterator[Callable[[str, int], None]]:
+def progress(total: int, ranks: int, show: bool) -> Iterator[Callable[[str, int], None]]:
     """A progress bar on standard error; yields ``tell(text, steps)``."""
     columns = (
-        TextColumn(f"[bold]{title}[/]"),
+        TextColumn(f"[bold]{ranks_in_words(ranks)}[/]"),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
@@ -302,6 +305,12 @@ def print_report(console: Console, runs: list[Run], judged: list[Judged]) -> Non
     for line in failures(runs):
         console.print(f"[red]{line}[/]")
     count = {verdict: sum(j.verdict == verdict for j in judged) for verdict in _VERDICTS}
+    busy, timed = (sum(run[key] for run in runs) for key in ("busy_runs", "timed_runs"))
+    if 4 * busy > timed:
+        console.print(
+            f"[yellow]{busy} of {timed} timed runs found the machine busy: "
+            "repeat on a quiet one before believing a ratio.[/]"
+        )
     console.print(
         f"{count['met']} goals met, {count['MISSED']} missed but above the gate, "
         f"{count['below the gate']} below the gate, {count['not measured']} not measured."
@@ -333,27 +342,34 @@ def draw(runs: list[Run], path: Path) -> None:
     figure, axes = pyplot.subplots(
         len(kept),
         1,
-        figsize=(9, 0.42 * sum(heights) + 0.6),
+        figsize=(9, 0.36 * sum(heights) + 0.6),
         squeeze=False,
+        sharex=True,
         gridspec_kw={"height_ratios": heights},
         layout="constrained",
     )
     for axis, (run, peers) in zip(axes[:, 0], kept, strict=True):
         times = [peer["total_s"]["median"] * 1e3 for peer in peers]
-        colours = ["#1b7f5c" if peer["ours"] else "#9aa5b1" for peer in peers]
-        axis.barh([peer["label"] for peer in peers], times, color=colours)
-        axis.invert_yaxis()
-        axis.set_xscale("log")
-        axis.set_xlim(min(times) / 2, max(times) * 3)
-        axis.set_title(_where(run), loc="left", fontsize=10)
+        base = next((t for t, p in zip(times, peers, strict=True) if p["ours"] == "in place"), None)
         for row, (peer, milliseconds) in enumerate(zip(peers, times, strict=True)):
-            text = f" {milliseconds:.3g} ms"
-            if not peer["ours"]:
-                text += f", {milliseconds / times[0]:.1f}x" if peers[0]["ours"] else ""
-            axis.text(milliseconds, row, text, va="center", fontsize=9)
+            colour = "#1b7f5c" if peer["ours"] else "#5b6673"
+            # Dots, not bars: a bar's length means nothing on an axis without a zero.
+            axis.plot(milliseconds, row, "o", color=colour, markersize=8)
+            text = f"{milliseconds:,.0f} ms" if milliseconds >= 100 else f"{milliseconds:.3g} ms"
+            if base and milliseconds != base:
+                text += f" ({milliseconds / base:.1f}x)"
+            place = {"xytext": (9, 0), "textcoords": "offset points", "va": "center"}
+            axis.annotate(text, (milliseconds, row), fontsize=9, color=colour, **place)
+        axis.set_yticks(range(len(peers)), [peer["label"] for peer in peers])
+        axis.set_ylim(len(peers) - 0.4, -0.6)
+        axis.set_xscale("log")
+        axis.set_title(_where(run), loc="left", fontsize=10)
+        axis.grid(axis="x", which="major", alpha=0.4)
         axis.spines[["top", "right"]].set_visible(False)
+    low, high = axes[0, 0].get_xlim()
+    axes[0, 0].set_xlim(low, high * 2)  # room for the last label
     axes[-1, 0].set_xlabel(
-        "milliseconds, forward + backward, median (log axis); x: against the first bar"
+        "milliseconds, forward + backward, median (log axis); in brackets: against ours in place"
     )
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
