@@ -303,6 +303,9 @@ def run_dtype(
         tell(f"{dtype}: prepared {peer.label}", 1)
     ready = [peer for peer in peers if peer.name in loss_of]
 
+    gc.collect()
+    gc.freeze()  # what the libraries left behind is not searched again before every timed run
+
     # Times, round robin; the start moves on, so that nobody always follows the same neighbour.
     times: dict[str, list[measure.Pass]] = {peer.name: [] for peer in ready}
     copies: list[float] = []
@@ -335,6 +338,7 @@ def run_dtype(
                 peaks[peer.name].append(peak)
         tell(f"{dtype}: memory of {peer.label}", 1)
     measure.settle_malloc(strict=False)
+    gc.unfreeze()
 
     every = gather((times, copies, peaks))
     size = bench.buffer.nbytes

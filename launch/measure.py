@@ -220,9 +220,10 @@ def count_collectives(run: Callable[[], Any]) -> tuple[Any, int | None]:
     Counted by torch's own profiler: every collective, whoever calls it and over whichever
     backend, passes the dispatcher as a ``c10d::`` operator. None when the profiler is missing.
     """
+    # The plain profiler: torch.profiler would import the whole compiler first. It sees the CPU
+    # side, which is where a collective is issued, on every device.
+    profiler: Any = torch.autograd.profiler.profile()
     try:
-        # On the CPU side only: that is where a collective is issued, on every device.
-        profiler: Any = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
         profiler.__enter__()
     except RuntimeError:
         return run(), None
@@ -230,7 +231,7 @@ def count_collectives(run: Callable[[], Any]) -> tuple[Any, int | None]:
         result = run()
     finally:
         profiler.__exit__(None, None, None)
-    events = profiler.events() or []
+    events = profiler.function_events or []
     return result, sum(event.name.startswith("c10d::") for event in events)
 
 
