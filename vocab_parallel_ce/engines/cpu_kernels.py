@@ -31,17 +31,20 @@ from vocab_parallel_ce.engines.cpu_lanes import (
     lanes_of,
     larger,
     load,
+    load_any,
     number,
     read,
     scratch,
     size_of,
     store,
+    store_any,
     total,
     where_less,
     write,
 )
 
 INFINITY = math.inf
+SLACK = 1.0
 INT32, INT64 = np.int32(0), np.int64(0)
 
 # One block: ``address`` is contiguous, ``count`` a multiple of LANES unless said otherwise
@@ -55,26 +58,32 @@ def block_max(address, count, token):
     b, c, d = a, a, a
     quads = count // (4 * LANES)
     for _ in range(quads):
-        a = larger(load(address, token), a)
-        b = larger(load(address + step, token), b)
-        c = larger(load(address + 2 * step, token), c)
-        d = larger(load(address + 3 * step, token), d)
+        a = larger(load_any(address, token), a)
+        b = larger(load_any(address + step, token), b)
+        c = larger(load_any(address + 2 * step, token), c)
+        d = larger(load_any(address + 3 * step, token), d)
         address += 4 * step
     for _ in range(count // LANES - 4 * quads):
-        a = larger(load(address, token), a)
+        a = larger(load_any(address, token), a)
         address += step
     return highest(larger(larger(a, b), larger(c, d)))
 
 
 @helper
-def block_sum(address, count, scale, m, token):
-    """sum e^(x - m)"""
+def block_max_sum(address, count, scale, base, token):
+    """max x and sum e^(x - base)"""
     step = LANES * size_of(token)
+    top = lanes_of(-INFINITY, token)
     s = lanes_of(0.0, token)
+    unit = scale == 1.0
     for _ in range(count // LANES):
-        s = s + exp(load(address, token) * scale - m, scale)
+        x = load_any(address, token)
+        if not unit:
+            x = x * scale
+        top = larger(x, top)
+        s = s + exp(x - base, scale)
         address += step
-    return total(s)
+    return np.float64(highest(top)), total(s)
 
 
 @helper
@@ -128,9 +137,13 @@ def block_smooth(address, count, m, weight, token):
 def block_gradient(source, destination, count, scale, m, softmax, token):
     """softmax e^(x - m)"""
     step = LANES * size_of(token)
+    unit = scale == 1.0
     for _ in range(count // LANES):
-        e = exp(load(source, token) * scale - m, token)
-        store(destination, e * softmax, token)
+        x = load_any(source, token)
+        if not unit:
+            x = x * scale
+        e = exp(x - m, token)
+        store_any(destination, e * softmax, token)
         source += step
         destination += step
 
@@ -218,14 +231,20 @@ def reference(m):
 
 
 @helper
-def fold(m, s, address, count, scale, token):
-    """The running maximum and sum of a row after one more block."""
-    top = np.float64(block_max(address, count, token) * scale)
-    if top > m:
-        if m > -INFINITY:
-            s *= math.exp(m - top)
-        m = top
-    return m, s + block_sum(address, count, scale, reference(m), token)
+def fold(m, base, s, address, count, scale, token):
+    """The running maximum of a row and its sum of e^(x - base) after one more block.
+
+    ``base`` is any earlier maximum not more than SLACK below m: a block is read twice only when
+    it rises above that, and x - base is as exact as x - m.
+    """
+    if base == -INFINITY:
+        base = np.float64(block_max(address, count, token) * scale)
+    top, more = block_max_sum(address, count, scale, reference(base), token)
+    if top > base + SLACK:
+        s *= math.exp(base - top)
+        base = top
+        top, more = block_max_sum(address, count, scale, base, token)
+    return max(m, top), base, s + more
 
 
 @helper
@@ -259,7 +278,7 @@ def partials_fast(
     for row in range(begin, end):
         result = out + row * size_of(scale)
         y = read(target + row * target_step, INT64)
-        m, s, x = -INFINITY, 0.0, 0.0
+        m, base, s, x = -INFINITY, -INFINITY, 0.0, 0.0
         if y == IGNORED and not ignored_rows:
             m = 0.0
         else:
@@ -267,10 +286,13 @@ def partials_fast(
             x = target_logit(address, size, columns, y, scale, token)
             for start in range(0, full, BLOCK):
                 count = min(BLOCK, full - start)
-                m, s = fold(m, s, address + start * size, count, scale, token)
+                block = address + start * size
+                m, base, s = fold(m, base, s, block, count, scale, token)
             if full < columns:
                 gather(tail, address + full * size, size, columns - full, scale, token)
-                m, s = fold(m, s, tail, LANES, number(1.0, scale), scale)
+                m, base, s = fold(m, base, s, tail, LANES, number(1.0, scale), scale)
+            if m > base:
+                s *= math.exp(base - m)
         write(result, m, scale)
         write(result + out_step, s, scale)
         write(result + 2 * out_step, x, scale)
@@ -347,7 +369,7 @@ def partials_general(
                     more_s, more_t = block_entropy(buffer, padded, reference(m), scale)
                     t += more_t
                 else:
-                    more_s = block_sum(buffer, padded, one, reference(m), scale)
+                    _, more_s = block_max_sum(buffer, padded, one, reference(m), scale)
                 s += more_s
                 if smooth:
                     w = weight + start * size if weight != 0 else 0

@@ -26,7 +26,7 @@ from numba.core import cgutils, types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, overload, register_model
 
-LANES = 16
+LANES = 32
 BLOCK = 1024  # elements worked on while they stay in the first-level cache
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -134,8 +134,7 @@ def _constant(kind: Any, value: Any) -> Any:
 def _widen(builder: Any, raw: Any, token: Any) -> Any:
     if token not in (types.uint16, types.int16):
         return raw
-    bits = builder.zext(raw, _as(raw.type, _I32))
-    integer, real = bits.type, _as(raw.type, _F32)
+    bits, integer, real = raw, raw.type, _as(raw.type, _F32)
 
     def const(value: int) -> Any:
         return _constant(integer, value)
@@ -155,7 +154,8 @@ def _widen(builder: Any, raw: Any, token: Any) -> Any:
     return builder.bitcast(builder.or_(bits, sign), real)
 
 
-def _narrow(builder: Any, value: Any, token: Any) -> Any:
+def _narrow(builder: Any, value: Any, token: Any, clean: bool = False) -> Any:
+    """``clean``: a NaN has zeros where bf16 has no bits, so rounding cannot carry it to infinity."""
     if token not in (types.uint16, types.int16):
         return value
     integer, real = _as(value.type, _I32), value.type
@@ -172,9 +172,10 @@ def _narrow(builder: Any, value: Any, token: Any) -> Any:
         return builder.lshr(builder.add(number, half), const(dropped))
 
     if token == types.uint16:
+        if clean:
+            return round_off(bits, 16)
         quiet = builder.or_(builder.lshr(bits, const(16)), const(0x40))
-        stored = builder.select(nan, quiet, round_off(bits, 16))
-        return builder.trunc(stored, _as(value.type, _I16))
+        return builder.select(nan, quiet, round_off(bits, 16))
     sign = builder.and_(builder.lshr(bits, const(16)), const(0x8000))
     magnitude = builder.and_(bits, const(0x7FFFFFFF))
     normal = round_off(builder.sub(magnitude, const((127 - 15) << 23)), 13)
@@ -185,24 +186,57 @@ def _narrow(builder: Any, value: Any, token: Any) -> Any:
     tiny = builder.sub(builder.bitcast(shifted, integer), const(126 << 23))
     subnormal = builder.icmp_unsigned("<", magnitude, const((127 - 14) << 23))
     stored = builder.select(subnormal, tiny, normal)
-    stored = builder.or_(builder.select(nan, const(0x7E00), stored), sign)
-    return builder.trunc(stored, _as(value.type, _I16))
+    return builder.or_(builder.select(nan, const(0x7E00), stored), sign)
 
 
 # Memory
 
 
+def _pointer(builder: Any, address: Any, kind: Any) -> Any:
+    return builder.inttoptr(address, kind.as_pointer())
+
+
 def _load(builder: Any, address: Any, token: Any, wide: bool) -> Any:
     element, size = _STORED[token]
     kind = _vector(element) if wide else element
-    pointer = builder.inttoptr(address, kind.as_pointer())
-    return _widen(builder, builder.load(pointer, align=size), token)
+    raw = builder.load(_pointer(builder, address, kind), align=size)
+    if element == _I16:
+        raw = builder.zext(raw, _as(kind, _I32))
+    return _widen(builder, raw, token)
 
 
 def _store(builder: Any, address: Any, value: Any, token: Any) -> None:
+    element, size = _STORED[token]
     raw = _narrow(builder, value, token)
-    pointer = builder.inttoptr(address, raw.type.as_pointer())
-    builder.store(raw, pointer, align=_STORED[token][1])
+    if element == _I16:
+        raw = builder.trunc(raw, _as(raw.type, _I16))
+    builder.store(raw, _pointer(builder, address, raw.type), align=size)
+
+
+def _half(builder: Any, value: Any, start: int) -> Any:
+    index = [ir.Constant(_I32, start + i) for i in range(LANES // 2)]
+    mask = ir.Constant(ir.VectorType(_I32, LANES // 2), index)
+    return builder.shuffle_vector(value, value, mask)
+
+
+def _load_pairs(builder: Any, address: Any, token: Any) -> Any:
+    """Two 16-bit elements at a time, one in each half of a 32-bit integer."""
+    kind = ir.VectorType(_I32, LANES // 2)
+    raw = builder.load(_pointer(builder, address, kind), align=2)
+    sixteen = ir.Constant(kind, [ir.Constant(_I32, 16)] * (LANES // 2))
+    low = builder.lshr(builder.shl(raw, sixteen), sixteen)
+    index = [ir.Constant(_I32, i) for i in range(LANES)]
+    mask = ir.Constant(_vector(_I32), index)
+    return _widen(builder, builder.shuffle_vector(low, builder.lshr(raw, sixteen), mask), token)
+
+
+def _store_pairs(builder: Any, address: Any, value: Any, token: Any) -> None:
+    raw = _narrow(builder, value, token, clean=True)
+    kind = ir.VectorType(_I32, LANES // 2)
+    sixteen = ir.Constant(kind, [ir.Constant(_I32, 16)] * (LANES // 2))
+    high = builder.shl(_half(builder, raw, LANES // 2), sixteen)
+    pairs = builder.or_(_half(builder, raw, 0), high)
+    builder.store(pairs, _pointer(builder, address, kind), align=2)
 
 
 @operation
@@ -221,6 +255,32 @@ def store(typing: Any, address: Any, value: Any, token: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         _store(builder, args[0], args[1], token)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, value, token), codegen
+
+
+@operation
+def load_any(typing: Any, address: Any, token: Any) -> Any:
+    """LANES consecutive elements in an order of its own, which for 16-bit ones is cheaper."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if _STORED[token][1] == 2:
+            return _load_pairs(builder, args[0], token)
+        return _load(builder, args[0], token, wide=True)
+
+    return Lanes(_arithmetic(token))(types.int64, token), codegen
+
+
+@operation
+def store_any(typing: Any, address: Any, value: Any, token: Any) -> Any:
+    """Round and write what ``load_any`` read."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if _STORED[token][1] == 2:
+            _store_pairs(builder, args[0], args[1], token)
+        else:
+            _store(builder, args[0], args[1], token)
         return context.get_dummy_value()
 
     return types.void(types.int64, value, token), codegen
@@ -340,12 +400,14 @@ def multiply_add(typing: Any, a: Any, b: Any, c: Any) -> Any:
 
 @operation
 def larger(typing: Any, a: Any, b: Any) -> Any:
-    """max(a, b), and b where a is NaN: one instruction on x86."""
+    """a where a > b, else b (also where either is NaN): one instruction on x86."""
+    lanes = _common(a, b)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.select(builder.fcmp_ordered(">", *args), *args)
+        values = _spread_all(context, builder, sig, args)
+        return builder.select(builder.fcmp_ordered(">", *values), *values)
 
-    return a(a, b), codegen
+    return lanes(a, b), codegen
 
 
 @operation
@@ -361,14 +423,15 @@ def where_less(typing: Any, a: Any, b: Any, then: Any, otherwise: Any) -> Any:
 
 
 @operation
-def two_to(typing: Any, bits: Any) -> Any:
-    """2^(k - 127) where k is the integer in the low bits of each fp32 lane."""
+def times_two_to(typing: Any, value: Any, shifted: Any) -> Any:
+    """value 2^k in fp32, where k is the integer in the low bits of ``shifted``; both normal."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        integer = builder.bitcast(args[0], _vector(_I32))
-        return builder.bitcast(builder.shl(integer, _constant(integer.type, 23)), args[0].type)
+        bits, k = (builder.bitcast(arg, _vector(_I32)) for arg in args)
+        exponent = builder.shl(k, _constant(k.type, 23))
+        return builder.bitcast(builder.add(bits, exponent), args[0].type)
 
-    return bits(bits), codegen
+    return value(value, shifted), codegen
 
 
 def _fold(builder: Any, value: Any, combine: Callable[[Any, Any], Any]) -> Any:
@@ -414,7 +477,7 @@ _LOG2_E = 1.4426950408889634
 _LN2_HIGH = 0.693359375  # ten bits: its product with an exponent is exact
 _LN2_LOW = -2.1219444005469057e-4
 _LN2 = 0.6931471805599453
-_MAGIC = 1.5 * 2.0**23 + 127.0  # adding it rounds to an integer, left in the low bits of the sum
+_MAGIC = 1.5 * 2.0**23  # adding it rounds to an integer, left in the low bits of the sum
 _FLUSH = -87.33654  # just above -126 log 2: below it the result would be subnormal
 
 
@@ -450,7 +513,7 @@ def _exp_single(d: Any, precision: Any) -> Any:
     p = multiply_add(p, f, 4.99999934321e-1)
     p = multiply_add(p, f, 1.0)
     p = multiply_add(p, f, 1.0)
-    return where_less(d, _FLUSH, 0.0, p * two_to(shifted))
+    return where_less(_FLUSH, d, times_two_to(p, shifted), larger(0.0, d))
 
 
 def _exp_half(d: Any, precision: Any) -> Any:
@@ -460,7 +523,7 @@ def _exp_half(d: Any, precision: Any) -> Any:
     p = multiply_add(p, f, 5.00030197779e-1)
     p = multiply_add(p, f, 9.99966772704e-1)
     p = multiply_add(p, f, 1.0)
-    return where_less(d, _FLUSH, 0.0, p * two_to(shifted))
+    return where_less(d, _FLUSH, 0.0, times_two_to(p, shifted))
 
 
 @operation
