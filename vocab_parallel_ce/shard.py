@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from .collectives import all_gather_flat, communication_device
+
 
 def group_rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
     """This process's rank in ``group`` and the group's size; (0, 1) without a group."""
@@ -72,14 +74,11 @@ class VocabShard:
                 f"VocabShard.from_group: local_size must be an int >= 0, got {local_size!r}"
             )
         rank, world = group_rank_and_size(group)
-        if world == 1:
+        if group is None or world == 1:
             return cls(0, local_size, local_size)
-        device = torch.device("cpu")
-        if dist.get_backend(group) not in ("gloo", "mpi"):
-            device = torch.device(torch.accelerator.current_accelerator() or "cpu")
-        mine = torch.tensor([local_size], dtype=torch.int64, device=device)
-        sizes = [torch.empty_like(mine) for _ in range(world)]
-        dist.all_gather(sizes, mine, group=group)
-        counts = [int(size.item()) for size in sizes]
+        mine = torch.tensor([local_size], dtype=torch.int64, device=communication_device(group))
+        sizes = mine.new_empty(world)
+        all_gather_flat(sizes, mine, group)
+        counts = [int(count) for count in sizes.tolist()]
         start = sum(counts[:rank])
         return cls(start, start + local_size, sum(counts))
