@@ -46,3 +46,11 @@ def test_nan_where_a_number_belongs_fails() -> None:
     exact = torch.tensor([1.0, 2.0], dtype=torch.float64)
     with pytest.raises(AssertionError, match="element 1 is nan"):
         assert_close(torch.tensor([1.0, torch.nan]), exact, exact)
+
+
+def test_the_naive_error_of_fp64_is_that_of_fp32_in_units_of_fp64() -> None:
+    exact = torch.tensor([1.0, 1.0], dtype=torch.float64)
+    naive = torch.tensor([1.0, 1.0 + 3 * 2.0**-23])
+    assert_close(exact + 7 * 2.0**-52, exact, naive)
+    with pytest.raises(AssertionError, match="2 of 2"):
+        assert_close(exact + 8 * 2.0**-52, exact, naive)

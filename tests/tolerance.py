@@ -3,15 +3,20 @@
     |actual_i - exact_i|  <=  2 E  +  ulp_i
 
     exact   the fp64 result
-    naive   the same quantity by the textbook formula in plain torch, in the arithmetic dtype (fp32
-            for fp16, bf16 and fp32 logits; fp64 for fp64), never rounded to the output's dtype
+    naive   the same quantity by the textbook formula in plain torch, in fp32 (fp16 and bf16 logits
+            are upcast), never rounded to the output's dtype
     E       the largest error of ``naive`` against ``exact`` over all elements of the tensor (a
-            single element of the naive result may be right by luck)
+            single element of the naive result may be right by luck). For an fp64 output, where
+            nothing more exact is at hand to measure a naive fp64 result with, it is the error of
+            the naive fp32 result times eps(fp64) / eps(fp32)
     ulp_i   one unit in the last place of the output's dtype at |exact_i|: the distance between two
             neighbouring numbers of that dtype there (of its subnormals below the smallest normal)
 
 So a small probability in a bf16 gradient must be right in its own last place, not in that of the
 largest element. Where ``exact`` is not finite, ``actual`` must hold the same infinity or NaN.
+
+A reduced loss is one element, whose naive error may be none at all by luck. It inherits the
+errors of its rows: E is then at least ``rows_error``, the E of the rows (times N for a sum of N).
 """
 
 from __future__ import annotations
@@ -28,12 +33,14 @@ def ulp(value: Tensor, dtype: torch.dtype) -> Tensor:
     return power_of_two * info.eps
 
 
-def naive_error(exact: Tensor, naive: Tensor) -> float:
-    """E: the largest error of ``naive`` among the elements where both are finite."""
-    exact, naive = exact.detach().double(), naive.detach().double()
-    errors = (naive - exact).abs()
+def naive_error(exact: Tensor, naive: Tensor, dtype: torch.dtype) -> float:
+    """E for an output of ``dtype``, among the elements where both results are finite."""
+    errors = (naive.detach().double() - exact.detach()).abs()
     errors = errors[exact.isfinite() & naive.isfinite()]
-    return float(errors.max()) if errors.numel() else 0.0
+    largest = float(errors.max()) if errors.numel() else 0.0
+    if dtype == torch.float64 and naive.dtype == torch.float32:
+        largest *= torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return largest
 
 
 def assert_close(
@@ -42,11 +49,13 @@ def assert_close(
     naive: Tensor,
     what: str = "result",
     dtype: torch.dtype | None = None,
+    rows_error: float = 0.0,
 ) -> None:
     """Fail unless ``actual`` obeys the rule of this module.
 
     ``exact`` is fp64; ``what`` names the quantity in the message; ``dtype`` is the output's, if
-    it is not ``actual``'s own (the last place of a result that was rounded on its way).
+    it is not ``actual``'s own (the last place of a result that was rounded on its way);
+    ``rows_error`` is what a reduced result inherits from its rows.
     """
     assert exact.dtype == torch.float64, f"{what}: exact must be fp64, got {exact.dtype}"
     assert actual.shape == exact.shape == naive.shape, (
@@ -60,7 +69,9 @@ def assert_close(
     assert bool(same[~finite].all()), f"{what}: not the same infinities and NaNs as the fp64 result"
     want = torch.where(finite, want, 0.0)
     got = torch.where(finite, got, 0.0)
-    allowed = 2 * naive_error(exact, naive) + ulp(want, dtype or actual.dtype)
+    dtype = dtype or actual.dtype
+    largest = max(naive_error(exact, naive, dtype), rows_error)
+    allowed = 2 * largest + ulp(want, dtype)
     error = (got - want).abs()
     wrong = ~(error <= allowed)
     if bool(wrong.any()):
