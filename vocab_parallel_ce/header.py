@@ -85,8 +85,10 @@ def checksum(values: Tensor) -> Tensor:
 
 
 def float_checksum(values: Tensor) -> Tensor:
-    """``checksum`` of the bits of an fp32 or fp64 tensor."""
-    return checksum(values.view(torch.int64 if values.dtype == torch.float64 else torch.int32))
+    """``checksum`` of the bits of a floating point tensor; narrow ones are widened first."""
+    if values.dtype == torch.float64:
+        return checksum(values.view(torch.int64))
+    return checksum(values.float().view(torch.int32))
 
 
 def write_header(
