@@ -1,0 +1,182 @@
+"""Which engine serves a tensor, and what happens where Numba is missing, old or broken.
+
+Numba's absence is acted out in processes of their own, whose sys.path holds another Numba or none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vocab_parallel_ce import cross_entropy, cross_entropy_loss, token_statistics
+from vocab_parallel_ce.engines import ENGINES, select
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+# In this process: Numba works
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_cpu_tensors_take_the_cpu_engine(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3).to(dtype)
+    assert select("auto", x).__name__.endswith("engines.cpu")
+    assert select("cpu", x) is select("auto", x)
+    assert select("eager", x).__name__.endswith("engines.eager")
+
+
+def test_other_devices_take_the_eager_engine() -> None:
+    x = torch.randn(2, 3, device="meta")
+    assert select("auto", x).__name__.endswith("engines.eager")
+
+
+@pytest.mark.parametrize("name", ["triton_", "", "CPU", None, 3])
+@pytest.mark.parametrize("function", [cross_entropy, cross_entropy_loss, token_statistics])
+def test_an_unknown_engine_is_refused(function: Any, name: Any) -> None:
+    with pytest.raises(ValueError, match=r"engine must be one of auto, .*cpu.*, got ") as error:
+        function(torch.randn(2, 3), torch.zeros(2, dtype=torch.long), engine=name)
+    assert repr(name) in str(error.value)
+    for known in ENGINES:
+        assert known in str(error.value)
+
+
+@pytest.mark.parametrize("device", ["meta", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_the_cpu_engine_refuses_other_devices(device: str) -> None:
+    x = torch.randn(2, 3, device=device)
+    target = torch.zeros(2, dtype=torch.long, device=device)
+    with pytest.raises(ValueError, match=rf"engine='cpu' does not serve .* on {device}"):
+        cross_entropy(x, target, engine="cpu")
+
+
+def test_the_eager_engine_serves_any_device() -> None:
+    """Shapes of a loss on tensors without memory; nothing in it reads a value on the host."""
+    x = torch.randn(2, 3, device="meta", requires_grad=True)
+    target = torch.zeros(2, dtype=torch.long, device="meta")
+    loss = cross_entropy(x, target, label_smoothing=0.1)
+    loss.backward()
+    assert loss.shape == ()
+    assert loss.device.type == "meta"
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
+# In other processes
+
+_LOSS = """
+import json, sys, warnings
+import torch
+import vocab_parallel_ce as v
+
+x, target = torch.randn(6, 40), torch.tensor([0, 1, 2, 39, -100, 5])
+report = {"imported": "numba" in sys.modules}
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    v.cross_entropy(x, target, engine="eager")
+    report["imported by eager"] = "numba" in sys.modules
+    report["warned by eager"] = len(caught)
+    good = []
+    for scale in (1.0, 0.5):
+        leaf, other = (x.clone().requires_grad_() for _ in range(2))
+        loss = v.cross_entropy(leaf, target, scale=scale)
+        loss.backward()
+        usual = torch.nn.functional.cross_entropy(other.double() * scale, target)
+        usual.backward()
+        good.append(abs(loss.item() - usual.item()) < 1e-5)
+        good.append((leaf.grad - other.grad).abs().max().item() < 1e-6)
+        v.token_statistics(x, target, entropy=True)
+    report["good"] = all(good)
+    report["warnings"] = [str(w.message) for w in caught if "vocab_parallel_ce" in str(w.message)]
+    try:
+        v.cross_entropy(x, target, engine="cpu")
+        report["engine cpu"] = ""
+    except RuntimeError as error:
+        report["engine cpu"] = str(error)
+print(json.dumps(report))
+"""
+
+
+def _run(*first_on_path: Path, site: Path | None = None, **environment: str) -> dict[str, Any]:
+    """Run the script above with these folders before all others on sys.path.
+
+    ``site`` replaces the installed packages.
+    """
+    path = os.pathsep.join(map(str, (*first_on_path, ROOT, *([site] if site else []))))
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, *(["-S"] if site else []), "-c", _LOSS]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+def _package(folder: Path, version: str, code: str) -> Path:
+    """A folder that holds a package named numba of this version."""
+    (folder / "numba").mkdir()
+    (folder / "numba" / "__init__.py").write_text(code)
+    info = folder / f"numba-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: numba\nVersion: {version}\n")
+    return folder
+
+
+def _check_fallback(report: dict[str, Any], reason: str) -> None:
+    """The loss works on the eager engine, and one warning said why, however many calls."""
+    assert report["good"]
+    assert report["warned by eager"] == 0
+    assert len(report["warnings"]) == 1, report["warnings"]
+    assert reason in report["warnings"][0]
+    assert "pip install" in report["warnings"][0]
+    assert reason in report["engine cpu"]
+    assert "engine='eager'" in report["engine cpu"]
+
+
+def test_with_numba_nothing_is_said_and_nothing_imported_early() -> None:
+    """Importing the library, and the eager engine, cost no import of Numba."""
+    report = _run()
+    assert not report["imported"]
+    assert not report["imported by eager"]
+    assert report["good"]
+    assert report["warnings"] == []
+    assert report["engine cpu"] == ""
+
+
+def test_without_numba(tmp_path: Path) -> None:
+    """A site folder that links to everything installed but Numba."""
+    for folder in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
+        for entry in Path(folder).iterdir():
+            if not entry.name.startswith(("numba", "llvmlite", "__")):
+                (tmp_path / entry.name).symlink_to(entry)
+    _check_fallback(_run(site=tmp_path), "numba is not installed")
+
+
+def test_with_an_old_numba(tmp_path: Path) -> None:
+    """It is told by its version, as numbers and not as text, and not even imported."""
+    code = "raise AssertionError('an old numba was imported')"
+    _check_fallback(_run(_package(tmp_path, "0.9.1", code)), "numba 0.9.1 is older than 0.60")
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("raise ImportError('libLLVM is gone')", "libLLVM is gone"),
+        ("", "cannot be used here"),
+    ],
+    ids=["ImportError", "hollow"],
+)
+def test_with_a_broken_numba(code: str, reason: str, tmp_path: Path) -> None:
+    report = _run(_package(tmp_path, "0.68.1", code))
+    _check_fallback(report, reason)
+    assert "numba 0.68.1 cannot be used here" in report["warnings"][0]
+
+
+def test_with_numba_switched_off() -> None:
+    """Kernels that Python interprets would be a thousand times slower than the eager engine."""
+    _check_fallback(_run(NUMBA_DISABLE_JIT="1"), "NUMBA_DISABLE_JIT")
