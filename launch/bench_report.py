@@ -332,7 +332,7 @@ def draw(runs: list[Run], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     kept = [(run, [peer for peer in run["peers"] if not peer["status"]]) for run in runs]
     kept = [(run, peers) for run, peers in kept if peers]
@@ -366,6 +366,8 @@ def draw(runs: list[Run], path: Path) -> None:
         axis.set_title(_where(run), loc="left", fontsize=10)
         axis.grid(axis="x", which="major", alpha=0.4)
         axis.spines[["top", "right"]].set_visible(False)
+    axes[-1, 0].xaxis.set_major_formatter(ticker.LogFormatter())  # 100, not 10^2
+    axes[-1, 0].xaxis.set_minor_formatter(ticker.LogFormatter())
     low, high = axes[0, 0].get_xlim()
     axes[0, 0].set_xlim(low, high * 2)  # room for the last label
     axes[-1, 0].set_xlabel(

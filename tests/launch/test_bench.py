@@ -254,6 +254,21 @@ def test_logits_are_a_non_leaf_whose_gradient_is_dropped() -> None:
     assert torch.equal(sink.gradient, torch.ones(3, 5))
 
 
+def test_ranks_that_die_are_reported(tmp_path: Path) -> None:
+    broken = environment() | {"GLOO_SOCKET_IFNAME": "no-such-interface"}
+    done = subprocess.run(
+        command(tmp_path, "--ranks", "1", "--peers", "torch"),
+        env=broken,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    (line,) = read(tmp_path)["not_run"]
+    assert line == "1 process not measured: rank 0 ended first, with 1"
+    assert line in done.stdout
+
+
 def test_ranks_end_with_the_benchmark(tmp_path: Path) -> None:
     """However the benchmark dies, no rank stays behind on the machine."""
     marker = f"VPCE_BENCH_TEST={os.getpid()}"
