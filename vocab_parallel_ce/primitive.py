@@ -268,6 +268,7 @@ class _RowStatistics(torch.autograd.Function):
         stats = result.stats if request.entropy else None
         ctx.save_for_backward(logits, result.m, result.s, result.local_target, stats, weight)
         ctx.mark_non_differentiable(result.m, result.s, result.argmax)
+        ctx.set_materialize_grads(False)  # m, s and argmax never have one: no zeros for them
         ctx.request = request
         ctx.inplace_backward = inplace_backward
         ctx.overwritten = False
