@@ -50,7 +50,7 @@ def rescale_(parts: dict[str, Tensor], m: Tensor, shard_weight: Tensor) -> None:
     """Make partials relative to the global ``m``, in place: then they can be summed.
 
     ``parts`` maps the names of ``Wanted.rows`` to [..., N]; ``shard_weight`` is W_r, [..., 1].
-    What was m_r holds the rescaling factors afterwards. In place, because W x k x N numbers are
+    What was m_r is scratch afterwards. In place, because W x k x N numbers are
     what a merge costs in memory already.
     """
     # A shard that is all -inf (m_r = -inf, s_r = t_r = 0) must add 0, and its u_r = -inf stay: the
@@ -59,12 +59,13 @@ def rescale_(parts: dict[str, Tensor], m: Tensor, shard_weight: Tensor) -> None:
     shift.clamp_(min=torch.finfo(shift.dtype).min)
     if "u" in parts:
         parts["u"].addcmul_(shard_weight, shift)
-    if "t" in parts:
-        parts["t"].addcmul_(shift, parts["s"])
-    factor = shift.exp_()
-    for name in ("s", "t"):
-        if name in parts:
-            parts[name].mul_(factor)
+    if "t" not in parts:
+        parts["s"].mul_(shift.exp_())
+        return
+    # s first: shift * s overflows for a shard of masks (finfo.min), and inf * e^shift is NaN.
+    factor = shift.exp()
+    parts["s"].mul_(factor)
+    parts["t"].mul_(factor).addcmul_(shift, parts["s"])
 
 
 def integer_view(parts: Tensor) -> Tensor:
