@@ -137,7 +137,8 @@ def naive(
     column = torch.where(kept, target, 0).long()
     w = x.new_ones(x.shape[-1]) if weight is None else weight.to(x.dtype)
     shifted = x - x.detach().amax(-1, keepdim=True)
-    log_prob = shifted - shifted.exp().sum(-1, keepdim=True).log()
+    log_s = shifted.exp().sum(-1, keepdim=True).log()
+    log_prob = shifted - log_s
     if like_reference:
         log_prob = x.log_softmax(-1)
     lse = x.logsumexp(-1)
@@ -154,8 +155,8 @@ def naive(
         zloss = zloss.sum() / kept.sum()
         loss = loss.sum() / torch.where(kept, w[column], 0.0).sum()
         loss = loss + zloss if lse_square_scale else loss
-    p_log_p = torch.where(log_prob == -torch.inf, 0.0, log_prob.exp() * log_prob)
-    entropy = torch.where(kept, -p_log_p.sum(-1), 0.0)
+    p_z = torch.where(log_prob == -torch.inf, 0.0, log_prob.exp() * shifted)
+    entropy = torch.where(kept, log_s.squeeze(-1) - p_z.sum(-1), 0.0)
     argmax = torch.where(kept, x.argmax(-1), -1)
     return ReferenceLoss(loss, zloss, log_prob, lse, entropy, argmax)
 

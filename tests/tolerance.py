@@ -6,9 +6,7 @@
     naive   the same quantity by the textbook formula in plain torch, in fp32 (fp16 and bf16 logits
             are upcast), never rounded to the output's dtype
     E       the largest error of ``naive`` against ``exact`` over all elements of the tensor (a
-            single element of the naive result may be right by luck). For an fp64 output, where
-            nothing more exact is at hand to measure a naive fp64 result with, it is the error of
-            the naive fp32 result times eps(fp64) / eps(fp32)
+            single element of the naive result may be right by luck)
     ulp_i   one unit in the last place of the output's dtype at |exact_i|: the distance between two
             neighbouring numbers of that dtype there (of its subnormals below the smallest normal)
 
@@ -17,6 +15,10 @@ largest element. Where ``exact`` is not finite, ``actual`` must hold the same in
 
 A reduced loss is one element, whose naive error may be none at all by luck. It inherits the
 errors of its rows: E is then at least ``rows_error``, the E of the rows (times N for a sum of N).
+
+An fp64 output cannot be measured against anything more exact, and ``exact`` errs as much as it
+does. There E is the error of the naive fp32 result times eps(fp64) / eps(fp32), or two units in
+the last place of the largest element, and half as much again for ``exact`` itself.
 """
 
 from __future__ import annotations
@@ -38,9 +40,13 @@ def naive_error(exact: Tensor, naive: Tensor, dtype: torch.dtype) -> float:
     errors = (naive.detach().double() - exact.detach()).abs()
     errors = errors[exact.isfinite() & naive.isfinite()]
     largest = float(errors.max()) if errors.numel() else 0.0
-    if dtype == torch.float64 and naive.dtype == torch.float32:
+    if dtype != torch.float64:
+        return largest
+    if naive.dtype == torch.float32:
         largest *= torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    return largest
+    finite = exact.detach()[exact.isfinite()].abs()
+    floor = 2 * float(ulp(finite.max(), dtype)) if finite.numel() else 0.0
+    return 1.5 * max(largest, floor)
 
 
 def assert_close(
