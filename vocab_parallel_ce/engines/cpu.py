@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from importlib import import_module, metadata
 from typing import Any
@@ -25,17 +25,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vocab_parallel_ce.engines.contract import Coefficients, Wanted
+from vocab_parallel_ce.engines.contract import Coefficients, Wanted, arithmetic_dtype
 
 MINIMUM_NUMBA = (0, 60)
 SEQUENTIAL_BELOW = 1 << 16  # elements; a thread takes longer to wake up than to do the work
 RANGES_PER_THREAD = 8  # a thread that is held up leaves its share to the others
-_TOKENS = {
+_TOKENS: dict[torch.dtype, Any] = {
     torch.bfloat16: np.uint16(0),
     torch.float16: np.int16(0),
     torch.float32: np.float32(0),
     torch.float64: np.float64(0),
 }
+_SCALARS: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 @cache
@@ -70,19 +71,18 @@ def partials(
     log_prob_out: Tensor | None = None,
 ) -> None:
     """Row statistics; see contract.Engine.partials."""
-    factor, token = _scalars(logits, scale)
-    statistics = (out.data_ptr(), out.stride(0) * out.element_size())
-    if _contiguous(logits) and factor > 0 and len(wanted.rows) == 3:
-        _run(
-            _kernels().partials_fast, logits, logits.data_ptr(), _step(logits, 0),
-            *_vector(local_target), wanted.ignored_rows, factor, token, *statistics,
-        )  # fmt: skip
+    stored, arithmetic = logits.dtype, arithmetic_dtype(logits.dtype)
+    factor, token = _SCALARS[arithmetic](scale), _TOKENS[stored]
+    rows = _matrix(logits, stored), _vector(local_target, torch.int64)
+    place = _vector(out, arithmetic)
+    plain = not (wanted.smooth or wanted.entropy or wanted.argmax)
+    if plain and factor > 0 and _contiguous(logits):
+        _run(_kernels().partials_fast, logits, *rows, wanted.ignored_rows, factor, token, place)
         return
     weight = weight.contiguous() if wanted.smooth and weight is not None else None
     _run(
-        _kernels().partials_general, logits, *_matrix(logits), *_vector(local_target),
-        _vector(weight)[0], wanted.smooth, wanted.entropy, wanted.argmax, wanted.ignored_rows,
-        factor, token, *statistics,
+        _kernels().partials_general, logits, *rows, _vector(weight, arithmetic)[0],
+        wanted.smooth, wanted.entropy, wanted.argmax, wanted.ignored_rows, factor, token, place,
     )  # fmt: skip
 
 
@@ -97,97 +97,84 @@ def gradient(
     out: Tensor,
 ) -> None:
     """Gradient of the logits; see contract.Engine.gradient."""
-    factor, token = _scalars(logits, scale)
+    stored, arithmetic = logits.dtype, arithmetic_dtype(logits.dtype)
+    factor, token = _SCALARS[arithmetic](scale), _TOKENS[stored]
+    softmax, target_part, smooth, entropy = coefficients
+    source, place = _matrix(logits, stored), _matrix(out, stored)
     rows = (
-        *_vector(local_target), *_vector(m), *_vector(s),
-        *_vector(coefficients.softmax), *_vector(coefficients.target),
+        _vector(local_target, torch.int64), _vector(m, arithmetic), _vector(s, arithmetic),
+        _vector(softmax, arithmetic), _vector(target_part, arithmetic),
     )  # fmt: skip
-    plain = coefficients.smooth is None and coefficients.entropy is None
-    if _contiguous(logits) and _contiguous(out) and factor > 0 and plain:
-        _run(
-            _kernels().gradient_fast, logits, logits.data_ptr(), _step(logits, 0), *rows,
-            factor, token, out.data_ptr(), _step(out, 0),
-        )  # fmt: skip
+    plain = smooth is None and entropy is None
+    if plain and factor == factor and _contiguous(logits) and _contiguous(out):
+        _run(_kernels().gradient_fast, logits, source, *rows, factor, token, place)
         return
-    weight = weight.contiguous() if weight is not None else None
+    weight = weight.contiguous() if smooth is not None and weight is not None else None
     _run(
-        _kernels().gradient_general, logits, *_matrix(logits), *rows,
-        *_vector(coefficients.smooth), *_vector(coefficients.entropy), _vector(weight)[0],
-        factor, token, *_matrix(out),
+        _kernels().gradient_general, logits, source, *rows, _vector(smooth, arithmetic),
+        _vector(entropy, arithmetic), _vector(weight, arithmetic)[0], factor, token, place,
     )  # fmt: skip
 
 
 def log_prob(logits: Tensor, m: Tensor, s: Tensor, scale: float, out: Tensor) -> None:
     """Log-probabilities; see contract.Engine.log_prob."""
-    factor, token = _scalars(logits, scale)
-    _run(
-        _kernels().log_prob, logits, *_matrix(logits), *_vector(m), *_vector(s),
-        factor, token, *_matrix(out),
-    )  # fmt: skip
+    stored, arithmetic = logits.dtype, arithmetic_dtype(logits.dtype)
+    factor, token = _SCALARS[arithmetic](scale), _TOKENS[stored]
+    source, place = _matrix(logits, stored), _matrix(out, stored)
+    rows = _vector(m, arithmetic), _vector(s, arithmetic)
+    _run(_kernels().log_prob, logits, source, *rows, factor, token, place)
 
 
 # What kernels take: addresses, steps in bytes, scalars whose type tells how elements are stored
 
 
+@cache
 def _kernels() -> Any:
     return import_module("vocab_parallel_ce.engines.cpu_kernels")
-
-
-def _scalars(logits: Tensor, scale: float) -> tuple[Any, Any]:
-    arithmetic = np.float64 if logits.dtype == torch.float64 else np.float32
-    return arithmetic(scale), _TOKENS[logits.dtype]
-
-
-def _step(tensor: Tensor, dimension: int) -> int:
-    return tensor.stride(dimension) * tensor.element_size()
 
 
 def _contiguous(tensor: Tensor) -> bool:
     return tensor.stride(1) == 1 or tensor.shape[1] == 1
 
 
-def _vector(tensor: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if tensor is None else (tensor.data_ptr(), _step(tensor, 0))
+def _vector(tensor: Tensor | None, dtype: torch.dtype) -> tuple[int, int]:
+    if tensor is None:
+        return 0, 0
+    if tensor.dtype != dtype:  # a wrong type would be read, or written, beyond its end
+        raise TypeError(f"expected {dtype}, got {tensor.dtype}")
+    return tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
 
 
-def _matrix(tensor: Tensor) -> tuple[int, int, int]:
-    return tensor.data_ptr(), _step(tensor, 0), _step(tensor, 1)
+def _matrix(tensor: Tensor, dtype: torch.dtype) -> tuple[int, int, int]:
+    if tensor.dtype != dtype:
+        raise TypeError(f"expected {dtype}, got {tensor.dtype}")
+    row, column = tensor.stride()
+    size = tensor.element_size()
+    return tensor.data_ptr(), row * size, column * size
 
 
 # Threads
 
 
 class _Pool:
-    """Torch's number of threads, the calling one included; made again when that number changes."""
+    """Threads beside the calling one; made again when their number changes."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.helpers = 0
+        self.size = 0
         self.executor: ThreadPoolExecutor | None = None
 
-    def run(self, work: Callable[[], None], threads: int) -> None:
-        """Call ``work`` on up to ``threads`` threads, the calling one among them."""
-        futures = []
+    def submit(self, work: Callable[[], None], copies: int, size: int) -> list[Future[None]]:
+        """Hand ``copies`` of ``work`` to a pool of ``size`` threads."""
         with self.lock:
-            if self.executor is None or self.helpers != threads - 1:
+            if self.executor is None or self.size != size:
                 if self.executor is not None:
                     self.executor.shutdown(wait=False)
-                self.helpers = threads - 1
-                self.executor = ThreadPoolExecutor(self.helpers, "vocab_parallel_ce")
+                self.executor, self.size = ThreadPoolExecutor(size, "vocab_parallel_ce"), size
             try:
-                futures = [self.executor.submit(work) for _ in range(self.helpers)]
+                return [self.executor.submit(work) for _ in range(copies)]
             except RuntimeError:
-                pass  # the interpreter is shutting down: the calling thread does it all
-        try:
-            work()
-        finally:
-            # Helpers that have not begun would find nothing to do; the others must be awaited
-            # whatever happened here, for they write into the caller's memory.
-            started = [future for future in futures if not future.cancel()]
-            errors = [future.exception() for future in started]
-        for error in errors:
-            if error is not None:
-                raise error
+                return []  # the interpreter is shutting down: the calling thread does it all
 
 
 _pool = _Pool()
@@ -206,16 +193,26 @@ if hasattr(os, "register_at_fork"):
 def _run(kernel: Callable[..., None], logits: Tensor, *args: Any) -> None:
     """Run ``kernel`` over all rows."""
     rows, columns = logits.shape
-    threads = min(torch.get_num_threads(), rows)
-    if threads == 1 or rows * columns < SEQUENTIAL_BELOW:
-        kernel(0, rows, columns, *args)
-        return
+    threads = torch.get_num_threads()
     least = -(-SEQUENTIAL_BELOW // (2 * columns))
     size = max(least, -(-rows // (threads * RANGES_PER_THREAD)))
-    ranges: Iterator[int] = iter(range(0, rows, size))
+    copies = min(threads, -(-rows // size)) - 1
+    if copies <= 0 or rows * columns < SEQUENTIAL_BELOW:
+        kernel(0, rows, columns, *args)
+        return
+    begins = iter(range(0, rows, size))
 
     def work() -> None:
-        for begin in ranges:
+        for begin in begins:
             kernel(begin, min(begin + size, rows), columns, *args)
 
-    _pool.run(work, threads)
+    futures = _pool.submit(work, copies, threads - 1)
+    try:
+        work()
+    finally:
+        # Who has not begun would find nothing to do; the others must be awaited whatever happened
+        # here, for they write into the caller's memory.
+        errors = [future.exception() for future in futures if not future.cancel()]
+    for error in errors:
+        if error is not None:
+            raise error

@@ -1,15 +1,16 @@
 """The loops of the CPU engine over rows [begin, end) of one shard. Compiled by Numba at first use.
 
-A row is read once from memory, in blocks of BLOCK elements that stay in the first-level cache: the
-largest of a block, a rescaling of the row's sums when the maximum rises, then the block's sum of
-exponentials. Sums are kept in fp32 lanes inside a block and in fp64 across blocks.
+A row is read once from memory, in blocks of BLOCK elements. Its sums are kept in fp32 lanes inside
+a block and in fp64 across blocks. The fast kernels work on contiguous logits where they lie and
+take one pass a block: the sum of e^(x - base) is formed together with the block's maximum, where
+``base`` is a maximum seen earlier. Only if the block rises above it is the block, still in the
+first-level cache, summed again. The last columns, which fill no vector, go through a buffer.
 
-The fast kernels take contiguous columns and work on the logits where they lie; only the last
-columns of a row that fill no vector go through a small buffer. The general ones first copy each
-block, times ``scale``, into a buffer on the stack, whatever the strides. A block is read entirely
-before it is written, so ``out`` may be the logits themselves.
+The general kernels first copy each block, times ``scale``, into a buffer on the stack, whatever
+the strides, and then make one short pass over it for each thing that is wanted. All gradient
+kernels read an element before they write it, so ``out`` may be the logits themselves.
 
-Arrays arrive as an address and a step in bytes, so one compilation serves every layout. ``token``
+Arrays arrive as an address and steps in bytes, so one compilation serves every layout. ``token``
 tells how logits are stored (see cpu_lanes), ``scale`` has the arithmetic type and is its token.
 Scalars of a row are fp64 and hold fp32 values where the contract wants fp32.
 """
@@ -17,6 +18,7 @@ Scalars of a row are fp64 and hold fp32 values where the contract wants fp32.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,7 @@ from vocab_parallel_ce.engines.contract import IGNORED
 from vocab_parallel_ce.engines.cpu_lanes import (
     BLOCK,
     LANES,
+    PAIR,
     exp,
     helper,
     highest,
@@ -31,63 +34,62 @@ from vocab_parallel_ce.engines.cpu_lanes import (
     lanes_of,
     larger,
     load,
-    load_any,
+    load_pair,
     number,
     read,
     scratch,
     size_of,
     store,
-    store_any,
+    store_pair,
     total,
     where_less,
     write,
 )
 
+Vector = tuple[int, int]  # address, step; address 0 where there is none
+Matrix = tuple[int, int, int]  # address, step from row to row, step from column to column
+
+SLACK = 1.0  # how far a maximum may rise above ``base``: below 1, x - base is as exact as x - m
 INFINITY = math.inf
-SLACK = 1.0
+NAN = math.nan
 INT32, INT64 = np.int32(0), np.int64(0)
 
-# One block: ``address`` is contiguous, ``count`` a multiple of LANES unless said otherwise
+# One block: ``address`` is contiguous, ``count`` a multiple of PAIR unless said otherwise
 
 
 @helper
-def block_max(address, count, token):
+def block_max(address: int, count: int, token: Any) -> Any:
     """Largest of the elements that are not NaN; -inf if there is none."""
-    step = LANES * size_of(token)
     a = lanes_of(-INFINITY, token)
-    b, c, d = a, a, a
-    quads = count // (4 * LANES)
-    for _ in range(quads):
-        a = larger(load_any(address, token), a)
-        b = larger(load_any(address + step, token), b)
-        c = larger(load_any(address + 2 * step, token), c)
-        d = larger(load_any(address + 3 * step, token), d)
-        address += 4 * step
-    for _ in range(count // LANES - 4 * quads):
-        a = larger(load_any(address, token), a)
-        address += step
-    return highest(larger(larger(a, b), larger(c, d)))
+    b = a
+    for _ in range(count // PAIR):
+        x, z = load_pair(address, token)
+        a = larger(x, a)
+        b = larger(z, b)
+        address += PAIR * size_of(token)
+    return highest(larger(a, b))
 
 
 @helper
-def block_max_sum(address, count, scale, base, token):
+def block_max_sum(address: int, count: int, scale: float, base: float, token: Any) -> Any:
     """max x and sum e^(x - base)"""
-    step = LANES * size_of(token)
     top = lanes_of(-INFINITY, token)
     s = lanes_of(0.0, token)
-    unit = scale == 1.0
-    for _ in range(count // LANES):
-        x = load_any(address, token)
-        if not unit:
+    unscaled = scale == 1.0
+    for _ in range(count // PAIR):
+        x, z = load_pair(address, token)
+        if not unscaled:
             x = x * scale
-        top = larger(x, top)
+            z = z * scale
+        top = larger(z, larger(x, top))
         s = s + exp(x - base, scale)
-        address += step
+        s = s + exp(z - base, scale)
+        address += PAIR * size_of(token)
     return np.float64(highest(top)), total(s)
 
 
 @helper
-def block_entropy(address, count, m, token):
+def block_entropy(address: int, count: int, m: float, token: Any) -> Any:
     """sum e^(x - m) and sum e^(x - m) (x - m)"""
     step = LANES * size_of(token)
     s = lanes_of(0.0, token)
@@ -102,55 +104,56 @@ def block_entropy(address, count, m, token):
 
 
 @helper
-def block_smooth(address, count, m, weight, token):
+def block_smooth(address: int, count: int, m: float, weight: int, token: Any) -> Any:
     """sum w (x - m) and sum w over any ``count`` columns; w = 1 where ``weight`` is 0."""
-    step = LANES * size_of(token)
+    size = size_of(token)
+    step = LANES * size
     u = lanes_of(0.0, token)
     w = lanes_of(0.0, token)
     full = count // LANES
+    rest, rest_weights = 0.0, 0.0
     if weight == 0:
         for _ in range(full):
             u = u + (load(address, token) - m)
             address += step
-        rest, weights = 0.0, float(count)
-        for _ in range(count - full * LANES):
-            rest += read(address, token) - m
-            address += size_of(token)
-        return total(u) + rest, weights
+        for i in range(count - full * LANES):
+            rest += read(address + i * size, token) - m
+        return total(u) + rest, float(count)
     for _ in range(full):
         factor = load(weight, token)
         u = u + factor * (load(address, token) - m)
         w = w + factor
         address += step
         weight += step
-    rest, weights = 0.0, total(w)
-    for _ in range(count - full * LANES):
-        factor = np.float64(read(weight, token))
-        rest += factor * (read(address, token) - m)
-        weights += factor
-        address += size_of(token)
-        weight += size_of(token)
-    return total(u) + rest, weights
+    for i in range(count - full * LANES):
+        one = np.float64(read(weight + i * size, token))
+        rest += one * (read(address + i * size, token) - m)
+        rest_weights += one
+    return total(u) + rest, total(w) + rest_weights
 
 
 @helper
-def block_gradient(source, destination, count, scale, m, softmax, token):
+def block_gradient(
+    source: int, destination: int, count: int, scale: float, m: float, softmax: float, token: Any
+) -> None:
     """softmax e^(x - m)"""
-    step = LANES * size_of(token)
-    unit = scale == 1.0
-    for _ in range(count // LANES):
-        x = load_any(source, token)
-        if not unit:
+    step = PAIR * size_of(token)
+    unscaled = scale == 1.0
+    for _ in range(count // PAIR):
+        x, z = load_pair(source, token)
+        if not unscaled:
             x = x * scale
-        e = exp(x - m, token)
-        store_any(destination, e * softmax, token)
+            z = z * scale
+        store_pair(destination, exp(x - m, token) * softmax, exp(z - m, token) * softmax, token)
         source += step
         destination += step
 
 
 @helper
-def block_entropy_gradient(address, count, m, log_s, softmax, entropy, token):
-    """e^(x - m) (softmax - entropy log p), 0 where p is"""
+def block_entropy_gradient(
+    address: int, count: int, m: float, log_s: float, softmax: float, entropy: float, token: Any
+) -> None:
+    """e^(x - m) (softmax - entropy log p) in place, 0 where p is 0"""
     step = LANES * size_of(token)
     for _ in range(count // LANES):
         d = load(address, token) - m
@@ -160,57 +163,60 @@ def block_entropy_gradient(address, count, m, log_s, softmax, entropy, token):
 
 
 @helper
-def subtract_smooth(address, count, weight, smooth, token):
+def subtract_smooth(address: int, count: int, weight: int, smooth: float, token: Any) -> None:
     """Subtract w smooth from any ``count`` columns; w = 1 where ``weight`` is 0."""
-    step = LANES * size_of(token)
+    size = size_of(token)
+    step = LANES * size
     full = count // LANES
-    if weight == 0:
-        # The padding behind the last column may be changed as well.
-        for _ in range(full + 1 if count > full * LANES else full):
-            store(address, load(address, token) - smooth, token)
-            address += step
-        return
+    same = number(smooth, token)
     for _ in range(full):
-        store(address, load(address, token) - load(weight, token) * smooth, token)
+        x = load(address, token)
+        if weight == 0:
+            store(address, x - same, token)
+        else:
+            store(address, x - load(weight, token) * same, token)
+            weight += step
         address += step
-        weight += step
-    for _ in range(count - full * LANES):
-        write(address, read(address, token) - read(weight, token) * number(smooth, token), token)
-        address += size_of(token)
-        weight += size_of(token)
+    for i in range(count - full * LANES):
+        w = read(weight + i * size, token) if weight != 0 else number(1.0, token)
+        write(address + i * size, read(address + i * size, token) - w * same, token)
 
 
-# Between a row and a buffer, or zeros
+# Between a row and a buffer
 
 
 @helper
-def gather(buffer, address, step, count, scale, token):
-    """Fill ``buffer`` with ``count`` columns times scale, and to a multiple of LANES with -inf."""
+def gather(buffer: int, address: int, step: int, count: int, scale: float, token: Any) -> None:
+    """Fill ``buffer`` with ``count`` columns times scale, and to a multiple of PAIR with -inf."""
+    size = size_of(scale)
     done = 0
     if step == size_of(token):
         done = count // LANES * LANES
         for i in range(0, done, LANES):
-            store(buffer + i * size_of(scale), load(address + i * step, token) * scale, scale)
+            store(buffer + i * size, load(address + i * step, token) * scale, scale)
     for i in range(done, count):
-        write(buffer + i * size_of(scale), read(address + i * step, token) * scale, scale)
-    for i in range(count, -(-count // LANES) * LANES):
-        write(buffer + i * size_of(scale), -INFINITY, scale)
+        write(buffer + i * size, read(address + i * step, token) * scale, scale)
+    for i in range(count, -(-count // PAIR) * PAIR):
+        write(buffer + i * size, -INFINITY, scale)
 
 
 @helper
-def scatter(address, step, buffer, count, arithmetic, token):
-    """Write ``count`` elements of ``buffer`` as columns of a row."""
+def scatter(
+    address: int, step: int, buffer: int, count: int, arithmetic: float, token: Any
+) -> None:
+    """Write the first ``count`` numbers of ``buffer`` as columns of a row."""
+    size = size_of(arithmetic)
     done = 0
     if step == size_of(token):
         done = count // LANES * LANES
         for i in range(0, done, LANES):
-            store(address + i * step, load(buffer + i * size_of(arithmetic), arithmetic), token)
+            store(address + i * step, load(buffer + i * size, arithmetic), token)
     for i in range(done, count):
-        write(address + i * step, read(buffer + i * size_of(arithmetic), arithmetic), token)
+        write(address + i * step, read(buffer + i * size, arithmetic), token)
 
 
 @helper
-def zeros(address, step, count, token):
+def write_zeros(address: int, step: int, count: int, token: Any) -> None:
     """A row of zeros."""
     done = 0
     if step == size_of(token):
@@ -225,18 +231,28 @@ def zeros(address, step, count, token):
 
 
 @helper
-def reference(m):
+def item(vector: Vector, row: int, token: Any) -> Any:
+    """One row's number as fp64."""
+    return np.float64(read(vector[0] + row * vector[1], token))
+
+
+@helper
+def clean(value: float) -> float:
+    """Any NaN becomes the one that ``store_pair`` may be given."""
+    return value if value == value else NAN
+
+
+@helper
+def reference(m: float) -> float:
     """What columns are measured from: x - m would be NaN were both -inf, and hide a real NaN."""
     return m if m > -INFINITY else 0.0
 
 
 @helper
-def fold(m, base, s, address, count, scale, token):
-    """The running maximum of a row and its sum of e^(x - base) after one more block.
-
-    ``base`` is any earlier maximum not more than SLACK below m: a block is read twice only when
-    it rises above that, and x - base is as exact as x - m.
-    """
+def fold(
+    m: float, base: float, s: float, address: int, count: int, scale: float, token: Any
+) -> tuple[float, float, float]:
+    """A row's maximum m, and its sum s of e^(x - base), after one more block."""
     if base == -INFINITY:
         base = np.float64(block_max(address, count, token) * scale)
     top, more = block_max_sum(address, count, scale, reference(base), token)
@@ -248,15 +264,24 @@ def fold(m, base, s, address, count, scale, token):
 
 
 @helper
-def target_logit(address, step, columns, y, scale, token):
+def target_logit(address: int, step: int, columns: int, y: int, scale: float, token: Any) -> float:
     """x at the target, 0 when it lives elsewhere."""
     return np.float64(read(address + y * step, token) * scale) if 0 <= y < columns else 0.0
 
 
 @helper
-def write_target(address, x, m, s, softmax, target, smooth, entropy, arithmetic, token):
-    """The gradient of the target's column."""
-    d = x - m
+def write_target(
+    address: int,
+    d: float,
+    s: float,
+    softmax: float,
+    target: float,
+    smooth: float,
+    entropy: float,
+    arithmetic: float,
+    token: Any,
+) -> None:
+    """The gradient of the target's column, where x - m = d."""
     p = math.exp(d) / s
     value = p * softmax - target - smooth
     if entropy != 0.0 and not p <= 0.0:
@@ -264,94 +289,124 @@ def write_target(address, x, m, s, softmax, target, smooth, entropy, arithmetic,
     write(address, number(value, arithmetic), token)
 
 
-# The kernels
+# The kernels. ``out`` of the partials is the first statistic and the step to the next
 
 
 @kernel
 def partials_fast(
-    begin, end, columns, logits, row_step, target, target_step,
-    ignored_rows, scale, token, out, out_step,
-):  # fmt: skip
+    begin: int,
+    end: int,
+    columns: int,
+    logits: Matrix,
+    target: Vector,
+    ignored_rows: bool,
+    scale: float,
+    token: Any,
+    out: Vector,
+) -> None:
+    """m, s and x_y; contiguous columns, scale > 0."""
     size = size_of(token)
-    full = columns // LANES * LANES
+    full = columns // PAIR * PAIR
     tail = scratch(scale)
     for row in range(begin, end):
-        result = out + row * size_of(scale)
-        y = read(target + row * target_step, INT64)
+        y = read(target[0] + row * target[1], INT64)
         m, base, s, x = -INFINITY, -INFINITY, 0.0, 0.0
         if y == IGNORED and not ignored_rows:
             m = 0.0
         else:
-            address = logits + row * row_step
+            address = logits[0] + row * logits[1]
             x = target_logit(address, size, columns, y, scale, token)
             for start in range(0, full, BLOCK):
-                count = min(BLOCK, full - start)
-                block = address + start * size
+                block, count = address + start * size, min(BLOCK, full - start)
                 m, base, s = fold(m, base, s, block, count, scale, token)
             if full < columns:
                 gather(tail, address + full * size, size, columns - full, scale, token)
-                m, base, s = fold(m, base, s, tail, LANES, number(1.0, scale), scale)
+                m, base, s = fold(m, base, s, tail, PAIR, number(1.0, scale), scale)
             if m > base:
                 s *= math.exp(base - m)
-        write(result, m, scale)
-        write(result + out_step, s, scale)
-        write(result + 2 * out_step, x, scale)
+        place = out[0] + row * size_of(scale)
+        write(place, m, scale)
+        write(place + out[1], s, scale)
+        write(place + 2 * out[1], x, scale)
 
 
 @kernel
 def gradient_fast(
-    begin, end, columns, logits, row_step, target, target_step, m, m_step, s, s_step,
-    softmax, softmax_step, correct, correct_step, scale, token, out, out_row_step,
-):  # fmt: skip
+    begin: int,
+    end: int,
+    columns: int,
+    logits: Matrix,
+    target: Vector,
+    m: Vector,
+    s: Vector,
+    softmax: Vector,
+    target_part: Vector,
+    scale: float,
+    token: Any,
+    out: Matrix,
+) -> None:
+    """Softmax and target parts only; contiguous columns of logits and out."""
     size = size_of(token)
-    full = columns // LANES * LANES
+    full = columns // PAIR * PAIR
+    rest = columns - full
     tail = scratch(scale)
+    one = number(1.0, scale)
     for row in range(begin, end):
-        source = logits + row * row_step
-        destination = out + row * out_row_step
-        y = read(target + row * target_step, INT64)
+        source = logits[0] + row * logits[1]
+        destination = out[0] + row * out[1]
+        y = read(target[0] + row * target[1], INT64)
         if y == IGNORED:
-            zeros(destination, size, columns, token)
+            write_zeros(destination, size, columns, token)
             continue
-        row_m = np.float64(read(m + row * m_step, scale))
-        row_s = np.float64(read(s + row * s_step, scale))
-        row_softmax = np.float64(read(softmax + row * softmax_step, scale))
+        row_m, row_s = clean(item(m, row, scale)), item(s, row, scale)
+        row_softmax = item(softmax, row, scale)
+        factor = clean(row_softmax / row_s)
         # Read before it is overwritten.
         x = target_logit(source, size, columns, y, scale, token)
-        factor = row_softmax / row_s
         block_gradient(source, destination, full, scale, row_m, factor, token)
-        if full < columns:
-            rest = columns - full
+        if rest > 0:
             gather(tail, source + full * size, size, rest, scale, token)
-            block_gradient(tail, tail, LANES, number(1.0, scale), row_m, factor, scale)
+            block_gradient(tail, tail, PAIR, one, row_m, factor, scale)
             scatter(destination + full * size, size, tail, rest, scale, token)
         if 0 <= y < columns:
-            row_target = np.float64(read(correct + row * correct_step, scale))
-            address = destination + y * size
-            write_target(address, x, row_m, row_s, row_softmax, row_target, 0.0, 0.0, scale, token)
+            place, part = destination + y * size, item(target_part, row, scale)
+            write_target(place, x - row_m, row_s, row_softmax, part, 0.0, 0.0, scale, token)
 
 
 @kernel
 def partials_general(
-    begin, end, columns, logits, row_step, column_step, target, target_step, weight,
-    smooth, entropy, argmax, ignored_rows, scale, token, out, out_step,
-):  # fmt: skip
+    begin: int,
+    end: int,
+    columns: int,
+    logits: Matrix,
+    target: Vector,
+    weight: int,
+    smooth: bool,
+    entropy: bool,
+    argmax: bool,
+    ignored_rows: bool,
+    scale: float,
+    token: Any,
+    out: Vector,
+) -> None:
+    """Any statistics, any strides."""
     size = size_of(scale)
+    step = logits[2]
     buffer = scratch(scale)
     one = number(1.0, scale)
     for row in range(begin, end):
-        address = logits + row * row_step
-        y = read(target + row * target_step, INT64)
+        y = read(target[0] + row * target[1], INT64)
         m, s, x, u, t, best = -INFINITY, 0.0, 0.0, 0.0, 0.0, -1
         if y == IGNORED and not ignored_rows:
             m = 0.0
         else:
-            x = target_logit(address, column_step, columns, y, scale, token)
+            address = logits[0] + row * logits[1]
+            x = target_logit(address, step, columns, y, scale, token)
             weights = 0.0
             for start in range(0, columns, BLOCK):
                 count = min(BLOCK, columns - start)
-                padded = -(-count // LANES) * LANES
-                gather(buffer, address + start * column_step, column_step, count, scale, token)
+                padded = -(-count // PAIR) * PAIR
+                gather(buffer, address + start * step, step, count, scale, token)
                 top = np.float64(block_max(buffer, padded, scale))
                 if argmax and (top > m or best < 0):
                     for i in range(count):
@@ -359,110 +414,118 @@ def partials_general(
                             best = start + i
                             break
                 if top > m:
-                    fall = m - top
                     u += weights * (reference(m) - top)
                     if m > -INFINITY:
-                        t = math.exp(fall) * (t + s * fall)
-                        s *= math.exp(fall)
+                        t = math.exp(m - top) * (t + s * (m - top))
+                        s *= math.exp(m - top)
                     m = top
+                base = reference(m)
                 if entropy:
-                    more_s, more_t = block_entropy(buffer, padded, reference(m), scale)
+                    more_s, more_t = block_entropy(buffer, padded, base, scale)
                     t += more_t
                 else:
-                    _, more_s = block_max_sum(buffer, padded, one, reference(m), scale)
+                    _, more_s = block_max_sum(buffer, padded, one, base, scale)
                 s += more_s
                 if smooth:
                     w = weight + start * size if weight != 0 else 0
-                    more_u, more_w = block_smooth(buffer, count, reference(m), w, scale)
+                    more_u, more_w = block_smooth(buffer, count, base, w, scale)
                     u += more_u
                     weights += more_w
-        result = out + row * size
-        write(result, m, scale)
-        write(result + out_step, s, scale)
-        write(result + 2 * out_step, x, scale)
-        result += 3 * out_step
+        place = out[0] + row * size
+        write(place, m, scale)
+        write(place + out[1], s, scale)
+        write(place + 2 * out[1], x, scale)
+        place += 3 * out[1]
         if smooth:
-            write(result, u, scale)
-            result += out_step
+            write(place, u, scale)
+            place += out[1]
         if entropy:
-            write(result, t, scale)
-            result += out_step
-        if argmax:
-            if size == 4:
-                write(result, max(best, 0), INT32)
-            else:
-                write(result, max(best, 0), INT64)
+            write(place, t, scale)
+            place += out[1]
+        if argmax and size == 4:
+            write(place, max(best, 0), INT32)
+        elif argmax:
+            write(place, max(best, 0), INT64)
 
 
 @kernel
 def gradient_general(
-    begin, end, columns, logits, row_step, column_step, target, target_step, m, m_step, s, s_step,
-    softmax, softmax_step, correct, correct_step, smooth, smooth_step, entropy, entropy_step,
-    weight, scale, token, out, out_row_step, out_column_step,
-):  # fmt: skip
+    begin: int,
+    end: int,
+    columns: int,
+    logits: Matrix,
+    target: Vector,
+    m: Vector,
+    s: Vector,
+    softmax: Vector,
+    target_part: Vector,
+    smooth: Vector,
+    entropy: Vector,
+    weight: int,
+    scale: float,
+    token: Any,
+    out: Matrix,
+) -> None:
+    """Any parts, any strides."""
     size = size_of(scale)
     buffer = scratch(scale)
     one = number(1.0, scale)
     for row in range(begin, end):
-        source = logits + row * row_step
-        destination = out + row * out_row_step
-        y = read(target + row * target_step, INT64)
+        source = logits[0] + row * logits[1]
+        destination = out[0] + row * out[1]
+        y = read(target[0] + row * target[1], INT64)
         if y == IGNORED:
-            zeros(destination, out_column_step, columns, token)
+            write_zeros(destination, out[2], columns, token)
             continue
-        row_m = np.float64(read(m + row * m_step, scale))
-        row_s = np.float64(read(s + row * s_step, scale))
-        row_softmax = np.float64(read(softmax + row * softmax_step, scale))
-        row_smooth, row_entropy = 0.0, 0.0
-        if smooth != 0:
-            row_smooth = np.float64(read(smooth + row * smooth_step, scale))
-        if entropy != 0:
-            row_entropy = np.float64(read(entropy + row * entropy_step, scale))
+        row_m, row_s = item(m, row, scale), item(s, row, scale)
+        row_softmax = item(softmax, row, scale)
+        row_smooth = item(smooth, row, scale) if smooth[0] != 0 else 0.0
+        row_entropy = item(entropy, row, scale) if entropy[0] != 0 else 0.0
+        factor, bend, log_s = row_softmax / row_s, row_entropy / row_s, math.log(row_s)
         # Read before it is overwritten.
-        x = target_logit(source, column_step, columns, y, scale, token)
+        x = target_logit(source, logits[2], columns, y, scale, token)
         for start in range(0, columns, BLOCK):
             count = min(BLOCK, columns - start)
-            padded = -(-count // LANES) * LANES
-            gather(buffer, source + start * column_step, column_step, count, scale, token)
-            factor = row_softmax / row_s
-            if entropy != 0:
-                log_s = math.log(row_s)
-                per_s = row_entropy / row_s
-                block_entropy_gradient(buffer, padded, row_m, log_s, factor, per_s, scale)
+            padded = -(-count // PAIR) * PAIR
+            gather(buffer, source + start * logits[2], logits[2], count, scale, token)
+            if entropy[0] != 0:
+                block_entropy_gradient(buffer, padded, row_m, log_s, factor, bend, scale)
             else:
                 block_gradient(buffer, buffer, padded, one, row_m, factor, scale)
-            if smooth != 0:
+            if smooth[0] != 0:
                 w = weight + start * size if weight != 0 else 0
                 subtract_smooth(buffer, count, w, row_smooth, scale)
-            place = destination + start * out_column_step
-            scatter(place, out_column_step, buffer, count, scale, token)
+            scatter(destination + start * out[2], out[2], buffer, count, scale, token)
         if 0 <= y < columns:
-            row_target = np.float64(read(correct + row * correct_step, scale))
             if weight != 0:
                 row_smooth *= read(weight + y * size, scale)
-            place = destination + y * out_column_step
-            write_target(
-                place, x, row_m, row_s, row_softmax, row_target,
-                row_smooth, row_entropy, scale, token,
-            )  # fmt: skip
+            place, d, part = destination + y * out[2], x - row_m, item(target_part, row, scale)
+            write_target(place, d, row_s, row_softmax, part, row_smooth, row_entropy, scale, token)
 
 
 @kernel
 def log_prob(
-    begin, end, columns, logits, row_step, column_step, m, m_step, s, s_step,
-    scale, token, out, out_row_step, out_column_step,
-):  # fmt: skip
+    begin: int,
+    end: int,
+    columns: int,
+    logits: Matrix,
+    m: Vector,
+    s: Vector,
+    scale: float,
+    token: Any,
+    out: Matrix,
+) -> None:
+    """x - m - log s; any strides."""
+    size = size_of(scale)
     buffer = scratch(scale)
     for row in range(begin, end):
-        source = logits + row * row_step
-        destination = out + row * out_row_step
-        row_m = np.float64(read(m + row * m_step, scale))
-        log_s = math.log(np.float64(read(s + row * s_step, scale)))
+        source = logits[0] + row * logits[1]
+        destination = out[0] + row * out[1]
+        row_m, log_s = item(m, row, scale), math.log(item(s, row, scale))
         for start in range(0, columns, BLOCK):
             count = min(BLOCK, columns - start)
-            gather(buffer, source + start * column_step, column_step, count, scale, token)
+            gather(buffer, source + start * logits[2], logits[2], count, scale, token)
             for i in range(0, count, LANES):
-                place = buffer + i * size_of(scale)
+                place = buffer + i * size
                 store(place, load(place, scale) - row_m - log_s, scale)
-            place = destination + start * out_column_step
-            scatter(place, out_column_step, buffer, count, scale, token)
+            scatter(destination + start * out[2], out[2], buffer, count, scale, token)

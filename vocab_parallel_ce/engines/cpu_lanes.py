@@ -12,6 +12,9 @@ uint16 means bf16, int16 means fp16, float32 and float64 mean themselves. bf16 a
 to fp32 in registers, and rounded to nearest even on the way back, by integer operations.
 """
 
+# Half of Numba's extension interface has no type hints.
+# mypy: disallow-untyped-calls=False
+
 from __future__ import annotations
 
 import operator
@@ -26,7 +29,8 @@ from numba.core import cgutils, types
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, overload, register_model
 
-LANES = 32
+LANES = 16
+PAIR = 2 * LANES  # what load_pair reads
 BLOCK = 1024  # elements worked on while they stay in the first-level cache
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -45,26 +49,21 @@ _STORED = {
 # Numba's cache sees changes of the kernels' own file only; this makes it see changes of this one.
 _REVISION = f"{zlib.crc32(Path(__file__).read_bytes()):08x}"
 
+_njit: Any = numba.njit
+
 
 def kernel(function: Function) -> Function:
     """Compile at first use, keep the machine code on disk if any place for it is writable."""
     function.__qualname__ += f"_{_REVISION}"
-    options = {"nogil": True, "error_model": "numpy"}
     try:
-        return cast(Function, numba.njit(cache=True, **options)(function))
+        return cast(Function, _njit(cache=True, nogil=True, error_model="numpy")(function))
     except RuntimeError:
-        return cast(Function, numba.njit(**options)(function))
+        return cast(Function, _njit(nogil=True, error_model="numpy")(function))
 
 
 def helper(function: Function) -> Function:
     """Compile a function that only kernels call."""
-    return cast(Function, numba.njit(error_model="numpy", no_cpython_wrapper=True)(function))
-
-
-def inlined(function: Function) -> Function:
-    """A helper that takes or returns lanes: inlined, so that they stay in registers."""
-    compiled = numba.njit(error_model="numpy", no_cpython_wrapper=True, forceinline=True)
-    return cast(Function, compiled(function))
+    return cast(Function, _njit(error_model="numpy", no_cpython_wrapper=True)(function))
 
 
 def operation(function: Callable[..., Any]) -> Any:
@@ -75,7 +74,7 @@ def operation(function: Callable[..., Any]) -> Any:
 # The type
 
 
-class Lanes(types.Type):  # type: ignore[misc]
+class Lanes(types.Type):
     """LANES numbers of one arithmetic type."""
 
     def __init__(self, scalar: Any) -> None:
@@ -83,8 +82,8 @@ class Lanes(types.Type):  # type: ignore[misc]
         super().__init__(name=f"Lanes({scalar})")
 
 
-@register_model(Lanes)  # type: ignore[misc]
-class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, lanes: Lanes) -> None:
         super().__init__(manager, lanes, _vector(_STORED[lanes.scalar][0]))
 
@@ -155,7 +154,7 @@ def _widen(builder: Any, raw: Any, token: Any) -> Any:
 
 
 def _narrow(builder: Any, value: Any, token: Any, clean: bool = False) -> Any:
-    """``clean``: a NaN has zeros where bf16 has no bits, so rounding cannot carry it to infinity."""
+    """The stored bits. ``clean``: a NaN has zeros where bf16 has no bits, and survives rounding."""
     if token not in (types.uint16, types.int16):
         return value
     integer, real = _as(value.type, _I32), value.type
@@ -213,32 +212,6 @@ def _store(builder: Any, address: Any, value: Any, token: Any) -> None:
     builder.store(raw, _pointer(builder, address, raw.type), align=size)
 
 
-def _half(builder: Any, value: Any, start: int) -> Any:
-    index = [ir.Constant(_I32, start + i) for i in range(LANES // 2)]
-    mask = ir.Constant(ir.VectorType(_I32, LANES // 2), index)
-    return builder.shuffle_vector(value, value, mask)
-
-
-def _load_pairs(builder: Any, address: Any, token: Any) -> Any:
-    """Two 16-bit elements at a time, one in each half of a 32-bit integer."""
-    kind = ir.VectorType(_I32, LANES // 2)
-    raw = builder.load(_pointer(builder, address, kind), align=2)
-    sixteen = ir.Constant(kind, [ir.Constant(_I32, 16)] * (LANES // 2))
-    low = builder.lshr(builder.shl(raw, sixteen), sixteen)
-    index = [ir.Constant(_I32, i) for i in range(LANES)]
-    mask = ir.Constant(_vector(_I32), index)
-    return _widen(builder, builder.shuffle_vector(low, builder.lshr(raw, sixteen), mask), token)
-
-
-def _store_pairs(builder: Any, address: Any, value: Any, token: Any) -> None:
-    raw = _narrow(builder, value, token, clean=True)
-    kind = ir.VectorType(_I32, LANES // 2)
-    sixteen = ir.Constant(kind, [ir.Constant(_I32, 16)] * (LANES // 2))
-    high = builder.shl(_half(builder, raw, LANES // 2), sixteen)
-    pairs = builder.or_(_half(builder, raw, 0), high)
-    builder.store(pairs, _pointer(builder, address, kind), align=2)
-
-
 @operation
 def load(typing: Any, address: Any, token: Any) -> Any:
     """LANES consecutive elements."""
@@ -261,29 +234,50 @@ def store(typing: Any, address: Any, value: Any, token: Any) -> Any:
 
 
 @operation
-def load_any(typing: Any, address: Any, token: Any) -> Any:
-    """LANES consecutive elements in an order of its own, which for 16-bit ones is cheaper."""
+def load_pair(typing: Any, address: Any, token: Any) -> Any:
+    """PAIR consecutive elements as two Lanes, in an order of its own.
+
+    16-bit elements are read two to a 32-bit integer, which saves widening and packing them.
+    """
+    lanes = Lanes(_arithmetic(token))
+    pair = types.UniTuple(lanes, 2)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        if _STORED[token][1] == 2:
-            return _load_pairs(builder, args[0], token)
-        return _load(builder, args[0], token, wide=True)
+        element, size = _STORED[token]
+        kind = _vector(_I32 if size == 2 else element)
+        raw = builder.load(_pointer(builder, args[0], kind), align=size)
+        if size == 2:
+            sixteen = _constant(kind, 16)
+            low = builder.lshr(builder.shl(raw, sixteen), sixteen)
+            halves = [low, builder.lshr(raw, sixteen)]
+        else:
+            offset = ir.Constant(args[0].type, LANES * size)
+            second = _pointer(builder, builder.add(args[0], offset), kind)
+            halves = [raw, builder.load(second, align=size)]
+        values = [_widen(builder, half, token) for half in halves]
+        return context.make_tuple(builder, pair, values)
 
-    return Lanes(_arithmetic(token))(types.int64, token), codegen
+    return pair(types.int64, token), codegen
 
 
 @operation
-def store_any(typing: Any, address: Any, value: Any, token: Any) -> Any:
-    """Round and write what ``load_any`` read."""
+def store_pair(typing: Any, address: Any, a: Any, b: Any, token: Any) -> Any:
+    """Round and write what ``load_pair`` read. A bf16 NaN must be ``clean`` (see _narrow)."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        if _STORED[token][1] == 2:
-            _store_pairs(builder, args[0], args[1], token)
+        element, size = _STORED[token]
+        low, high = (_narrow(builder, value, token, clean=True) for value in args[1:3])
+        kind = low.type
+        if size == 2:
+            low = builder.or_(low, builder.shl(high, _constant(kind, 16)))
         else:
-            _store(builder, args[0], args[1], token)
+            offset = ir.Constant(args[0].type, LANES * size)
+            second = _pointer(builder, builder.add(args[0], offset), kind)
+            builder.store(high, second, align=size)
+        builder.store(low, _pointer(builder, args[0], kind), align=size)
         return context.get_dummy_value()
 
-    return types.void(types.int64, value, token), codegen
+    return types.void(types.int64, a, b, token), codegen
 
 
 @operation
@@ -333,7 +327,7 @@ def scratch(typing: Any, token: Any) -> Any:
 # Arithmetic
 
 
-class _Binary(AbstractTemplate):  # type: ignore[misc]
+class _Binary(AbstractTemplate):
     def generic(self, args: Any, kws: Any) -> Any:
         lanes = _common(*args)
         return lanes and signature(lanes, *args)
@@ -491,7 +485,7 @@ def exp(d: Any, precision: Any) -> Any:
     raise NotImplementedError("compiled code only")
 
 
-@overload(exp, jit_options={"forceinline": True, "error_model": "numpy"})  # type: ignore[misc]
+@overload(exp, jit_options={"forceinline": True, "error_model": "numpy"})
 def _exp(d: Any, precision: Any) -> Any:
     if precision == types.float64:
         return _exp_double
