@@ -74,8 +74,11 @@ def shared_corpus(
 
 def prepare_folder(trainer: Trainer, resume: Resume) -> None:
     """Continues, or clears the run's folder, as asked."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if resume is Resume.never and not restarted:  # a restart continues what this command began
+    # A restart continues what this command began. Hosts count restarts apart, so all are asked.
+    restarts = [0] * trainer.groups.world_size
+    mine = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    dist.all_gather_object(restarts, mine, group=trainer.groups.control)
+    if resume is Resume.never and not any(restarts):
         trainer.checkpoints.clear()
         if trainer.groups.rank == 0:
             trainer.options.metrics.unlink(missing_ok=True)

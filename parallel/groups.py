@@ -15,13 +15,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 BACKEND_OF_DEVICE = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 
@@ -179,7 +183,7 @@ def _initialise(device: torch.device, timeout: timedelta) -> None:
     backend = BACKEND_OF_DEVICE[device.type]
     if "RANK" not in os.environ:
         # One process without torchrun: the store lives in memory, no port is opened.
-        store = dist.HashStore()  # type: ignore[attr-defined, unused-ignore]
+        store = HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -190,7 +194,48 @@ def _initialise(device: torch.device, timeout: timedelta) -> None:
         )
     # Told its device, NCCL connects at once and a missing rank shows here, not in the first step.
     device_id = device if device.type == "cuda" else None
-    dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    shared, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    dist.init_process_group(
+        backend,
+        store=_store_of_this_attempt(shared, rank, world_size, timeout),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device_id,
+    )
+
+
+def _store_of_this_attempt(store: Store, rank: int, world_size: int, timeout: timedelta) -> Store:
+    """A part of the store that no earlier attempt has written to.
+
+    torchrun keeps one store over restarts (pytorch issue 135712), and its count of restarts may
+    differ between hosts. Without this, a restarted rank can read the address that a dead one had
+    left there and fail to connect. Rank 0 names the attempt. Since names of
+    earlier attempts are in the store as well, each rank asks under a token of its own, and rank 0
+    answers every token it sees until all ranks have said that they got this attempt's name.
+    """
+    if rank != 0:
+        token = uuid.uuid4().hex
+        store.set(f"attempt/ask/{rank}", token)
+        attempt = store.get(f"attempt/answer/{token}").decode()  # waits for rank 0
+        store.set(f"attempt/{attempt}/{rank}", "joined")
+        return PrefixStore(attempt, store)
+    attempt, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    missing = set(range(1, world_size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"attempt/ask/{other}"]):
+                token = store.get(f"attempt/ask/{other}").decode()
+                store.set(f"attempt/answer/{token}", attempt)
+            if store.check([f"attempt/{attempt}/{other}"]):
+                missing.remove(other)
+        if missing and time.monotonic() > deadline:
+            raise RuntimeError(
+                f"ranks {sorted(missing)} did not join within {timeout.total_seconds():.0f} s; "
+                "see their output, or raise the timeout if they only start slowly"
+            )
+        time.sleep(0.005)
+    return PrefixStore(attempt, store)
 
 
 def _environment_int(name: str, default: int) -> int:
