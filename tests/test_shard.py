@@ -15,12 +15,21 @@ from .ranks import WORLDS, Pool
 
 @pytest.mark.parametrize(
     ("start", "stop", "vocab_size"),
-    [(-1, 2, 4), (3, 2, 4), (0, 5, 4), (0, 0, 0), (2, 2, 1)],
+    [(-1, 2, 4), (3, 2, 4), (0, 0, 0)],
 )
-def test_ranges_must_lie_in_the_vocabulary(start: int, stop: int, vocab_size: int) -> None:
+def test_ranges_must_be_ranges(start: int, stop: int, vocab_size: int) -> None:
     told = f"got start={start}, stop={stop}, vocab_size={vocab_size}"
     with pytest.raises(ValueError, match=told):
         VocabShard(start, stop, vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "kept"), [(0, 4, 4), (2, 6, 2), (4, 8, 0), (6, 8, 0)]
+)
+def test_ids_from_vocab_size_on_are_padding(start: int, stop: int, kept: int) -> None:
+    shard = VocabShard(start, stop, 4)
+    assert shard == VocabShard(min(start, 4), min(stop, 4), 4)
+    assert shard.size == kept
 
 
 @pytest.mark.parametrize(

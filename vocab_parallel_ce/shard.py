@@ -26,8 +26,9 @@ class VocabShard:
     """The ids [start, stop) of a vocabulary of ``vocab_size`` live on this rank.
 
     Column j of the logits is id ``start + j``. Columns beyond ``stop - start`` are padding: they
-    take no part in the softmax and their gradient is exactly 0. An empty shard (start == stop) is
-    legal. Shards of a group must cover [0, vocab_size) without overlap, in any order of ranks;
+    take no part in the softmax and their gradient is exactly 0. So are ids from ``vocab_size`` on:
+    ``start`` and ``stop`` are cut to it, and the shards of a padded vocabulary can be told as they
+    are stored. An empty shard (start == stop) is legal. Shards of a group must cover [0, vocab_size) without overlap, in any order of ranks;
     every call of the loss verifies that (an error on CPU, NaN on accelerators).
     """
 
@@ -40,11 +41,14 @@ class VocabShard:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"VocabShard: {name} must be an int, got {value!r}")
-        if not 0 <= self.start <= self.stop <= self.vocab_size or self.vocab_size < 1:
+        if not 0 <= self.start <= self.stop or self.vocab_size < 1:
             raise ValueError(
-                "VocabShard: needs 0 <= start <= stop <= vocab_size and vocab_size >= 1, got "
+                "VocabShard: needs 0 <= start <= stop and vocab_size >= 1, got "
                 f"start={self.start}, stop={self.stop}, vocab_size={self.vocab_size}"
             )
+        # Assigned past the freeze, once, before anybody has seen the shard.
+        object.__setattr__(self, "start", min(self.start, self.vocab_size))
+        object.__setattr__(self, "stop", min(self.stop, self.vocab_size))
 
     @property
     def size(self) -> int:
