@@ -23,9 +23,7 @@ def test_ranges_must_be_ranges(start: int, stop: int, vocab_size: int) -> None:
         VocabShard(start, stop, vocab_size)
 
 
-@pytest.mark.parametrize(
-    ("start", "stop", "kept"), [(0, 4, 4), (2, 6, 2), (4, 8, 0), (6, 8, 0)]
-)
+@pytest.mark.parametrize(("start", "stop", "kept"), [(0, 4, 4), (2, 6, 2), (4, 8, 0), (6, 8, 0)])
 def test_ids_from_vocab_size_on_are_padding(start: int, stop: int, kept: int) -> None:
     shard = VocabShard(start, stop, 4)
     assert shard == VocabShard(min(start, 4), min(stop, 4), 4)

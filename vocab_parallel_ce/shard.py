@@ -28,8 +28,9 @@ class VocabShard:
     Column j of the logits is id ``start + j``. Columns beyond ``stop - start`` are padding: they
     take no part in the softmax and their gradient is exactly 0. So are ids from ``vocab_size`` on:
     ``start`` and ``stop`` are cut to it, and the shards of a padded vocabulary can be told as they
-    are stored. An empty shard (start == stop) is legal. Shards of a group must cover [0, vocab_size) without overlap, in any order of ranks;
-    every call of the loss verifies that (an error on CPU, NaN on accelerators).
+    are stored. An empty shard (start == stop) is legal. Shards of a group must cover
+    [0, vocab_size) without overlap, in any order of ranks; every call of the loss verifies that
+    (an error on CPU, NaN on accelerators).
     """
 
     start: int

@@ -97,9 +97,9 @@ def merge_single(parts: Tensor, wanted: Wanted) -> Merged:
     """One rank holds the whole vocabulary: its partials are the statistics."""
     named = dict(zip(wanted.rows, parts.unbind(0), strict=True))
     argmax = integer_view(named["argmax"]).long() if wanted.argmax else None
-    return Merged(
-        named["m"], named["s"], named["x_y"], named.get("u"), named.get("t"), argmax=argmax
-    )
+    # m and s outlive the call; cloned, they do not keep the other partials alive.
+    m, s = named["m"].clone(), named["s"].clone()
+    return Merged(m, s, named["x_y"], named.get("u"), named.get("t"), argmax=argmax)
 
 
 def _sum_in_order(values: Tensor) -> Tensor:
