@@ -126,18 +126,26 @@ def naive(
     lse_square_scale: float = 0.0,
     scale: float = 1.0,
     like_reference: bool = False,
+    order: Tensor | None = None,
+    parts: int = 1,
 ) -> ReferenceLoss:
     """The textbook formulas in plain torch, in the dtype of the logits; differentiable.
 
     ``like_reference``: by the very operations of the fp64 reference. An fp64 result can only be
-    asked to be as good as those, and their error in fp32 tells how good they are.
+    asked to be as good as those, and their error in fp32 tells how good they are. ``order`` [V]
+    is the order in which columns are added up, in ``parts`` shards one after the other;
+    results are in the usual order.
     """
-    x = logits * scale
+    if order is None:
+        order = torch.arange(logits.shape[-1])
+    place = order.argsort()
+    x = logits[..., order] * scale
     kept = target != ignore_index
-    column = torch.where(kept, target, 0).long()
-    w = x.new_ones(x.shape[-1]) if weight is None else weight.to(x.dtype)
+    column = place[torch.where(kept, target, 0).long()]
+    w = x.new_ones(x.shape[-1]) if weight is None else weight.to(x.dtype)[order]
     shifted = x - x.detach().amax(-1, keepdim=True)
-    log_s = shifted.exp().sum(-1, keepdim=True).log()
+    shards = [part.sum(-1, keepdim=True) for part in shifted.exp().tensor_split(parts, -1)]
+    log_s = torch.stack(shards).sum(0).log()
     log_prob = shifted - log_s
     if like_reference:
         log_prob = x.log_softmax(-1)
@@ -157,8 +165,15 @@ def naive(
         loss = loss + zloss if lse_square_scale else loss
     p_z = torch.where(log_prob == -torch.inf, 0.0, log_prob.exp() * shifted)
     entropy = torch.where(kept, log_s.squeeze(-1) - p_z.sum(-1), 0.0)
-    argmax = torch.where(kept, x.argmax(-1), -1)
-    return ReferenceLoss(loss, zloss, log_prob, lse, entropy, argmax)
+    argmax = torch.where(kept, logits.argmax(-1), -1)
+    return ReferenceLoss(loss, zloss, log_prob[..., place], lse, entropy, argmax)
+
+
+def worst(exact: Tensor, results: list[Tensor]) -> Tensor:
+    """Of several results, element by element the one that is farthest from ``exact``."""
+    errors = torch.stack([(r.detach().double() - exact.detach()).abs() for r in results])
+    chosen = errors.nan_to_num(-1.0).argmax(0, keepdim=True)
+    return torch.stack([r.detach() for r in results]).gather(0, chosen)[0]
 
 
 @dataclass(frozen=True)
@@ -166,7 +181,9 @@ class Expected:
     """What the loss of a batch must be, twice: exact in fp64, and as plain torch computes it."""
 
     exact: ReferenceLoss
-    naive: ReferenceLoss
+    replicas: tuple[ReferenceLoss, ...]
+    """the naive formulas with the columns in several orders, unsharded and in shards: rounding is
+    chance, and one order may be lucky"""
     rows_error: float
     """See ``tolerance``; 0 when nothing was reduced."""
     x: Tensor
@@ -174,11 +191,20 @@ class Expected:
     x_naive: Tensor
     """fp32 logits, the leaf of ``naive``"""
 
+    @property
+    def naive(self) -> ReferenceLoss:
+        """The worst of the naive results, element by element."""
+        fields = zip(self.exact, *self.replicas, strict=True)
+        return ReferenceLoss(*(worst(exact, plain) for exact, *plain in fields))
+
     def gradients(self, seed_of: Any) -> tuple[Tensor, Tensor]:
-        """d(logits) [.., V] of a scalar function of the outcome, exact and naive."""
+        """d(logits) [.., V] of a scalar function of the outcome, exact and (the worst) naive."""
         exact = torch.autograd.grad(seed_of(self.exact), self.x, retain_graph=True)[0]
-        plain = torch.autograd.grad(seed_of(self.naive), self.x_naive, retain_graph=True)[0]
-        return exact, plain
+        plain = [
+            torch.autograd.grad(seed_of(replica), self.x_naive, retain_graph=True)[0]
+            for replica in self.replicas
+        ]
+        return exact, worst(exact, plain)
 
 
 def expected(
@@ -188,17 +214,26 @@ def expected(
     x = logits.detach().double().requires_grad_()
     x_naive = logits.detach().float().requires_grad_()
     exact = reference(x, target, weight, **options)
-    same = logits.dtype == torch.float64
-    plain = naive(x_naive, target, weight, **options, like_reference=same)
+    like_reference = logits.dtype == torch.float64
+    columns = torch.arange(logits.shape[-1])
+    shuffled = torch.randperm(len(columns), generator=torch.Generator().manual_seed(0))
+
+    def replicas(options: dict[str, Any]) -> list[ReferenceLoss]:
+        options = {**options, "like_reference": like_reference}
+        return [
+            naive(x_naive, target, weight, **options, order=order, parts=parts)
+            for parts, order in enumerate((columns, columns.flip(0), shuffled), start=1)
+        ]
+
     error = 0.0
     if options.get("reduction", "mean") != "none":
         per_row = {**options, "reduction": "none"}
         exact_rows = reference(x, target, weight, **per_row).loss
-        naive_rows = naive(x_naive, target, weight, **per_row, like_reference=same).loss
+        naive_rows = worst(exact_rows, [r.loss for r in replicas(per_row)])
         error = naive_error(exact_rows, naive_rows, logits.dtype)
         if options.get("reduction") == "sum":
             error *= target.numel()
-    return Expected(exact, plain, error, x, x_naive)
+    return Expected(exact, tuple(replicas(options)), error, x, x_naive)
 
 
 class Findings:
