@@ -14,6 +14,7 @@ back, and its default scheduler aborts when two threads enter at once.
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,7 +47,7 @@ def unavailable() -> str | None:
         version = metadata.version("numba")
     except metadata.PackageNotFoundError:
         return "numba is not installed"
-    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_NUMBA:
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < MINIMUM_NUMBA:
         return f"numba {version} is older than {'.'.join(map(str, MINIMUM_NUMBA))}"
     try:
         disabled = import_module("numba").config.DISABLE_JIT

@@ -35,6 +35,7 @@ from vocab_parallel_ce.engines.cpu_lanes import (
     larger,
     load,
     load_pair,
+    multiply_add,
     number,
     read,
     scratch,
@@ -74,7 +75,8 @@ def block_max(address: int, count: int, token: Any) -> Any:
 def block_max_sum(address: int, count: int, scale: float, base: float, token: Any) -> Any:
     """max x and sum e^(x - base)"""
     top = lanes_of(-INFINITY, token)
-    s = lanes_of(0.0, token)
+    a = lanes_of(0.0, token)
+    b = a
     unscaled = scale == 1.0
     for _ in range(count // PAIR):
         x, z = load_pair(address, token)
@@ -82,25 +84,29 @@ def block_max_sum(address: int, count: int, scale: float, base: float, token: An
             x = x * scale
             z = z * scale
         top = larger(z, larger(x, top))
-        s = s + exp(x - base, scale)
-        s = s + exp(z - base, scale)
+        a = a + exp(x - base, scale)
+        b = b + exp(z - base, scale)
         address += PAIR * size_of(token)
-    return np.float64(highest(top)), total(s)
+    return np.float64(highest(top)), total(a) + total(b)
 
 
 @helper
 def block_entropy(address: int, count: int, m: float, token: Any) -> Any:
     """sum e^(x - m) and sum e^(x - m) (x - m)"""
-    step = LANES * size_of(token)
     s = lanes_of(0.0, token)
-    t = lanes_of(0.0, token)
-    for _ in range(count // LANES):
-        d = load(address, token) - m
-        e = exp(d, token)
+    t = s
+    s2, t2 = s, s
+    for _ in range(count // PAIR):
+        x, z = load_pair(address, token)
+        d, d2 = x - m, z - m
+        e, e2 = exp(d, token), exp(d2, token)
         s = s + e
-        t = t + where_less(0.0, e, e * d, e)
-        address += step
-    return total(s), total(t)
+        s2 = s2 + e2
+        # Without a product where e is 0 (d may be -inf), with NaN where it is NaN.
+        t = where_less(0.0, e, multiply_add(e, d, t), t + e)
+        t2 = where_less(0.0, e2, multiply_add(e2, d2, t2), t2 + e2)
+        address += PAIR * size_of(token)
+    return total(s) + total(s2), total(t) + total(t2)
 
 
 @helper

@@ -265,7 +265,7 @@ def store_pair(typing: Any, address: Any, a: Any, b: Any, token: Any) -> Any:
     """Round and write what ``load_pair`` read. A bf16 NaN must be ``clean`` (see _narrow)."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        element, size = _STORED[token]
+        size = _STORED[token][1]
         low, high = (_narrow(builder, value, token, clean=True) for value in args[1:3])
         kind = low.type
         if size == 2:
