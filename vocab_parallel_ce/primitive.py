@@ -275,7 +275,9 @@ class _RowStatistics(torch.autograd.Function):
         return result.stats, result.m, result.s, result.argmax
 
     @staticmethod
-    def backward(ctx: Any, grad_stats: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_stats: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_stats is None:  # nothing upstream depends on the statistics
+            return None, None, None, None, None, None
         with torch.no_grad():
             grad = _RowStatistics._gradient(ctx, grad_stats)
         if torch.is_grad_enabled():  # create_graph=True
