@@ -27,7 +27,8 @@ from vocab_parallel_ce.reference import cross_entropy as reference_cross_entropy
 
 ROWS_AT_A_TIME = 128
 # Relative to the loss, and to the largest element of the gradient. In fp32 the loss and each
-# element carry a few roundings of 6e-8; a bf16 gradient is rounded once more, by up to 2^-9.
+# element carry a few roundings of 6e-8; a bf16 gradient is rounded once more, by up to 2^-9. Twice
+# what F.cross_entropy in fp32 is off by comes on top: large logits cost any fp32 formula digits.
 LOSS_TOLERANCE = 2e-6
 GRADIENT_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8}
 
@@ -143,9 +144,8 @@ def check_against_reference(call: LossCall, groups: ParallelGroups) -> Errors:
         plain_worst = _worse(plain_worst, plain, exact)
     scale = max(largest, 1e-300)
     loss_error = abs(float(loss.detach()) - reference) / max(abs(reference), 1e-300)
-    within = loss_error <= LOSS_TOLERANCE and (
-        worst / scale <= GRADIENT_TOLERANCE[call.logits.dtype]
-    )
+    allowed = GRADIENT_TOLERANCE[call.logits.dtype] + 2 * plain_worst / scale
+    within = loss_error <= LOSS_TOLERANCE and worst / scale <= allowed
     errors = Errors(
         float(loss.detach()), reference, loss_error, worst / scale, plain_worst / scale, within
     )
