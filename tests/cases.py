@@ -163,7 +163,7 @@ def naive(
         zloss = zloss.sum() / kept.sum()
         loss = loss.sum() / torch.where(kept, w[column], 0.0).sum()
         loss = loss + zloss if lse_square_scale else loss
-    p_z = torch.where(log_prob == -torch.inf, 0.0, log_prob.exp() * shifted)
+    p_z = log_prob.exp() * torch.where(log_prob == -torch.inf, 0.0, shifted)
     entropy = torch.where(kept, log_s.squeeze(-1) - p_z.sum(-1), 0.0)
     argmax = torch.where(kept, logits.argmax(-1), -1)
     return ReferenceLoss(loss, zloss, log_prob[..., place], lse, entropy, argmax)

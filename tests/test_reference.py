@@ -85,8 +85,10 @@ def test_entropy_is_that_of_the_categorical_distribution() -> None:
 
 
 def test_columns_of_minus_infinity_have_no_entropy() -> None:
-    x = torch.tensor([[0.0, 0.0, -torch.inf]], dtype=torch.float64)
-    assert cross_entropy(x, torch.tensor([0])).entropy.item() == pytest.approx(math.log(2), 1e-15)
+    x = torch.tensor([[0.0, 0.0, -torch.inf]], dtype=torch.float64, requires_grad=True)
+    entropy = cross_entropy(x, torch.tensor([0])).entropy
+    assert entropy.item() == pytest.approx(math.log(2), 1e-15)
+    assert torch.autograd.grad(entropy.sum(), x)[0].tolist() == [[0.0, 0.0, 0.0]]
 
 
 @pytest.mark.parametrize("poison", [torch.inf, -torch.inf, torch.nan])

@@ -71,7 +71,9 @@ def cross_entropy(
         zloss = z.sum() / kept_rows
         loss = row.sum() / kept_weight + (zloss if lse_square_scale else 0.0)
 
-    p_log_p = torch.where(log_prob == -torch.inf, torch.zeros_like(x), log_prob.exp() * log_prob)
+    # A column without probability adds 0, and nothing to the gradient: never 0 * -inf.
+    finite = torch.where(log_prob == -torch.inf, torch.zeros_like(x), log_prob)
+    p_log_p = log_prob.exp() * finite
     return ReferenceLoss(
         loss=loss,
         zloss=zloss,
