@@ -37,7 +37,7 @@ $(VENV)/installed: pyproject.toml
 
 demo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(TORCHRUN) --nproc-per-node 2 -m vocab_parallel_ce.launch.train \
-	    --tp 2 --device cpu --out runs/demo --fresh
+	    --tp 2 --device cpu --out runs/demo --resume never
 
 test: lint types unit
 
