@@ -29,7 +29,8 @@ def _bits(group: dist.ProcessGroup, dtype: torch.dtype, collective: str) -> list
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     sharding = even(VOCAB, world)
     data = batch(37, VOCAB, dtype, ignore_index=7, seed=world)
-    losses, gradients = [], []
+    losses: list[Tensor] = []
+    gradients: list[Tensor] = []
     options: dict[str, Any] = {"ignore_index": 7, "group": group, "collective": collective}
     for reduction in ("none", "mean", "sum"):
         x = sharding.local(data.logits, rank).requires_grad_()

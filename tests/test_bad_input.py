@@ -157,9 +157,9 @@ def test_static_arguments_on_one_rank(name: str) -> None:
     assert cross_entropy(**_good_call(None)).isfinite()
 
 
-def _outcome(function: Callable[[], Tensor]) -> tuple[str, str]:
+def _outcome(function: Callable[..., object], **call: Any) -> tuple[str, str]:
     try:
-        value = function()
+        value = function(**call)
     except Exception as problem:
         return type(problem).__name__, str(problem)
     return "", str(value)
@@ -169,7 +169,7 @@ def _static_everywhere(group: dist.ProcessGroup) -> list[tuple[str, str]]:
     out = []
     for replaced, _, _ in STATIC.values():
         call = {**_good_call(group), **replaced}
-        out.append(_outcome(lambda call=call: cross_entropy(**call)))
+        out.append(_outcome(cross_entropy, **call))
     _assert_still_works(group)
     return out
 
@@ -192,7 +192,7 @@ def _static_on_one(group: dist.ProcessGroup, bad: int) -> list[tuple[str, str]]:
         call = {**_good_call(group), "check": True}
         if dist.get_rank(group) == bad:
             call.update(replaced)
-        out.append(_outcome(lambda call=call: cross_entropy(**call)))
+        out.append(_outcome(cross_entropy, **call))
     _assert_still_works(group)
     return out
 
@@ -259,7 +259,7 @@ def _values_everywhere(
             call.update(replaced)
         elif "target" in replaced:
             call["target"] = call["target"].to(replaced["target"].dtype)
-        out.append(_outcome(lambda call=call: cross_entropy(**call)))
+        out.append(_outcome(cross_entropy, **call))
     _assert_still_works(group)
     return out
 
@@ -282,9 +282,9 @@ def test_values_raise_on_every_rank(
 def _every_function(group: dist.ProcessGroup) -> list[tuple[str, str]]:
     call = {**_good_call(group), "target": torch.tensor([0, 1, 99, 2])}
     return [
-        _outcome(lambda: cross_entropy(**call)),
-        _outcome(lambda: cross_entropy_loss(**call).loss),
-        _outcome(lambda: token_statistics(**call, entropy=True, argmax=True).lse),
+        _outcome(cross_entropy, **call),
+        _outcome(cross_entropy_loss, **call),
+        _outcome(token_statistics, **call, entropy=True, argmax=True),
     ]
 
 
@@ -380,7 +380,7 @@ def _disagree(group: dist.ProcessGroup, collective: str, check: bool) -> list[tu
     out = []
     for replaced, _ in _per_rank(dist.get_rank(group)).values():
         call = {**_good_call(group), **replaced, "collective": collective, "check": check}
-        out.append(_outcome(lambda call=call: cross_entropy(**call)))
+        out.append(_outcome(cross_entropy, **call))
     _assert_still_works(group)
     return out
 
@@ -399,11 +399,11 @@ def _third_rank_differs(group: dist.ProcessGroup) -> list[tuple[str, str]]:
     rank = dist.get_rank(group)
     for collective in ("all_gather", "all_reduce"):
         call = {**_good_call(group), "collective": collective, "scale": 2.0 - (rank == 2)}
-        out.append(_outcome(lambda call=call: cross_entropy(**call)))
+        out.append(_outcome(cross_entropy, **call))
         shard = VocabShard(6 * (rank % 2), 6 * (rank % 2) + 6, 12)
         call = {**_good_call(group), "collective": collective, "shard": shard}
         call["target"] = call["target"].clamp(max=11)
-        out.append(_outcome(lambda call=call: cross_entropy(**call)))
+        out.append(_outcome(cross_entropy, **call))
     _assert_still_works(group)
     return out
 
@@ -466,9 +466,9 @@ def _payload_disagreement(group: dist.ProcessGroup) -> list[tuple[str, str]]:
     for loss_args, statistics_args, _ in _changes_the_payload(dist.get_rank(group)).values():
         call = {**_good_call(group), **loss_args, **statistics_args, "check": True}
         if statistics_args:
-            out.append(_outcome(lambda call=call: token_statistics(**call).lse))
+            out.append(_outcome(token_statistics, **call))
         else:
-            out.append(_outcome(lambda call=call: cross_entropy(**call)))
+            out.append(_outcome(cross_entropy, **call))
     _assert_still_works(group)
     return out
 
@@ -494,7 +494,7 @@ def _with_environment(group: dist.ProcessGroup, value: str, check: bool | None) 
         call = {**_good_call(group), "check": check}
         if dist.get_rank(group) == 1:
             call["label_smoothing"] = 7
-        return _outcome(lambda: cross_entropy(**call))
+        return _outcome(cross_entropy, **call)
     finally:
         os.environ.pop(CHECK_VARIABLE)
         if before is not None:

@@ -37,7 +37,8 @@ class Rank:
     def __init__(self, start: int, stop: int, vocab_size: int = 12, **options: Any) -> None:
         told = {"implicit_shard": False, **options}
         self.request = RowRequest(start, stop, vocab_size, **told)
-        self.target, self.weight = TARGET, WEIGHT
+        self.target = TARGET
+        self.weight: Tensor | None = WEIGHT
         self.content = CONTENT + start
         self.problems = ValueProblems()
 
