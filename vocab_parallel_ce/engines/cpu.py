@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -201,10 +202,14 @@ def _run(kernel: Callable[..., None], logits: Tensor, *args: Any) -> None:
     if copies <= 0 or rows * columns < SEQUENTIAL_BELOW:
         kernel(0, rows, columns, *args)
         return
-    begins = iter(range(0, rows, size))
+    begins = deque(range(0, rows, size))
 
     def work() -> None:
-        for begin in begins:
+        while True:
+            try:
+                begin = begins.popleft()
+            except IndexError:
+                return
             kernel(begin, min(begin + size, rows), columns, *args)
 
     futures = _pool.submit(work, copies, threads - 1)

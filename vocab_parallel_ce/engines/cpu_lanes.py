@@ -511,6 +511,7 @@ def _exp_single(d: Any, precision: Any) -> Any:
 
 
 def _exp_half(d: Any, precision: Any) -> Any:
+    # NaNs that come of 16-bit numbers have no low bits: times_two_to adds 0 to them.
     shifted = multiply_add(d, _LOG2_E, _MAGIC)
     f = multiply_add(shifted - _MAGIC, -_LN2, d)
     p = multiply_add(f, 4.15136832331e-2, 1.67875917475e-1)
