@@ -577,3 +577,13 @@ def test_engines_agree(reduction: str, dtype: torch.dtype) -> None:
     exact, plain = want.gradients(lambda outcome: outcome.loss.sum())
     error = naive_error(exact, plain, torch.float32)
     assert_close(both[0][1], both[1][1].double(), both[1][1], "gradient", rows_error=error)
+
+
+@pytest.mark.parametrize("engine", ["eager", "cpu"])
+def test_a_row_without_a_maximum_has_no_argmax(engine: str) -> None:
+    logits = torch.randn(3, 9)
+    logits[1, 4] = torch.nan
+    target = torch.zeros(3, dtype=torch.int64)
+    best = token_statistics(logits, target, argmax=True, engine=engine).argmax
+    assert best is not None
+    assert best.tolist() == [int(logits[0].argmax()), -1, int(logits[2].argmax())]

@@ -67,7 +67,8 @@ class TokenStatistics(NamedTuple):
     entropy: Tensor | None
     """-sum_c p_c log p_c in nats, differentiable"""
     argmax: Tensor | None
-    """int64 vocabulary id of the largest logit, the smallest id of a tie; -1 on ignored rows"""
+    """int64 vocabulary id of the largest logit, the smallest id of a tie; -1 on ignored rows and on
+    rows that hold NaN or +inf"""
 
 
 def cross_entropy(

@@ -84,10 +84,9 @@ def merge(parts: Tensor, wanted: Wanted, shard_weight: Tensor, starts: Tensor) -
     argmax = None
     if wanted.argmax:
         ids = integer_view(named.pop("argmax")).long() + starts[:, None].long()
-        # The smallest id wins a tie; a row of NaN has no maximum and answers -1.
+        # The smallest id wins a tie.
         none = torch.iinfo(torch.int64).max
-        best = torch.where(named["m"] == m, ids, none).amin(0)
-        argmax = torch.where(best == none, -1, best)
+        argmax = torch.where(named["m"] == m, ids, none).amin(0)
     rescale_(named, m, shard_weight[:, None])
     del named["m"]
     return Merged(m, argmax=argmax, **{name: _sum_in_order(v) for name, v in named.items()})
@@ -132,5 +131,6 @@ def finish(merged: Merged, wanted: Wanted, total_weight: float | Tensor, ignored
     else:
         stats.masked_fill_(ignored, 0.0)
     if merged.argmax is not None:
-        merged.argmax.masked_fill_(ignored, -1)
+        # Nor has a row of NaN a maximum, whatever column an engine named.
+        merged.argmax.masked_fill_(ignored | merged.s.isnan(), -1)
     return stats
