@@ -144,9 +144,9 @@ def test_nan_has_no_maximum() -> None:
     x[0, 1] = torch.nan
     parts, shares, starts = _partials(x, torch.tensor([0]), torch.ones(4), [2], ALL)
     merged = merge(parts, ALL, shares, starts)
+    assert finish(merged, ALL, 4.0, torch.tensor([False])).isnan().all()
     assert merged.argmax is not None
     assert merged.argmax.item() == -1
-    assert finish(merged, ALL, 4.0, torch.tensor([False])).isnan().all()
 
 
 def test_ignored_rows_are_exactly_zero_unless_read() -> None:
