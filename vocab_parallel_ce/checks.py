@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .collectives import BACKENDS_WITHOUT_FP64, COLLECTIVES, communication_device
-from .engines import ENGINES
+from .engines import ENGINES, select
 from .header import REDUCTIONS
 from .preflight import preflight
 from .request import RowRequest, check_is_on
@@ -54,14 +54,16 @@ def prepare(
 ) -> RowRequest:
     """Check everything static and say what the primitive shall do.
 
-    Raises TypeError or ValueError; with ``check`` on, every rank of the group learns of it and
-    raises as well.
+    Raises TypeError or ValueError, or RuntimeError where an engine is asked for that is not
+    available; with ``check`` on, every rank of the group learns of it and raises as well.
     """
     if torch.compiler.is_compiling():
         return _prepare(input, target, weight, options, outputs)
     try:
-        return _prepare(input, target, weight, options, outputs)
-    except (TypeError, ValueError) as problem:
+        request = _prepare(input, target, weight, options, outputs)
+        select(options.engine, input)
+        return request
+    except (TypeError, ValueError, RuntimeError) as problem:
         group = options.group
         if check_is_on(_check_word(options.check)) and isinstance(group, dist.ProcessGroup):
             preflight(problem, communication_device(group), group)

@@ -121,18 +121,25 @@ def compute_statistics(
         write_header(payload.header, request, target, content, weight, problems)
         exchanged = exchange(payload, wanted, request.collective, group)
         merged = exchanged.merged
-        constant = ((payload.parts[1] == request.size) | ignored).all
         if poison is None:
             headers = read_headers(exchanged.headers)
-            raise_on_problems(headers, target, looks_gathered(headers) and bool(constant()))
+            excused = looks_gathered(headers) and bool(_constant_rows(payload, ignored, request))
+            raise_on_problems(headers, target, excused)
         else:
-            poison |= disagreement(exchanged.headers, target, constant())
+            constant_rows = _constant_rows(payload, ignored, request)
+            poison |= disagreement(exchanged.headers, target, constant_rows)
     if poison is not None:
         # One NaN here makes the loss and the whole gradient of the row NaN, on every rank.
         merged.s = merged.s.masked_fill(poison, torch.nan)
     stats = finish(merged, wanted, _total_weight(weight, request, dtype), ignored)
     argmax = merged.argmax if merged.argmax is not None else located.local_target.new_empty(0)
     return RowResult(stats, merged.m, merged.s, located.local_target, argmax)
+
+
+def _constant_rows(payload: Payload, ignored: Tensor, request: RowRequest) -> Tensor:
+    """0-d: every kept row of this shard holds one value, so that s counts its columns."""
+    s = payload.parts[1]
+    return ((s == request.size) | ignored).all()
 
 
 def _fill_partials(
