@@ -169,6 +169,16 @@ def test_equal_contents_mean_nothing_for_constant_rows_or_high_targets() -> None
         assert not _on_device(headers, target, constant)
 
 
+def test_ignored_rows_say_nothing_about_gathered_logits() -> None:
+    """An ignore_index beyond the shard is no sign of a target on another rank."""
+    ranks = _gathered()
+    for rank in ranks:
+        rank.request = replace(rank.request, ignore_index=99)
+    headers, target = _headers(ranks), torch.tensor([0, 1, 9, 99])
+    assert "looks gathered" in _raises(headers, target, False)
+    assert _on_device(headers, target, False)
+
+
 def test_one_rank_never_looks_gathered() -> None:
     headers = _headers(_gathered()[:1])
     headers[:, 2] = 12

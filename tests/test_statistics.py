@@ -139,6 +139,15 @@ def test_the_order_of_ranks_decides_the_bits_and_nothing_else_does() -> None:
     assert torch.equal(some.s, first.s[5:8])
 
 
+def test_ranks_are_added_up_one_after_the_other() -> None:
+    """1 + 2^-24 rounds to 1, twice; the two small ones added first would give 1 + 2^-23."""
+    parts = torch.zeros(3, 3, 2)
+    parts[:, 1] = torch.tensor([1.0, 2.0**-24, 2.0**-24])[:, None]
+    zeros = torch.zeros(3)
+    assert merge(parts.clone(), Wanted(), zeros, zeros.int()).s.tolist() == [1.0, 1.0]
+    assert merge(parts.flip(0), Wanted(), zeros, zeros.int()).s.tolist() == [1.0 + 2.0**-23] * 2
+
+
 def test_nan_has_no_maximum() -> None:
     x = torch.zeros(1, 4)
     x[0, 1] = torch.nan
