@@ -5,6 +5,7 @@ Everything is rebuilt from a seed on every rank, so that a case needs no tensors
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -191,7 +192,7 @@ class Expected:
     x_naive: Tensor
     """fp32 logits, the leaf of ``naive``"""
 
-    @property
+    @functools.cached_property
     def naive(self) -> ReferenceLoss:
         """The worst of the naive results, element by element."""
         fields = zip(self.exact, *self.replicas, strict=True)
