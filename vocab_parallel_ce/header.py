@@ -153,9 +153,8 @@ def raise_on_problems(headers: list[Header], target: Tensor, constant_rows: bool
     ``constant_rows``: every row of this rank's shard holds one value (a head that is still zero),
     so equal contents mean nothing.
     """
-    for rank, header in enumerate(headers):
-        _raise_on_values(rank, header)
     first = headers[0]
+    # Options first: a target may be out of range only because ignore_index differs.
     for rank, header in enumerate(headers[1:], start=1):
         for name, value in header.options.items():
             if value != first.options[name]:
@@ -164,6 +163,9 @@ def raise_on_problems(headers: list[Header], target: Tensor, constant_rows: bool
                     f"{first.options[name]!r}, rank {rank} passed {value!r}; "
                     "pass the same options on every rank"
                 )
+    for rank, header in enumerate(headers):
+        _raise_on_values(rank, header)
+    for rank, header in enumerate(headers[1:], start=1):
         if header.vocab_size != first.vocab_size:
             raise ValueError(
                 "ranks disagree on vocab_size: rank 0 of the group has "
