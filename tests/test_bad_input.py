@@ -313,6 +313,10 @@ def _per_rank(rank: int) -> dict[str, tuple[Call, str]]:
             {"ignore_index": -1 if one else -100, "target": low},
             "disagree on ignore_index: rank 0 .* passed -100, rank 1 passed -1",
         ),
+        "ignore_index, and rows that hold the other rank's": (
+            {"ignore_index": -1 if one else -100},
+            "disagree on ignore_index: rank 0 .* passed -100, rank 1 passed -1",
+        ),
         "label_smoothing": (
             {"label_smoothing": 0.2 if one else 0.1},
             "disagree on label_smoothing: rank 0 .* passed 0.1, rank 1 passed 0.2",

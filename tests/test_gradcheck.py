@@ -115,7 +115,11 @@ def test_token_statistics(scale: float, engine: str) -> None:
         return out.log_prob, out.lse, out.entropy
 
     for index in range(3):
-        _check(lambda x, index=index: outputs(x)[index], x)
+
+        def one(x: Tensor, index: int = index) -> Tensor:
+            return outputs(x)[index]
+
+        _check(one, x)
     _check(outputs, x)
     _check(
         lambda x: token_statistics(x, target, scale=scale, engine=engine)[:2],

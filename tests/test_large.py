@@ -82,7 +82,7 @@ def test_more_than_2_to_the_31_in_place(memory: Tensor) -> None:
     """The loss and the gradient of every sampled row, written where the logits were."""
     assert memory.numel() > 2**31
     target = _target()
-    logits = _Head.apply(torch.zeros((), requires_grad=True), memory)
+    logits = _Head.apply(torch.zeros((), requires_grad=True), memory)  # type: ignore[no-untyped-call]
     before = memory[SAMPLE].clone()
     loss = cross_entropy(logits, target, reduction="none", inplace_backward=True)
     upstream = torch.linspace(0.5, 2.0, ROWS)

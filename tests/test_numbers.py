@@ -251,8 +251,8 @@ def test_ignored_rows_may_hold_anything(
     logits, target = _logits(dtype), _target(9)
     logits[:9] = value
     weight = torch.rand(CLASSES) + 0.25
-    options: dict[str, Any]
-    for options in ({}, {"label_smoothing": 0.1, "lse_square_scale": 0.01}):
+    both: list[dict[str, Any]] = [{}, {"label_smoothing": 0.1, "lse_square_scale": 0.01}]
+    for options in both:
         loss, grad = _check(logits, target, weight, engine, reduction, **options)
         if reduction == "none":
             assert bool((loss[:9] == 0).all())

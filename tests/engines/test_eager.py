@@ -5,6 +5,7 @@ Every test runs on the eager engine and on the cpu engine, so the two agree.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
 
@@ -240,7 +241,7 @@ def test_the_first_of_a_tie_wins(columns: int, dtype: torch.dtype, engine: str) 
 
 # Layouts
 
-STRIDES = {
+STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
     "rows apart": lambda x: torch.cat([x, x.flip(1)], 1)[:, : x.shape[1]],
     "columns apart": lambda x: torch.stack([x, x.flip(1)], 2)[:, :, 0],
     "transposed": lambda x: x.t().contiguous().t(),
@@ -270,7 +271,8 @@ def _gradient_formula(
 ) -> Tensor:
     x = shard.logits.to(dtype) * scale
     m, s = m.to(dtype)[:, None], s.to(dtype)[:, None]
-    c = Coefficients(*(None if part is None else part.to(dtype)[:, None] for part in c))
+    smooth, entropy = (None if part is None else part.to(dtype)[:, None] for part in c[2:])
+    c = Coefficients(c.softmax.to(dtype)[:, None], c.target.to(dtype)[:, None], smooth, entropy)
     p = (x - m).exp() / s
     dx = p * c.softmax
     if c.entropy is not None:
@@ -300,7 +302,9 @@ def _check_gradient(
     m = (local["m"] + 0.5).to(arithmetic)
     s = (2.5 * local["s"]).to(arithmetic)
     parts = [torch.randn(rows, dtype=arithmetic) for _ in range(4)]
-    c = Coefficients(*parts[:2], parts[2] if smooth else None, parts[3] if entropy else None)
+    c = Coefficients(
+        parts[0], parts[1], parts[2] if smooth else None, parts[3] if entropy else None
+    )
     exact = _gradient_formula(shard, m, s, c, scale, torch.float64)
     naive = _gradient_formula(shard, m, s, c, scale, torch.float32)
     weight = shard.weight if weighted else None

@@ -25,17 +25,23 @@ ROOT = Path(__file__).resolve().parents[2]
 # In this process: Numba works
 
 
+def _name(engine: str, logits: torch.Tensor) -> str:
+    """The file that serves such a call: an engine is a module."""
+    module: Any = select(engine, logits)
+    return str(module.__name__).rpartition(".")[2]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_cpu_tensors_take_the_cpu_engine(dtype: torch.dtype) -> None:
     x = torch.randn(2, 3).to(dtype)
-    assert select("auto", x).__name__.endswith("engines.cpu")
+    assert _name("auto", x) == "cpu"
     assert select("cpu", x) is select("auto", x)
-    assert select("eager", x).__name__.endswith("engines.eager")
+    assert _name("eager", x) == "eager"
 
 
 def test_other_devices_take_the_eager_engine() -> None:
     x = torch.randn(2, 3, device="meta")
-    assert select("auto", x).__name__.endswith("engines.eager")
+    assert _name("auto", x) == "eager"
 
 
 @pytest.mark.parametrize("name", ["triton_", "", "CPU", None, 3])
