@@ -1,5 +1,6 @@
 # make demo      a virtual environment, the install, and a GPT trained on two CPU ranks
-# make test      lint, types, every test and the speed gate
+# make test      lint, types and every test
+# make gate      fails where the loss got slower beside F.cross_entropy; what CI adds to the tests
 # make bench     the loss beside its peers on this machine; writes runs/bench
 #
 # Options:  PYTHON=python3.11           the interpreter to build the environment from
@@ -18,7 +19,7 @@ TORCHRUN := $(BIN)/torchrun --standalone
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \?//p' Makefile | head -8
+	@sed -n 's/^# \?//p' Makefile | head -9
 
 # The stamp keeps the environment until what it was made from changes.
 $(VENV)/installed: pyproject.toml
@@ -39,7 +40,7 @@ demo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(TORCHRUN) --nproc-per-node 2 -m vocab_parallel_ce.launch.train \
 	    --tp 2 --device cpu --out runs/demo --resume never
 
-test: lint types unit gate
+test: lint types unit
 
 lint: $(VENV)/installed
 	@start=$$(date +%s); echo "== lint"; \
