@@ -19,7 +19,7 @@ TORCHRUN := $(BIN)/torchrun --standalone
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \?//p' Makefile | head -9
+	@sed -n 's/^# \?//p' Makefile | head -8
 
 # The stamp keeps the environment until what it was made from changes.
 $(VENV)/installed: pyproject.toml
