@@ -55,16 +55,25 @@ def standard_library_files() -> list[Path]:
 
 
 def text_files(paths: Sequence[Path]) -> list[Path]:
-    """The files named, and for a folder all files below it, sorted. Nothing named: the default."""
+    """The files named, and for a folder all text below it, sorted. Nothing named: the default."""
     if not paths:
         return standard_library_files()
     files: list[Path] = []
     for path in paths:
         if not path.exists():
             raise ValueError(f"--text {path} does not exist")
-        below = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        below = [p for p in found if p == path or (p.is_file() and _looks_like_text(p))]
+        if not below:
+            raise ValueError(f"--text {path} holds no text file")
         files.extend(below)
     return files
+
+
+def _looks_like_text(path: Path) -> bool:
+    """A zero byte early on is what tells compiled files, images and archives from text."""
+    with path.open("rb") as file:
+        return b"\0" not in file.read(8192)
 
 
 def default_cache() -> Path:

@@ -31,7 +31,7 @@ from vocab_parallel_ce.launch.gpt import GPTShape
 from vocab_parallel_ce.launch.progress import TrainingLog, read_metrics
 from vocab_parallel_ce.launch.selfcheck import LossCall, check_against_reference, compare_cost
 from vocab_parallel_ce.launch.stopwatch import LossTimer, PeakMemory
-from vocab_parallel_ce.launch.text import Batches, load_corpus
+from vocab_parallel_ce.launch.text import Batches, load_corpus, text_files
 from vocab_parallel_ce.launch.train import Resume, app, prepare, train_and_check
 from vocab_parallel_ce.launch.trainer import Trainer, TrainOptions, sum_of_squares
 from vocab_parallel_ce.parallel.groups import ParallelGroups
@@ -386,6 +386,16 @@ def test_the_text_is_read_from_the_cache_and_comes_back_in_words(
 def _decoded(tokenizer: Any, tokens: Any) -> str:
     pieces = "".join(tokenizer.id_to_token(int(token)) for token in tokens)
     return pieces.replace("Ġ", " ")  # how byte-level BPE writes a space
+
+
+def test_a_folder_gives_its_text_and_not_its_compiled_files(tmp_path: Path) -> None:
+    (tmp_path / "deeper" / "__pycache__").mkdir(parents=True)
+    (tmp_path / "b.py").write_text("b")
+    (tmp_path / "deeper" / "a.txt").write_text("ä", encoding="utf-8")
+    (tmp_path / "deeper" / "__pycache__" / "b.pyc").write_bytes(b"\x6f\0\0\0code")
+    assert text_files([tmp_path]) == [tmp_path / "b.py", tmp_path / "deeper" / "a.txt"]
+    with pytest.raises(ValueError, match="holds no text file"):
+        text_files([tmp_path / "deeper" / "__pycache__"])
 
 
 def test_two_builders_at_once_leave_one_good_corpus(
