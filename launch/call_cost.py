@@ -16,7 +16,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - as everybody calls it
+import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.table import Table
