@@ -102,7 +102,9 @@ def cross_entropy(
         lse_square_scale: adds this times lse^2 to every kept row (the z-loss; under "mean" it is
             averaged over the number of kept rows).
         normalizer: a scalar that replaces the denominators of "mean", e.g. the number of kept
-            rows over all data-parallel ranks or micro-batches. No gradient flows into it.
+            rows over all data-parallel ranks or micro-batches. It divides the z-loss as well, which
+            "mean" would divide by the number of rows even under class weights. No gradient flows
+            into it.
 
     Returns:
         fp32 loss (fp64 for fp64 logits), the same on every rank: [...] for "none", else 0-d.
