@@ -132,6 +132,10 @@ def prepare(
         f"(tp {groups.tp}, dp {groups.dp}); rank 0 owns ids {trainer.shard.start} to "
         f"{trainer.shard.stop - 1} of {trainer.shard.vocab_size}",
     )
+    begin = time.perf_counter()
+    trainer.warm_up()
+    groups.barrier()
+    say(groups, f"The loss is ready to run ({time.perf_counter() - begin:.1f} s).")
     if trainer.state.step:
         say(groups, f"Continuing {options.out} after step {trainer.state.step}.")
     return trainer

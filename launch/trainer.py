@@ -140,6 +140,20 @@ class Trainer:
         """Continues from the latest checkpoint, if there is one."""
         self.state = self.checkpoints.load(self.model, self.optimizer)
 
+    def warm_up(self) -> None:
+        """A tiny loss of the run's own kind: a process's first call compiles the kernels, or loads
+        them from the disk, and no step should seem to take that long."""
+        dtype = DTYPES[self.options.dtype]
+        logits = torch.zeros(1, 2, dtype=dtype, device=self.groups.device, requires_grad=True)
+        loss = cross_entropy(
+            logits * 1,
+            torch.zeros(1, dtype=torch.int64, device=self.groups.device),
+            label_smoothing=self.options.label_smoothing,
+            lse_square_scale=self.options.z_loss,
+            inplace_backward=self.options.inplace,
+        )
+        loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+
     def train(self, log: TrainingLog | None) -> None:
         """Runs to the last step; `log` is None on ranks that stay silent."""
         while self.state.step < self.options.steps:
