@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import importlib
 import json
 import logging
 import os
@@ -98,7 +99,7 @@ class Bench:
         return measure.time_copy(self.buffer, self.master)
 
     def logits(self) -> Tensor:
-        out: Tensor = Head.apply(self.anchor, self.buffer, self.sink)  # type: ignore[no-untyped-call, unused-ignore]
+        out: Tensor = Head.apply(self.anchor, self.buffer, self.sink)  # type: ignore[no-untyped-call]
         return out
 
     def run(self, peer: Peer, loss: Loss) -> measure.Pass:
@@ -169,7 +170,7 @@ def check(bench: Bench, peer: Peer, loss: Loss, truth: Reference) -> dict[str, A
         logits = bench.logits()
         with peer.around():
             value = loss(logits, bench.target)
-            value.backward()  # type: ignore[no-untyped-call, unused-ignore]
+            value.backward()
         gradient = bench.sink.gradient
     finally:
         bench.sink.keep, bench.sink.gradient = False, None
@@ -395,7 +396,7 @@ def run_plan(
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device(plan.device)
     if plan.device == "npu":
-        import torch_npu  # type: ignore[import-not-found, unused-ignore]  # noqa: F401  (registers the device)
+        importlib.import_module("torch_npu")  # registers the device
     if plan.device != "cpu":
         device = torch.device(plan.device, int(os.environ.get("LOCAL_RANK", rank)))
         measure.device_module(device).set_device(device)

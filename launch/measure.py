@@ -68,7 +68,7 @@ def time_pass(forward: Callable[[], Tensor], device: torch.device) -> Pass:
             started = time.perf_counter()
             loss = forward()
             between = time.perf_counter()
-            loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+            loss.backward()
             ended = time.perf_counter()
             seconds = (between - started, ended - between)
         else:
@@ -77,7 +77,7 @@ def time_pass(forward: Callable[[], Tensor], device: torch.device) -> Pass:
             events[0].record()
             loss = forward()
             events[1].record()
-            loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+            loss.backward()
             events[2].record()
             module.synchronize(device)
             seconds = (

@@ -74,7 +74,7 @@ class _Produced(torch.autograd.Function):
 
 def produced(buffer: Tensor) -> Tensor:
     """A non-leaf that shares storage with `buffer`."""
-    result: Tensor = _Produced.apply(torch.zeros((), requires_grad=True), buffer)  # type: ignore[no-untyped-call, unused-ignore]
+    result: Tensor = _Produced.apply(torch.zeros((), requires_grad=True), buffer)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -114,9 +114,9 @@ def check_against_reference(call: LossCall, groups: ParallelGroups) -> Errors:
     buffer = call.logits.clone()
     logits = produced(buffer)
     captured: list[Tensor] = []
-    logits.register_hook(lambda gradient: captured.append(gradient))  # type: ignore[no-untyped-call, unused-ignore]
+    logits.register_hook(lambda gradient: captured.append(gradient))
     loss = call.loss(logits, groups)
-    loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+    loss.backward()
     ours = captured.pop()
 
     denominator = float(call.normalizer)
@@ -214,14 +214,14 @@ def compare_cost(call: LossCall, groups: ParallelGroups, rounds: int = 5) -> lis
     whole = gather_columns(call.logits, groups, call.shard)
 
     def ours() -> None:
-        call.loss(produced(work), groups).backward()  # type: ignore[no-untyped-call, unused-ignore]
+        call.loss(produced(work), groups).backward()
 
     def gathered() -> None:
         logits = produced(whole)
         loss = F.cross_entropy(
             logits, call.target, reduction="sum", label_smoothing=call.label_smoothing
         )
-        (loss / call.normalizer).backward()  # type: ignore[no-untyped-call, unused-ignore]
+        (loss / call.normalizer).backward()
 
     def gather() -> None:
         gather_columns(call.logits, groups, call.shard)

@@ -52,8 +52,8 @@ class LossTimer:
         def loss_backward_ends(gradient: Tensor) -> None:
             self.spans.append((begin.pop(), self.mark()))
 
-        loss.register_hook(loss_backward_begins)  # type: ignore[no-untyped-call, unused-ignore]
-        logits.register_hook(loss_backward_ends)  # type: ignore[no-untyped-call, unused-ignore]
+        loss.register_hook(loss_backward_begins)
+        logits.register_hook(loss_backward_ends)
 
     def take(self) -> float:
         """Seconds since the last call; waits for the device."""

@@ -152,7 +152,7 @@ class Trainer:
             lse_square_scale=self.options.z_loss,
             inplace_backward=self.options.inplace,
         )
-        loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+        loss.backward()
 
     def train(self, log: TrainingLog | None) -> None:
         """Runs to the last step; `log` is None on ranks that stay silent."""
@@ -232,7 +232,7 @@ class Trainer:
                 normalizer=normalizer,
             )
         self.timer.watch_backward(loss, logits)
-        loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+        loss.backward()
         return loss.detach()
 
     def _sum_over_data_parallel(self, loss: Tensor) -> None:

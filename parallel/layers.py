@@ -55,7 +55,7 @@ def reduce_from_group(values: Tensor, group: dist.ProcessGroup | None) -> Tensor
     """Partial sums on each rank -> their sum on every rank. Any shape; group None is one rank."""
     if group is None or dist.get_world_size(group) == 1:
         return values
-    result: Tensor = _ReduceFromGroup.apply(values, group)  # type: ignore[no-untyped-call, unused-ignore]
+    result: Tensor = _ReduceFromGroup.apply(values, group)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -63,7 +63,7 @@ def copy_to_group(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """The same values to ranks that each use them in part; their gradients are summed."""
     if group is None or dist.get_world_size(group) == 1:
         return values
-    result: Tensor = _CopyToGroup.apply(values, group)  # type: ignore[no-untyped-call, unused-ignore]
+    result: Tensor = _CopyToGroup.apply(values, group)  # type: ignore[no-untyped-call]
     return result
 
 

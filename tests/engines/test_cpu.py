@@ -13,12 +13,14 @@ import warnings
 from importlib import metadata
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from vocab_parallel_ce.engines import cpu
+from vocab_parallel_ce.engines import cpu_lanes as lanes
 from vocab_parallel_ce.engines.contract import (
     ELSEWHERE,
     IGNORED,
@@ -28,9 +30,6 @@ from vocab_parallel_ce.engines.contract import (
 )
 
 from ..tolerance import assert_close, ulp
-
-numba = pytest.importorskip("numba", minversion="0.60")
-lanes = pytest.importorskip("vocab_parallel_ce.engines.cpu_lanes")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
@@ -295,21 +294,21 @@ def test_a_wrong_dtype_is_refused_not_read() -> None:
 # Conversions
 
 
-@numba.njit  # type: ignore[untyped-decorator]
+@numba.njit
 def convert(source: int, result: int, count: int, stored: Any, wanted: Any) -> None:
     for i in range(0, count, lanes.LANES):
         x = lanes.load(source + i * lanes.size_of(stored), stored)
         lanes.store(result + i * lanes.size_of(wanted), x, wanted)
 
 
-@numba.njit  # type: ignore[untyped-decorator]
+@numba.njit
 def convert_one_by_one(source: int, result: int, count: int, stored: Any, wanted: Any) -> None:
     for i in range(count):
         x = lanes.read(source + i * lanes.size_of(stored), stored)
         lanes.write(result + i * lanes.size_of(wanted), x, wanted)
 
 
-@numba.njit  # type: ignore[untyped-decorator]
+@numba.njit
 def copy_in_pairs(source: int, result: int, count: int, stored: Any, _: Any) -> None:
     for i in range(0, count, lanes.PAIR):
         a, b = lanes.load_pair(source + i * lanes.size_of(stored), stored)
@@ -382,7 +381,7 @@ def test_a_nan_of_any_bits_stays_one_in_a_bf16_gradient() -> None:
 # The exponential
 
 
-@numba.njit  # type: ignore[untyped-decorator]
+@numba.njit
 def exponentials(source: int, result: int, count: int, stored: Any, precision: Any) -> None:
     for i in range(0, count, lanes.LANES):
         place = i * lanes.size_of(stored)
