@@ -37,7 +37,7 @@ from torch import Tensor
 from .checks import Options, Outputs, prepare
 from .dtensor import Layout, unwrap
 from .primitive import log_prob as shard_log_prob
-from .primitive import row_statistics
+from .primitive import log_prob_space, row_statistics
 from .reduction import reduce_rows, row_losses
 from .request import RowRequest
 from .shard import VocabShard
@@ -157,19 +157,19 @@ def cross_entropy_loss(
     # The operator answers for ignored rows too, where it hands out log_prob or lse.
     outputs = Outputs(ignored_rows=return_log_prob or has_lse)
     request = prepare(input, target, weight, options, outputs)
-    loss, zloss, lse, m, s = _loss(input, target, weight, options, request, layout)
+    log_prob = log_prob_space(input, request, options.group) if return_log_prob else None
+    loss, zloss, lse, m, s = _loss(input, target, weight, options, request, layout, log_prob)
     if reduction == "none":
         loss, zloss = layout.rows(loss.to(input.dtype)), layout.rows(zloss.to(input.dtype))
     else:
         loss = layout.scalar(loss.to(input.dtype).reshape(1))
         zloss = layout.scalar(zloss.to(input.dtype).reshape(1))
+    if return_log_prob and log_prob is None:
+        log_prob = shard_log_prob(input, m, s, request)
     empty = input.new_empty(0)
-    log_prob = empty
-    if return_log_prob:
-        log_prob = layout.logits(shard_log_prob(input, m, s, request))
     return CrossEntropyLossOutput(
         loss,
-        log_prob,
+        empty if log_prob is None else layout.logits(log_prob),
         zloss if return_zloss else empty,
         layout.rows(lse.detach().to(input.dtype)) if has_lse else empty,
     )
@@ -221,10 +221,11 @@ def _loss(
     options: Options,
     request: RowRequest,
     layout: Layout,
+    log_prob_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, zloss, lse, m, s): the first two reduced, the others [N]."""
     stats, m, s, _ = row_statistics(
-        input, target, weight, request, options.group, options.inplace_backward
+        input, target, weight, request, options.group, options.inplace_backward, log_prob_out
     )
     rows = row_losses(stats, target.reshape(-1), weight, request)
     loss, zloss = reduce_rows(rows, options.reduction, options.normalizer, layout.total)

@@ -93,8 +93,12 @@ def compute_statistics(
     weight: Tensor | None,
     request: RowRequest,
     group: dist.ProcessGroup | None,
+    log_prob_out: Tensor | None = None,
 ) -> RowResult:
-    """The forward pass: logits [..., C_r], target [...] and the full weight [vocab_size]."""
+    """The forward pass: logits [..., C_r], target [...] and the full weight [vocab_size].
+
+    ``log_prob_out``: see ``log_prob_space``.
+    """
     world = 1 if group is None else dist.get_world_size(group)
     on_host = logits.device.type == "cpu" or request.checking
     if request.checking and group is not None and world > 1:
@@ -110,7 +114,7 @@ def compute_statistics(
     dtype = arithmetic_dtype(logits.dtype)
     wanted, rows = request.wanted, target.shape[0]
     payload = Payload.allocate(len(wanted.rows), rows, dtype, logits.device)
-    _fill_partials(payload.parts, logits, located.local_target, weight, request)
+    _fill_partials(payload.parts, logits, located.local_target, weight, request, log_prob_out)
 
     poison = None if on_host else ~located.allowed
     if group is None or world == 1:
@@ -143,7 +147,12 @@ def _constant_rows(payload: Payload, ignored: Tensor, request: RowRequest) -> Te
 
 
 def _fill_partials(
-    parts: Tensor, logits: Tensor, local_target: Tensor, weight: Tensor | None, request: RowRequest
+    parts: Tensor,
+    logits: Tensor,
+    local_target: Tensor,
+    weight: Tensor | None,
+    request: RowRequest,
+    log_prob_out: Tensor | None,
 ) -> None:
     size = request.size
     if size == 0 or parts.shape[1] == 0:
@@ -152,6 +161,7 @@ def _fill_partials(
         return
     engine = select(request.engine, logits)
     shard_weight = _shard_weight(weight, request, parts.dtype)
+    flat = None if log_prob_out is None else _flat(log_prob_out, size)
     for rows, block in _numbered(row_blocks(logits[..., :size])):
         engine.partials(
             block,
@@ -160,6 +170,7 @@ def _fill_partials(
             request.scale,
             request.wanted,
             parts[:, rows],
+            None if flat is None else flat[rows],
         )
 
 
@@ -190,8 +201,7 @@ def compute_gradient(
     softmax, target_part = softmax * request.scale, g["nll"] * request.scale
     engine = select(request.engine, logits)
     shard_weight = _shard_weight(weight, request, softmax.dtype)
-    # A fresh gradient is dense, so it splits along any cut that the logits need.
-    flat = None if out is logits else out.view(-1, out.shape[-1])[:, :size]
+    flat = None if out is logits else _flat(out, size)
     for rows, source in _numbered(row_blocks(logits[..., :size])):
         engine.gradient(
             source,
@@ -210,19 +220,27 @@ def compute_gradient(
         )
 
 
-def compute_log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) -> Tensor:
-    """This shard's slice of the global log-softmax, shaped like the logits and in their dtype.
+def _flat(fresh: Tensor, size: int) -> Tensor:
+    """[N, size] of [..., C_r]: a fresh tensor is dense and splits along any cut of the logits."""
+    return fresh.view(-1, fresh.shape[-1])[:, :size]
 
-    Padding columns hold -inf: they have no probability.
-    """
+
+def _empty_log_prob(logits: Tensor, size: int) -> Tensor:
+    """Room for log-probabilities; padding columns hold -inf: they have no probability."""
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    size = request.size
     if size < out.shape[-1]:
         out[..., size:] = -torch.inf
+    return out
+
+
+def compute_log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) -> Tensor:
+    """This shard's slice of the global log-softmax, shaped like the logits and in their dtype."""
+    size = request.size
+    out = _empty_log_prob(logits, size)
     if size == 0 or m.numel() == 0:
         return out
     engine = select(request.engine, logits)
-    flat = out.view(-1, out.shape[-1])[:, :size]
+    flat = _flat(out, size)
     for rows, block in _numbered(row_blocks(logits[..., :size])):
         engine.log_prob(block, m[rows], s[rows], request.scale, flat[rows])
     return out
@@ -270,8 +288,9 @@ class _RowStatistics(torch.autograd.Function):
         request: RowRequest,
         group: dist.ProcessGroup | None,
         inplace_backward: bool,
+        log_prob_out: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        result = compute_statistics(logits, target, weight, request, group)
+        result = compute_statistics(logits, target, weight, request, group, log_prob_out)
         stats = result.stats if request.entropy else None
         ctx.save_for_backward(logits, result.m, result.s, result.local_target, stats, weight)
         ctx.mark_non_differentiable(result.m, result.s, result.argmax)
@@ -284,12 +303,12 @@ class _RowStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_stats: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_stats is None:  # nothing upstream depends on the statistics
-            return None, None, None, None, None, None
+            return None, None, None, None, None, None, None
         with torch.no_grad():
             grad = _RowStatistics._gradient(ctx, grad_stats)
         if torch.is_grad_enabled():  # create_graph=True
             grad = _RefuseSecondDerivative.apply(grad.requires_grad_())  # type: ignore[no-untyped-call]
-        return grad, None, None, None, None, None
+        return grad, None, None, None, None, None, None
 
     @staticmethod
     def _gradient(ctx: Any, grad_stats: Tensor) -> Tensor:
@@ -316,16 +335,36 @@ def row_statistics(
     request: RowRequest,
     group: dist.ProcessGroup | None,
     inplace_backward: bool,
+    log_prob_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Differentiable stats [j, N], then m [N], s [N] and argmax, which carry no gradient."""
+    """Differentiable stats [j, N], then m [N], s [N] and argmax, which carry no gradient.
+
+    ``log_prob_out``: see ``log_prob_space``.
+    """
     if torch.compiler.is_compiling():
         from . import compiled
 
         return compiled.row_statistics(logits, target, weight, request, group, inplace_backward)
     out: tuple[Tensor, Tensor, Tensor, Tensor] = _RowStatistics.apply(  # type: ignore[no-untyped-call]
-        logits, target, weight, request, group, inplace_backward
+        logits, target, weight, request, group, inplace_backward, log_prob_out
     )
     return out
+
+
+def log_prob_space(
+    logits: Tensor, request: RowRequest, group: dist.ProcessGroup | None
+) -> Tensor | None:
+    """A tensor that ``row_statistics`` can fill with the log-probabilities, at no further pass.
+
+    That takes one rank, and an engine whose kernel writes them anyway; else None, and ``log_prob``
+    computes them.
+    """
+    several = group is not None and dist.get_world_size(group) > 1
+    if several or logits.numel() == 0 or torch.compiler.is_compiling():
+        return None
+    if not select(request.engine, logits).LEAVES_LOG_PROB:
+        return None
+    return _empty_log_prob(logits.detach(), request.size)
 
 
 def log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) -> Tensor:

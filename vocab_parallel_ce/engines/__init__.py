@@ -11,12 +11,19 @@ from torch import Tensor
 
 from .contract import Engine
 
-ENGINES = ("auto", "cpu", "eager")
+ENGINES = ("auto", "cpu", "npu", "eager")
+
+# The engine of a device bears the device's name. What brings it where it is missing:
+_REMEDY = {
+    "cpu": "`pip install 'vocab_parallel_ce[cpu]'` brings the cpu engine",
+    "npu": "torch_npu 2.5.1.post1 or newer, on a CANN that has the operator, brings the npu engine",
+}
 
 
 @functools.cache
-def _cpu_or_reason() -> Engine | str:
-    module = importlib.import_module(".cpu", __package__)
+def _engine_or_reason(name: str) -> Engine | str:
+    """The engine, or why it cannot run here."""
+    module = importlib.import_module(f".{name}", __package__)
     reason: str | None = module.unavailable()
     return cast(Engine, module) if reason is None else reason
 
@@ -27,27 +34,30 @@ def _eager() -> Engine:
 
 
 @functools.cache
-def _warn_once(reason: str) -> None:
+def _warn_once(name: str, reason: str) -> None:
     warnings.warn(
-        f"vocab_parallel_ce: the cpu engine is not available ({reason}); the slower eager engine "
-        "serves CPU tensors. `pip install 'vocab_parallel_ce[cpu]'` brings the cpu engine.",
+        f"vocab_parallel_ce: the {name} engine is not available ({reason}); the slower eager "
+        f"engine serves {name.upper()} tensors. {_REMEDY[name]}.",
         stacklevel=2,
     )
 
 
 def select(name: str, logits: Tensor) -> Engine:
     """The engine of that name for such logits; "auto" takes the fastest that is available."""
-    if name == "eager" or (name == "auto" and logits.device.type != "cpu"):
+    wanted = logits.device.type if name == "auto" else name
+    if wanted not in _REMEDY:
         return _eager()
-    found = _cpu_or_reason()
+    found = _engine_or_reason(wanted)
     if isinstance(found, str):
-        if name == "cpu":
-            raise RuntimeError(f"engine='cpu' is not available: {found}; use engine='eager'")
-        _warn_once(found)
+        if name != "auto":
+            raise RuntimeError(f"engine={name!r} is not available: {found}; use engine='eager'")
+        _warn_once(wanted, found)
         return _eager()
     if not found.supports(logits):
+        if name == "auto":
+            return _eager()
         raise ValueError(
-            f"engine='cpu' does not serve {logits.dtype} logits on {logits.device}; "
+            f"engine={name!r} does not serve {logits.dtype} logits on {logits.device}; "
             "use engine='auto' or engine='eager'"
         )
     return found

@@ -75,6 +75,9 @@ class Engine(Protocol):
     No function allocates anything of size [N, C_r] or keeps a reference to its arguments.
     """
 
+    LEAVES_LOG_PROB: bool
+    """The kernel of ``partials`` writes log-probabilities anyway, and ``log_prob_out`` gets them"""
+
     def supports(self, logits: Tensor) -> bool:
         """Whether this engine can serve such logits (device and dtype)."""
         ...
@@ -91,9 +94,9 @@ class Engine(Protocol):
     ) -> None:
         """Fill ``out`` [k, N] (arithmetic dtype, rows contiguous) in one read of the logits.
 
-        ``log_prob_out`` [N, C_r] in the logits' dtype is given when the caller will ask for
-        ``log_prob`` next: an engine whose kernel leaves log-probabilities behind may put them
-        there; the others ignore it.
+        ``log_prob_out`` [N, C_r] in the logits' dtype is given where these logits are the whole
+        vocabulary, the caller wants log_prob, and ``LEAVES_LOG_PROB``: then x - m - log s of all
+        rows is left there as well, and ``log_prob`` not called.
         """
         ...
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from vocab_parallel_ce.engines.contract import Coefficients, Wanted, arithmetic_dtype
 
+LEAVES_LOG_PROB = False
 MINIMUM_NUMBA = (0, 60)
 SEQUENTIAL_BELOW = 1 << 16  # elements; a thread takes longer to wake up than to do the work
 RANGES_PER_THREAD = 8  # a thread that is held up leaves its share to the others

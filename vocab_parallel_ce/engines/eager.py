@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .contract import IGNORED, Coefficients, Wanted, arithmetic_dtype
 
+LEAVES_LOG_PROB = False
 _BLOCK_ELEMENTS = {"cpu": 1 << 18}
 _BLOCK_ELEMENTS_ACCELERATOR = 1 << 24
 
