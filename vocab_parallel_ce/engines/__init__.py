@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import warnings
-from typing import cast
 
 from torch import Tensor
 
+from . import cpu, eager, npu
 from .contract import Engine
 
 ENGINES = ("auto", "cpu", "npu", "eager")
@@ -23,14 +22,9 @@ _REMEDY = {
 @functools.cache
 def _engine_or_reason(name: str) -> Engine | str:
     """The engine, or why it cannot run here."""
-    module = importlib.import_module(f".{name}", __package__)
+    module = {"cpu": cpu, "npu": npu}[name]
     reason: str | None = module.unavailable()
-    return cast(Engine, module) if reason is None else reason
-
-
-@functools.cache
-def _eager() -> Engine:
-    return cast(Engine, importlib.import_module(".eager", __package__))
+    return module if reason is None else reason
 
 
 @functools.cache
@@ -46,16 +40,16 @@ def select(name: str, logits: Tensor) -> Engine:
     """The engine of that name for such logits; "auto" takes the fastest that is available."""
     wanted = logits.device.type if name == "auto" else name
     if wanted not in _REMEDY:
-        return _eager()
+        return eager
     found = _engine_or_reason(wanted)
     if isinstance(found, str):
         if name != "auto":
             raise RuntimeError(f"engine={name!r} is not available: {found}; use engine='eager'")
         _warn_once(wanted, found)
-        return _eager()
+        return eager
     if not found.supports(logits):
         if name == "auto":
-            return _eager()
+            return eager
         raise ValueError(
             f"engine={name!r} does not serve {logits.dtype} logits on {logits.device}; "
             "use engine='auto' or engine='eager'"
