@@ -28,10 +28,10 @@ from .cases import (
     expected,
     sized,
 )
+from .device import DEVICE, DTYPES, move
 from .ranks import Pool
 from .tolerance import assert_close, naive_error
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("none", "mean", "sum")
 ROWS = 48  # the naive error of a few rows may be small by luck
 
@@ -67,7 +67,7 @@ def _ways() -> Iterator[tuple[str, str]]:
 
 def _leaf(sharding: Sharding, logits: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     rank = 0 if group is None else dist.get_rank(group)
-    return sharding.local(logits, rank).requires_grad_()
+    return move(sharding.local(logits, rank)).requires_grad_()
 
 
 def _losses_match(group: dist.ProcessGroup, sharding: Sharding, dtype: torch.dtype) -> int:
@@ -82,9 +82,9 @@ def _losses_match(group: dist.ProcessGroup, sharding: Sharding, dtype: torch.dty
             what = f"{name}, {reduction}, {engine}, {collective}"
             want = expected(data.logits, data.target, weight, reduction=reduction, **options)
             x = _leaf(sharding, data.logits, group)
-            target = data.target.int() if done % 2 else data.target
+            target = move(data.target.int() if done % 2 else data.target)
             loss = cross_entropy(
-                x, target, weight, reduction,
+                x, target, None if weight is None else move(weight), reduction,
                 group=group, shard=sharding.shard(rank), engine=engine, collective=collective,
                 **options,
             )  # fmt: skip
@@ -95,7 +95,7 @@ def _losses_match(group: dist.ProcessGroup, sharding: Sharding, dtype: torch.dty
                 )
                 up = data.upstream if reduction == "none" else data.upstream[0]
                 up = up.to(loss.dtype)
-                (grad,) = torch.autograd.grad(loss, x, up)
+                (grad,) = torch.autograd.grad(loss, x, up.to(DEVICE))
                 assert grad.dtype == dtype
                 gradients = want.gradients(lambda r, up=up: (r.loss * up.to(r.loss.dtype)).sum())
                 check_gradient(grad, gradients, sharding, rank, what)
@@ -153,7 +153,7 @@ def _one_operator_call(
     z_scale = chosen.pop("lse_square_scale", 0.0)
     x = _leaf(sharding, data.logits, group)
     out = cross_entropy_loss(
-        x, data.target, weight, reduction,
+        x, move(data.target), None if weight is None else move(weight), reduction,
         lse_square_scale_for_zloss=z_scale, return_zloss=return_zloss,
         group=group, shard=sharding.shard(rank), engine=engine, collective=collective, **chosen,
     )  # fmt: skip
@@ -190,7 +190,7 @@ def _one_operator_call(
     assert bool((out.log_prob[..., size:] == -torch.inf).all())
 
     up = data.upstream[: out.loss.numel()]
-    total = (out.loss * up.to(dtype)).sum()
+    total = (out.loss * up.to(DEVICE, dtype)).sum()
     if return_zloss:
         total = total + 0.5 * out.zloss.sum()
 
@@ -220,8 +220,8 @@ def test_cross_entropy_loss(pool: Pool, world: int, sharding: Sharding, dtype: t
 def _no_log_prob(group: dist.ProcessGroup) -> None:
     data = batch(4, 6, torch.bfloat16)
     sharding = even(6, dist.get_world_size(group))
-    x = sharding.local(data.logits, dist.get_rank(group))
-    out = cross_entropy_loss(x, data.target, return_log_prob=False, group=group)
+    x = move(sharding.local(data.logits, dist.get_rank(group)))
+    out = cross_entropy_loss(x, move(data.target), return_log_prob=False, group=group)
     assert out.log_prob.shape == out.zloss.shape == out.lse_for_zloss.shape == (0,)
 
 
@@ -245,7 +245,7 @@ def _statistics_match(group: dist.ProcessGroup, sharding: Sharding, dtype: torch
             # argmax always gathers: without it, so that the all_reduce carries entropy as well.
             for argmax in (False, True):
                 got = token_statistics(
-                    x, data.target, entropy=True, argmax=argmax, ignore_index=ignore_index,
+                    x, move(data.target), entropy=True, argmax=argmax, ignore_index=ignore_index,
                     group=group, shard=sharding.shard(rank), scale=scale, engine=engine,
                     collective="auto" if argmax else collective,
                 )  # fmt: skip
@@ -265,19 +265,20 @@ def _statistics_match(group: dist.ProcessGroup, sharding: Sharding, dtype: torch
                     if argmax:
                         assert got.argmax is not None
                         assert got.argmax.dtype == torch.int64
-                        assert torch.equal(got.argmax, want.exact.argmax)
+                        assert torch.equal(got.argmax.cpu(), want.exact.argmax)
                     else:
                         assert got.argmax is None
                     up = data.upstream.to(got.lse.dtype)
                     assert got.entropy is not None
-                    total = (up * got.log_prob + up.flip(0) * got.lse + 0.5 * got.entropy).sum()
+                    there = up.to(DEVICE)
+                    total = there * got.log_prob + there.flip(0) * got.lse + 0.5 * got.entropy
 
                     def same(r: ReferenceLoss, kept: Tensor = kept, up: Tensor = up) -> Tensor:
                         up = up.to(r.loss.dtype)
                         lse = torch.where(kept, r.lse, 0.0)
                         return (up * -r.loss + up.flip(0) * lse + 0.5 * r.entropy).sum()
 
-                    (grad,) = torch.autograd.grad(total, x)
+                    (grad,) = torch.autograd.grad(total.sum(), x)
                     check_gradient(grad, want.gradients(same), sharding, rank, what)
     findings.report()
 
@@ -299,8 +300,8 @@ def test_token_statistics(pool: Pool, world: int, sharding: Sharding, dtype: tor
 
 def _statistics_not_asked_for(group: dist.ProcessGroup) -> None:
     x = even(6, dist.get_world_size(group)).local(batch(4, 6, torch.float32).logits, 0)
-    x = x + dist.get_rank(group)
-    got = token_statistics(x, torch.tensor([1, 2, 5, 0]), group=group)
+    x = move(x + dist.get_rank(group))
+    got = token_statistics(x, move(torch.tensor([1, 2, 5, 0])), group=group)
     assert got.entropy is None
     assert got.argmax is None
 
@@ -319,9 +320,8 @@ def _ties(group: dist.ProcessGroup, sharding: Sharding, dtype: torch.dtype) -> l
     full[3] = 2.0  # everything ties
     full[4, 4] = torch.inf
     target = torch.tensor([0, 0, 9, 0, -100])
-    got = token_statistics(
-        sharding.local(full, rank), target, argmax=True, group=group, shard=sharding.shard(rank)
-    )
+    x = move(sharding.local(full, rank))
+    got = token_statistics(x, move(target), argmax=True, group=group, shard=sharding.shard(rank))
     assert got.argmax is not None
     return got.argmax.tolist()
 
@@ -352,12 +352,12 @@ def _module_matches(group: dist.ProcessGroup, sharding: Sharding) -> None:
     }  # fmt: skip
     for reduction in REDUCTIONS:
         module = VocabParallelCrossEntropyLoss(
-            data.weight, reduction, group=group, shard=sharding.shard(rank), **options
+            move(data.weight), reduction, group=group, shard=sharding.shard(rank), **options
         )
         assert module.state_dict().keys() == {"weight"}
         want = expected(data.logits, data.target, data.weight, reduction=reduction, **options)
         x = _leaf(sharding, data.logits, group)
-        loss = module(x, data.target)
+        loss = module(x, move(data.target))
         assert_close(loss, want.exact.loss, want.naive.loss, rows_error=want.rows_error)
         (grad,) = torch.autograd.grad(loss.sum(), x)
         check_gradient(grad, want.gradients(lambda r: r.loss.sum()), sharding, rank, reduction)
@@ -377,7 +377,7 @@ def _wide_rows_match(group: dist.ProcessGroup, dtype: torch.dtype) -> None:
         want = expected(data.logits, data.target, reduction="none", label_smoothing=0.1)
         x = _leaf(sharding, data.logits, group)
         y = x.view(2, 3, -1).transpose(0, 1)
-        target = data.target.view(2, 3).t()
+        target = move(data.target.view(2, 3).t())
         loss = cross_entropy(
             y, target, reduction="none", label_smoothing=0.1,
             group=group, shard=sharding.shard(rank), engine=engine,
@@ -397,8 +397,8 @@ def test_wide_rows_and_leading_dimensions(pool: Pool, dtype: torch.dtype) -> Non
 
 def _no_rows(group: dist.ProcessGroup) -> None:
     size = 3
-    x = torch.empty(2, 0, size, requires_grad=True)
-    target = torch.empty(2, 0, dtype=torch.int64)
+    x = torch.empty(2, 0, size, requires_grad=True, device=DEVICE)
+    target = torch.empty(2, 0, dtype=torch.int64, device=DEVICE)
     for collective in ("all_gather", "all_reduce"):
         loss = cross_entropy(x, target, reduction="sum", group=group, collective=collective)
         assert loss.item() == 0.0

@@ -63,13 +63,14 @@ def assert_close(
     it is not ``actual``'s own (the last place of a result that was rounded on its way);
     ``rows_error`` is what a reduced result inherits from its rows.
     """
+    actual = actual.detach().cpu()
     assert exact.dtype == torch.float64, f"{what}: exact must be fp64, got {exact.dtype}"
     assert actual.shape == exact.shape == naive.shape, (
         f"{what}: shapes {tuple(actual.shape)}, {tuple(exact.shape)}, {tuple(naive.shape)}"
     )
     if exact.numel() == 0:
         return
-    got, want = actual.detach().double(), exact.detach()
+    got, want = actual.double(), exact.detach()
     finite = want.isfinite()
     same = torch.where(want.isnan(), got.isnan(), got == want)
     assert bool(same[~finite].all()), f"{what}: not the same infinities and NaNs as the fp64 result"

@@ -1,19 +1,19 @@
 """The three functions of an engine against the contract's formulas in fp64, one shard at a time.
 
-Every test runs on the eager engine and on the cpu engine, so the two agree.
+Every test runs on the eager engine and on that of the device, so the two agree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from vocab_parallel_ce.engines import cpu, eager
+from vocab_parallel_ce.engines import cpu, eager, npu
 from vocab_parallel_ce.engines.contract import (
     ELSEWHERE,
     IGNORED,
@@ -23,10 +23,80 @@ from vocab_parallel_ce.engines.contract import (
     arithmetic_dtype,
 )
 
+from ..device import DEVICE, DTYPES, move
 from ..tolerance import assert_close
 
-ENGINES: dict[str, Engine] = {"eager": eager, "cpu": cpu}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+class Moved:
+    """An engine as the tests of this file call it: with CPU tensors, copied to the device and back.
+
+    What is not written to must come back as it went.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.LEAVES_LOG_PROB = engine.LEAVES_LOG_PROB
+
+    def supports(self, logits: Tensor) -> bool:
+        return self.engine.supports(move(logits))
+
+    def _call(self, function: Callable[..., None], args: tuple[Any, ...], *written: Tensor) -> None:
+        there: dict[int, Tensor] = {}
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, Coefficients):
+                return Coefficients(*(moved(part) for part in value))
+            if not isinstance(value, Tensor):
+                return value
+            return there.setdefault(id(value), move(value))
+
+        function(*(moved(arg) for arg in args))
+        for here in written:
+            here.copy_(there.pop(id(here)))
+        for here in (arg for arg in args if isinstance(arg, Tensor) and id(arg) in there):
+            assert torch.equal(_bits(there[id(here)].cpu()), _bits(here)), "an argument was changed"
+
+    def partials(
+        self,
+        logits: Tensor,
+        local_target: Tensor,
+        weight: Tensor | None,
+        scale: float,
+        wanted: Wanted,
+        out: Tensor,
+        log_prob_out: Tensor | None = None,
+    ) -> None:
+        args = (logits, local_target, weight, scale, wanted, out, log_prob_out)
+        written = (out,) if log_prob_out is None else (out, log_prob_out)
+        self._call(self.engine.partials, args, *written)
+
+    def gradient(
+        self,
+        logits: Tensor,
+        m: Tensor,
+        s: Tensor,
+        local_target: Tensor,
+        coefficients: Coefficients,
+        weight: Tensor | None,
+        scale: float,
+        out: Tensor,
+    ) -> None:
+        args = (logits, m, s, local_target, coefficients, weight, scale, out)
+        self._call(self.engine.gradient, args, out)
+
+    def log_prob(self, logits: Tensor, m: Tensor, s: Tensor, scale: float, out: Tensor) -> None:
+        self._call(self.engine.log_prob, (logits, m, s, scale, out), out)
+
+
+def _bits(values: Tensor) -> Tensor:
+    """So that NaN equals itself."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize]
+    return values.contiguous().view(integers)
+
+
+OF_DEVICE: dict[str, dict[str, Engine]] = {"cpu": {"cpu": cpu}, "npu": {"npu": Moved(npu)}}
+EAGER = eager if DEVICE == "cpu" else Moved(eager)
+ENGINES: dict[str, Engine] = {"eager": EAGER, **OF_DEVICE.get(DEVICE, {})}
 # Around the cpu engine's vectors of 16 and blocks of 1024, and rows above the eager one's block
 ROWS = 64  # enough that the largest naive error is no luck
 COLUMNS = (1, 15, 16, 17, 100, 1023, 1024, 1040, 2075)
@@ -99,6 +169,8 @@ def _check_partials(
     assert tuple(got) == wanted.rows
     exact = _statistics(shard, scale, torch.float64, weighted)
     naive = _statistics(shard, scale, torch.float32, weighted)
+    if engine == "npu":  # the operator hands out log s, never s
+        naive["s"] = naive["s"].log().exp()
     rounded = _statistics(shard, scale, arithmetic_dtype(shard.logits.dtype), weighted)
     read = shard.target != IGNORED
     if wanted.ignored_rows:
@@ -460,6 +532,7 @@ def test_log_prob_of_many_blocks(engine: str) -> None:
 # Both
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="the cpu engine's threads")
 @every_dtype
 def test_results_do_not_depend_on_threads(dtype: torch.dtype) -> None:
     """A row is never split: the cpu engine gives the same bits on one thread and on four."""
