@@ -1,4 +1,9 @@
 """Cross-entropy over logits whose vocabulary is split across ranks."""
+# ruff: noqa: E402
+
+from .torch_import import require_torch
+
+require_torch()  # before anything that imports torch: one line where that cannot work
 
 from .api import (
     CrossEntropyLossOutput,
