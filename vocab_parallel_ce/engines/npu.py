@@ -7,10 +7,12 @@ shard is none, so of what it returns only this is used, and this way:
   are not its business. What it calls zloss and lse_for_zloss is never filled by CANN.
 * always fp32. It computes in fp32 but rounds its outputs to the input's dtype, and a bf16 loss
   would cost 4.5e-2 of lse.
-* its target is the column of the row's maximum. Then the loss -(x_target - m - log s) is log s
-  itself, to the last bit; the column is inside the shard, whatever the caller's target is (CANN
-  8.5.0 reads out of bounds for -100, other versions for others); and it is never a -inf column
-  unless the whole row is, and such a row is answered here. The target's logit is gathered apart.
+* its input is x - m, m the row's maximum, and its target the column of the maximum. It rounds
+  lse = max + log s before it subtracts that, which at logits near 1000 would cost three digits
+  of s; with a maximum of 0 its loss is log s to the last bit. The column lies inside the shard,
+  whatever the caller's target is (for one outside, -100 included, CANN 8.5.0 reads out of bounds
+  and later versions give nonsense), and is no -inf column unless the whole row is; such a row is
+  answered here. The target's logit is gathered apart.
 * its log_prob, which it writes whether asked to or not, is the global one where the shard is the
   whole vocabulary. Elsewhere it is scratch: turning it into the global one takes as
   many passes as computing that from the logits, which are there anyway.
@@ -19,8 +21,8 @@ shard is none, so of what it returns only this is used, and this way:
 Passes over memory, in units of the shard, r a read and w a write (fp32 logits, scale 1; what a
 chunk touches again is in the device's cache as far as that reaches):
 
-    partials    r to find the maximum, 3 r + w in the operator; r + w more for smoothing (3 r + 2 w
-                with class weights), 4 r + 3 w more for entropy, 3 r + 2 w for argmax
+    partials    r to find the maximum, r + w to subtract it, 3 r + w in the operator; r more for
+                smoothing (2 r + w with class weights), 5 r + 3 w for entropy, 3 r + 2 w for argmax
     gradient    4 r + 4 w in place of the result: subtract m, exp, scale, zero the ignored rows;
                 r + w more for smoothing, 3 r + 3 w for entropy
     log_prob    2 r + 2 w; on one rank r + w, copied from what the operator wrote
@@ -100,12 +102,13 @@ def _chunks(logits: Tensor, buffers: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def _scaled(block: Tensor, scale: float) -> Tensor:
-    """x = block * scale, fp32 and dense: the caller's own memory where it is that already."""
+def _dense(block: Tensor, scale: float) -> tuple[Tensor, bool]:
+    """x = block * scale, fp32 and dense, and whether that is fresh memory or the caller's own."""
     x = block.float().contiguous()
+    fresh = x.data_ptr() != block.data_ptr()
     if scale == 1.0:
-        return x
-    return x * scale if x.data_ptr() == block.data_ptr() else x.mul_(scale)
+        return x, fresh
+    return (x.mul_(scale) if fresh else x * scale), True
 
 
 def _column(local_target: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,11 +134,13 @@ def partials(
     log_prob_out: Tensor | None = None,
 ) -> None:
     """See ``contract.Engine``."""
-    for rows in _chunks(logits, _partials_buffers(weight, wanted)):
+    # x - m and the operator's log_prob; an argmax takes a comparison and its result besides.
+    for rows in _chunks(logits, 3 if wanted.argmax else 2):
         _chunk_partials(
-            _scaled(logits[rows], scale),
+            logits[rows],
             local_target[rows],
             weight,
+            scale,
             wanted,
             dict(zip(wanted.rows, out[:, rows].unbind(0), strict=True)),
             None if log_prob_out is None else log_prob_out[rows],
@@ -143,54 +148,52 @@ def partials(
 
 
 def _chunk_partials(
-    x: Tensor,
+    logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    scale: float,
     wanted: Wanted,
     named: dict[str, Tensor],
     log_prob_out: Tensor | None,
 ) -> None:
     """Fill ``named``, [n] each. A function, so that a chunk's scratch is gone before the next."""
+    x, fresh = _dense(logits, scale)
     m, best = x.max(1)
-    # What the device calls the maximum of a row of NaN is not told; a column it must be.
-    log_s, scratch = _operator(x, best.clamp_(0, x.shape[1] - 1))
-    if log_prob_out is not None:
-        log_prob_out.copy_(scratch)
     empty = m == -torch.inf
     owned, column = _column(target)
     named["m"].copy_(m)
-    named["s"].copy_(log_s.exp_().masked_fill_(empty, 0.0))
     named["x_y"].copy_(torch.where(owned, x.gather(1, column).squeeze(1), 0.0))
+    # An all -inf row is taken relative to 0: -inf - -inf would be NaN.
+    shift = m.masked_fill(empty, 0.0)[:, None]
+    z = x.sub_(shift) if fresh else x - shift
+    del x
     if wanted.argmax:
-        named["argmax"].view(torch.int32).copy_(_first_column(x, m))
-    if wanted.smooth or wanted.entropy:
-        # An all -inf row is taken relative to 0: -inf - -inf would be NaN.
-        z = torch.sub(x, m.masked_fill(empty, 0.0)[:, None], out=scratch)
-        if wanted.smooth:
-            named["u"].copy_((z if weight is None else z * weight).sum(1))
-        if wanted.entropy:
-            z.clamp_(min=_NEGLIGIBLE)
-            named["t"].copy_(z.exp().mul_(z).sum(1))
+        named["argmax"].view(torch.int32).copy_(_first_column_of_zero(z, empty))
+    # What the device calls the maximum of a row of NaN is not told; a column it must be.
+    log_s, scratch = _operator(z, best.clamp_(0, z.shape[1] - 1))
+    if log_prob_out is not None:
+        log_prob_out.copy_(scratch)
+    named["s"].copy_(log_s.exp_().masked_fill_(empty, 0.0))
+    if wanted.smooth:
+        u = z if weight is None else torch.mul(z, weight, out=scratch)
+        named["u"].copy_(u.sum(1))
+    if wanted.entropy:
+        z.clamp_(min=_NEGLIGIBLE)
+        named["t"].copy_(torch.exp(z, out=scratch).mul_(z).sum(1))
     if not wanted.ignored_rows:
         ignored = target == IGNORED
         for statistic in named.values():
             statistic.masked_fill_(ignored, 0.0)
 
 
-def _partials_buffers(weight: Tensor | None, wanted: Wanted) -> int:
-    """fp32 tensors of a chunk's size that ``partials`` holds at once, at most."""
-    weighted = wanted.smooth and weight is not None
-    # x and the operator's log_prob; and what is made of them (a comparison counts as one).
-    return 2 + (2 if wanted.argmax else 1 if weighted or wanted.entropy else 0)
-
-
-def _first_column(x: Tensor, m: Tensor) -> Tensor:
-    """The first column that attains m, [n] fp32, which holds every column below 2^24.
+def _first_column_of_zero(z: Tensor, empty: Tensor) -> Tensor:
+    """The first column that attains the maximum, [n] fp32, which holds every column below 2^24.
 
     No order among ties is promised for the device's own argmax.
     """
-    columns = torch.arange(x.shape[1], dtype=torch.float32, device=x.device)
-    return torch.where(x == m[:, None], columns, float(x.shape[1])).amin(1)
+    columns = torch.arange(z.shape[1], dtype=torch.float32, device=z.device)
+    first = torch.where(z == 0, columns, float(z.shape[1])).amin(1)
+    return first.masked_fill_(empty, 0.0)
 
 
 def _in_place_of(block: Tensor) -> Tensor:
