@@ -1,25 +1,30 @@
 # make demo      a virtual environment, the install, and a GPT trained on two CPU ranks
-# make test      lint, types and every test
+# make test      lint, types and every test, those of the Ascend engine on a stand-in included
 # make gate      fails where the loss got slower beside F.cross_entropy; what CI adds to the tests
 # make bench     the loss beside its peers on this machine; writes runs/bench
 #
 # Options:  PYTHON=python3.11           the interpreter to build the environment from
 #           TORCH=torch==2.13.0         the torch to install
 #           PIP_OPTIONS="--index-url …" pip's own options for torch, to choose a CPU or CUDA build
+#           NPU=no                      leaves out what needs torch-npu: the tests in tests/npu
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
 PIP_OPTIONS ?=
 VENV ?= .venv
+NPU ?= yes
+TORCH_NPU ?= torch-npu==2.13.0
+VENV_NPU ?= .venv-npu
 
 BIN := $(VENV)/bin
+BIN_NPU := $(VENV_NPU)/bin
 TORCHRUN := $(BIN)/torchrun --standalone
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit gate bench clean
+.PHONY: help demo test lint types unit unit-npu gate bench clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \?//p' Makefile | head -8
+	@sed -n 's/^# \?//p' Makefile | head -9
 
 # The stamp keeps the environment until what it was made from changes.
 $(VENV)/installed: pyproject.toml
@@ -36,11 +41,30 @@ $(VENV)/installed: pyproject.toml
 	echo "== install: $$(( $$(date +%s) - start )) s"
 	@touch $@
 
+# A second environment: where torch-npu is installed, `import torch` needs the libraries of CANN.
+# tests/npu_sim brings its own; without it this is a machine with torch-npu and no CANN.
+$(VENV_NPU)/installed: pyproject.toml
+	@case "$$(uname -s) $$(uname -m)" in "Linux x86_64"|"Linux aarch64") ;; *) \
+	    echo "there is no $(TORCH_NPU) for $$(uname -s) $$(uname -m): make test NPU=no" >&2; exit 1;; esac
+	@for tool in gcc nm; do command -v $$tool >/dev/null || { \
+	    echo "$$tool is needed to build the stand-in for CANN (gcc, binutils): make test NPU=no" >&2; \
+	    exit 1; }; done
+	@echo "== install into $(VENV_NPU) with $(PYTHON)"
+	@echo "   downloads: $(TORCH_NPU) (about 30 MB), the torch it is made for (a CPU build is about"
+	@echo "   200 MB; choose it with PIP_OPTIONS), then about 100 MB of numba, numpy, tokenizers,"
+	@echo "   matplotlib, rich, typer, pytest and hypothesis. pip options for torch: '$(PIP_OPTIONS)'"
+	@start=$$(date +%s); \
+	$(PYTHON) -m venv $(VENV_NPU) && \
+	$(BIN_NPU)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) $(TORCH_NPU) && \
+	$(BIN_NPU)/python -m pip install --quiet --disable-pip-version-check -e '.[launch]' pytest hypothesis && \
+	echo "== install: $$(( $$(date +%s) - start )) s"
+	@touch $@
+
 demo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(TORCHRUN) --nproc-per-node 2 -m vocab_parallel_ce.launch.train \
 	    --tp 2 --device cpu --out runs/demo --resume never
 
-test: lint types unit
+test: lint types unit unit-npu
 
 lint: $(VENV)/installed
 	@start=$$(date +%s); echo "== lint"; \
@@ -56,6 +80,16 @@ unit: $(VENV)/installed
 	$(BIN)/python -m pytest -q --durations=15 && \
 	echo "== tests: $$(( $$(date +%s) - start )) s"
 
+ifeq ($(NPU),no)
+unit-npu:
+	@echo "== tests of the Ascend engine: LEFT OUT, because of NPU=no"
+else
+unit-npu: $(VENV_NPU)/installed
+	@start=$$(date +%s); echo "== tests of the Ascend engine: the real torch-npu over tests/npu_sim"; \
+	$(BIN_NPU)/python -m tests.npu_sim python -m pytest -q tests/npu --durations=10 && \
+	echo "== tests of the Ascend engine: $$(( $$(date +%s) - start )) s"
+endif
+
 # Against F.cross_entropy, in one run, ratios of medians: fails at two thirds of the goals.
 gate: $(VENV)/installed
 	@start=$$(date +%s); echo "== speed gate"; \
@@ -67,4 +101,4 @@ bench: $(VENV)/installed
 	$(BIN)/python -m vocab_parallel_ce.launch.bench --out runs/bench
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV_NPU) runs build dist *.egg-info

@@ -1,7 +1,8 @@
-"""Real ranks for tests: one pool of four Gloo processes that serves every multi-rank case.
+"""Real ranks for tests: one pool of four processes that serves every multi-rank case.
 
 A case is a module-level function ``case(group, *args)``; it runs on the first ``world`` ranks of
-the pool, each in its own process, over a real Gloo group of that size:
+the pool, each in its own process, over a real group of that size: Gloo for device type "cpu", and
+HCCL for "npu", where rank r has device r:
 
     results = pool.run(case, world=3, args=(1, 2))        # one return value a rank, in rank order
     outcomes = pool.outcomes(case, world=3)               # the same, exceptions caught: Outcome
@@ -23,6 +24,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 WORLDS = (1, 2, 3, 4)
+BACKENDS = {"cpu": "gloo", "npu": "hccl"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class HungError(AssertionError):
     """Some rank did not answer in time."""
 
 
-def _serve(rank: int, size: int, store: str, timeout: float, pipe: Connection) -> None:
+def _serve(
+    rank: int, size: int, store: str, timeout: float, device_type: str, pipe: Connection
+) -> None:
     import datetime
 
     import torch
@@ -49,8 +53,14 @@ def _serve(rank: int, size: int, store: str, timeout: float, pipe: Connection) -
 
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=timeout)
+    if device_type != "cpu":
+        torch.get_device_module(device_type).set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=limit
+        BACKENDS[device_type],
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=size,
+        timeout=limit,
     )
     groups = {world: dist.new_group(range(world), timeout=limit) for world in range(1, size + 1)}
     pipe.send(Outcome("ready"))
@@ -65,10 +75,12 @@ def _serve(rank: int, size: int, store: str, timeout: float, pipe: Connection) -
 
 
 class Pool:
-    """``size`` Gloo processes that wait for cases."""
+    """``size`` processes that wait for cases."""
 
-    def __init__(self, size: int = max(WORLDS), timeout: float = 60.0) -> None:
-        self.size, self.timeout = size, timeout
+    def __init__(
+        self, size: int = max(WORLDS), timeout: float = 60.0, device_type: str = "cpu"
+    ) -> None:
+        self.size, self.timeout, self.device_type = size, timeout, device_type
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
 
@@ -79,7 +91,9 @@ class Pool:
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, self.size, store, self.timeout, theirs), daemon=True
+                target=_serve,
+                args=(rank, self.size, store, self.timeout, self.device_type, theirs),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -149,10 +163,14 @@ class Pool:
 
 
 def run_fresh(
-    case: Callable[..., Any], world: int, args: tuple[Any, ...] = (), timeout: float = 60.0
+    case: Callable[..., Any],
+    world: int,
+    args: tuple[Any, ...] = (),
+    timeout: float = 60.0,
+    device_type: str = "cpu",
 ) -> list[Outcome]:
     """``case`` in processes of its own, for cases after which a rank is of no more use."""
-    pool = Pool(world, timeout).start()
+    pool = Pool(world, timeout, device_type).start()
     try:
         return pool.outcomes(case, world, args)
     finally:

@@ -1,0 +1,32 @@
+"""Tests of the Ascend engine, on the real torch_npu package over tests/npu_sim: `make unit-npu`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from ..npu_sim import operators
+from ..ranks import Pool
+
+# Collected only under `python -m tests.npu_sim`, in an environment of its own: torch_npu cannot be
+# imported beside another accelerator, nor without CANN. `make test` runs both halves.
+if "NPU_SIM_DEVICES" not in os.environ:
+    collect_ignore_glob = ["*"]
+
+
+@pytest.fixture(scope="session")
+def npu_pool() -> Iterator[Pool]:
+    """Four HCCL processes, each with a device of its own, started once."""
+    ranks = Pool(4, device_type="npu").start()
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture
+def calls() -> Iterator[list[operators.OperatorCall]]:
+    """What the operator was called with in this process, from here on."""
+    operators.calls.clear()
+    yield operators.calls
+    operators.calls.clear()

@@ -1,0 +1,180 @@
+"""Device "npu" with the host's memory: every aten kernel of torch_npu becomes the CPU's kernel.
+
+torch_npu keeps its dispatcher entries, autograd formulas, caching allocator, streams and process
+group. What it would compute on the card is computed by the CPU kernel of the same operator, on CPU
+tensors that lie on the very memory of the npu tensors. Whatever has no CPU kernel stays with
+torch_npu, asks CANN, and raises there.
+
+`import torch` calls ``install`` (site/ tells it to), in every process that the command starts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+# Storage and shape: torch_npu's own kernels, which only move or look at memory.
+OWN_KERNELS = {
+    "_has_compatible_shallow_copy_type",
+    "_pin_memory",
+    "_reshape_alias",
+    "_to_copy",
+    "as_strided",
+    "as_strided_",
+    "contiguous",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "empty_with_format",
+    "empty_with_swapped_memory",
+    "is_pinned",
+    "record_stream",
+    "resize_",
+    "resize_as_",
+    "set_",
+    "unfold",
+    "view",
+    "view_as_complex",
+    "view_as_real",
+}
+CPU_KEYS = (
+    "CPU",
+    "CompositeImplicitAutograd",
+    "CompositeExplicitAutograd",
+    "CompositeExplicitAutogradNonFunctional",
+)
+
+_libraries: list[torch.library.Library] = []
+
+
+def install() -> None:
+    """Puts the CPU behind device npu in this process; again is harmless."""
+    import torch_npu  # noqa: F401
+
+    if _libraries:
+        return
+    from . import operators
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*overrid", category=UserWarning)
+        aten = torch.library.Library("aten", "IMPL")
+        _libraries.append(aten)
+        for name in torch._C._dispatch_get_all_op_names():
+            operator = _overridable(name)
+            if operator is not None:
+                _replace(aten, operator)
+        npu = torch.library.Library("npu", "IMPL")
+        _libraries.append(npu)
+        for name, function in operators.KERNELS.items():
+            npu.impl(name, on_cpu(function), "PrivateUse1", allow_override=True)
+
+
+def cpu_alias(tensor: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor on the memory of an npu tensor."""
+    if tensor.device.type != "npu":
+        return tensor
+    storage = tensor.untyped_storage()
+    size = storage.nbytes()
+    if size == 0:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
+    memory = torch._C._construct_storage_from_data_pointer(
+        storage.data_ptr(), torch.device("cpu"), size
+    )
+    alias = torch.empty(0, dtype=tensor.dtype)
+    return alias.set_(memory, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` of CPU tensors as a kernel of npu tensors; its results are copied over."""
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        device = _device_of(args, kwargs)
+        result = function(*tree_map(_to_cpu, args), **tree_map(_to_cpu, kwargs))
+        return tree_map(lambda value: _to_npu(value, device), result)
+
+    return kernel
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return cpu_alias(value)
+    if isinstance(value, torch.device) and value.type == "npu":
+        return torch.device("cpu")
+    return value
+
+
+def _to_npu(value: Any, device: torch.device) -> Any:
+    if not isinstance(value, torch.Tensor) or value.device.type == "npu":
+        return value
+    result = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
+    if value.numel():
+        cpu_alias(result).copy_(value)
+    return result
+
+
+def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    for value in (*args, *kwargs.values()):
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, torch.Tensor) and item.device.type == "npu":
+                return item.device
+            if isinstance(item, torch.device) and item.type == "npu":
+                return item
+    return torch.device("npu", torch.get_device_module("npu").current_device())
+
+
+def _overridable(name: str) -> Any:
+    """The aten operator of that name if torch_npu computes it and the CPU can too."""
+    namespace, _, rest = name.partition("::")
+    base, _, overload = rest.partition(".")
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if namespace != "aten" or base in OWN_KERNELS or not has_kernel(name, "PrivateUse1"):
+        return None
+    if not any(has_kernel(name, key) for key in CPU_KEYS):
+        return None
+    operator = getattr(getattr(torch.ops.aten, base), overload or "default")
+    views = any(r.alias_info and not r.alias_info.is_write for r in operator._schema.returns)
+    return None if views else operator
+
+
+def _replace(library: torch.library.Library, operator: Any) -> None:
+    schema = operator._schema
+    written = [
+        (index, argument.name)
+        for index, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    kernel = _writing_kernel(operator, written) if written else on_cpu(operator)
+    name = operator._name.removeprefix("aten::")
+    library.impl(name, kernel, "PrivateUse1", allow_override=True)
+
+
+def _writing_kernel(operator: Any, written: list[tuple[int, str]]) -> Callable[..., Any]:
+    """An in-place or out= operator: the CPU kernel writes through the aliases."""
+    returned = len(operator._schema.returns)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        cpu_args, cpu_kwargs = tree_map(_to_cpu, args), tree_map(_to_cpu, kwargs)
+        operator(*cpu_args, **cpu_kwargs)
+        targets = []
+        for index, name in written:
+            npu = args[index] if index < len(args) else kwargs.get(name)
+            cpu = cpu_args[index] if index < len(args) else cpu_kwargs.get(name)
+            tree_map(_keep_shape, npu, cpu)
+            targets.append(npu)
+        return None if returned == 0 else targets[0] if returned == 1 else tuple(targets)
+
+    return kernel
+
+
+def _keep_shape(npu: Any, cpu: Any) -> None:
+    """Follows an out= tensor that the CPU kernel has resized."""
+    if not isinstance(npu, torch.Tensor) or npu.device.type != "npu":
+        return
+    if npu.size() != cpu.size() or npu.stride() != cpu.stride():
+        npu.resize_(cpu.size())
+        if cpu.numel():
+            cpu_alias(npu).copy_(cpu)

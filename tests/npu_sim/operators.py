@@ -1,0 +1,239 @@
+"""The fused cross-entropy operator and its backward, as the CANN kernels compute them, and strict.
+
+Whatever the documents forbid, and whatever the real kernel would answer with memory that is not
+its own, raises RuntimeError here with the rule. The arithmetic is the kernel's: fp32 inside, in
+its order, each output rounded once to the input's dtype.
+
+NPU_SIM_CANN chooses the version: 8.5.0 reads out of bounds at any negative target, ignore_index
+included; 9.0.0 ignores a row whose target equals ignore_index, whatever its sign.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+MOST_ROWS = 200_000  # per-row buffers of the kernel
+LOWEST = -3.4e38  # where the kernel's maximum starts
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class OperatorCall:
+    """One call that the operator accepted."""
+
+    name: str
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    reduction: str
+    ignore_index: int
+    label_smoothing: float
+    weighted: bool
+
+
+calls: list[OperatorCall] = []
+"""What this process called, in order. ``calls.clear()`` starts over."""
+
+
+def _require(holds: bool, rule: str) -> None:
+    if not holds:
+        raise RuntimeError(f"npu_cross_entropy_loss: {rule}")
+
+
+def forward(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    lse_square_scale_for_zloss: float = 0.0,
+    return_zloss: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, log_prob, poison, poison) for npu_cross_entropy_loss."""
+    _check_arguments(input, target, weight, reduction, "input")
+    _require(0 <= label_smoothing <= 1, f"label_smoothing={label_smoothing} is not in [0, 1]")
+    _require(
+        lse_square_scale_for_zloss == 0 and not return_zloss,
+        "no CANN has z-loss enabled: lse_square_scale_for_zloss must be 0, return_zloss False",
+    )
+    rows, columns = input.shape
+    kept = _kept_rows(target, columns, ignore_index)
+
+    largest = input.float().amax(1, keepdim=True).clamp_min(LOWEST)
+    log_prob = input.float() - largest
+    log_prob -= log_prob.exp().sum(1, keepdim=True).log()
+
+    column = target.where(kept, 0)[:, None]
+    row_weight = torch.ones(rows) if weight is None else weight[column[:, 0]]
+    row_weight = row_weight.where(kept, 0)
+    nll = -log_prob.gather(1, column)[:, 0]
+    loss = (nll * row_weight).where(kept, 0)
+    if label_smoothing:
+        weighted = log_prob if weight is None else log_prob * weight
+        smooth = -weighted.sum(1).where(kept, torch.tensor(0.0))
+        loss = (1 - label_smoothing) * loss + label_smoothing / columns * smooth
+    if reduction != "none":
+        loss = loss.sum().reshape(1)
+    if reduction == "mean":
+        loss = loss / row_weight.sum()
+
+    _record("npu_cross_entropy_loss", input, weight, reduction, ignore_index, label_smoothing)
+    # Outputs 2 and 3 have no meaning while z-loss is not enabled: whoever reads them sees NaN.
+    poison = torch.full((rows,), float("nan"), dtype=input.dtype)
+    loss = loss.to(input.dtype)
+    return loss, log_prob.to(input.dtype), poison[: loss.numel()].clone(), poison
+
+
+def backward(
+    grad_loss: torch.Tensor,
+    log_prob: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    grad_zloss: torch.Tensor | None = None,
+    lse_for_zloss: torch.Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    lse_square_scale_for_zloss: float = 0.0,
+) -> torch.Tensor:
+    """The gradient of the input, for npu_cross_entropy_loss_backward.
+
+    lse_for_zloss is not looked at: torch_npu's own formula always passes output 3 on.
+    """
+    _check_arguments(log_prob, target, weight, reduction, "log_prob")
+    rows, columns = log_prob.shape
+    size = rows if reduction == "none" else 1
+    _require(
+        grad_loss.dtype == log_prob.dtype,
+        f"grad_loss is {grad_loss.dtype} but log_prob is {log_prob.dtype}",
+    )
+    _require(
+        grad_loss.numel() == size and grad_loss.dim() <= 1,
+        f"grad_loss has shape {list(grad_loss.shape)}, reduction={reduction!r} wants [{size}]",
+    )
+    _require(
+        grad_zloss is None and lse_square_scale_for_zloss == 0,
+        "no CANN has z-loss enabled: grad_zloss must be None, lse_square_scale_for_zloss 0",
+    )
+    _check_gradient(reduction, weight, ignore_index, label_smoothing)
+    kept = _kept_rows(target, columns, ignore_index)
+
+    column = target.where(kept, 0)[:, None]
+    row_weight = torch.ones(rows) if weight is None else weight[column[:, 0]]
+    row_weight = row_weight.where(kept, 0)
+    if reduction == "mean":
+        row_weight = row_weight / row_weight.sum()
+    scale = (grad_loss.float() * row_weight)[:, None]
+    gradient = log_prob.float().exp_() * scale
+    gradient.scatter_add_(1, column, -scale)
+    gradient[~kept] = 0
+
+    _record(
+        "npu_cross_entropy_loss_backward",
+        log_prob,
+        weight,
+        reduction,
+        ignore_index,
+        label_smoothing,
+    )
+    return gradient.to(log_prob.dtype)
+
+
+def cast(input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """npu_dtype_cast, which torch_npu puts under ``Tensor.to``."""
+    result: torch.Tensor = torch.ops.aten._to_copy.default(input, dtype=dtype)
+    return result
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "npu_cross_entropy_loss": forward,
+    "npu_cross_entropy_loss_backward": backward,
+    "npu_dtype_cast": cast,
+    "_npu_dtype_cast": cast,
+}
+
+
+def _check_arguments(
+    input: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    reduction: str,
+    name: str,
+) -> None:
+    _require(input.dim() == 2, f"{name} has shape {list(input.shape)}, not [N, C]")
+    _require(input.dtype in DTYPES, f"{name} is {input.dtype}, not fp16, bf16 or fp32")
+    rows, columns = input.shape
+    _require(rows > 0 and columns > 0, f"{name} has shape {list(input.shape)}: it is empty")
+    _require(rows <= MOST_ROWS, f"N is {rows}, more than {MOST_ROWS}")
+    _require(target.dtype == torch.int64, f"target is {target.dtype}; A2 and A3 take int64 only")
+    _require(
+        target.shape == (rows,), f"target has shape {list(target.shape)}, {name} wants [{rows}]"
+    )
+    if weight is not None:
+        _require(weight.dtype == torch.float32, f"weight is {weight.dtype}, not fp32")
+        _require(
+            weight.shape == (columns,),
+            f"weight has shape {list(weight.shape)}, {name} wants [{columns}]",
+        )
+    _require(reduction in ("none", "mean", "sum"), f"reduction={reduction!r} is not known")
+
+
+def _check_gradient(
+    reduction: str, weight: torch.Tensor | None, ignore_index: int, label_smoothing: float
+) -> None:
+    _require(label_smoothing == 0, f"no gradient with label_smoothing={label_smoothing}")
+    _require(
+        reduction != "mean" or (weight is None and ignore_index == -100),
+        "with a gradient, reduction='mean' takes no weight and no other ignore_index",
+    )
+
+
+def _kept_rows(target: torch.Tensor, columns: int, ignore_index: int) -> torch.Tensor:
+    """Which rows are not ignored; raises where the kernel would read another row's memory."""
+    version = os.environ.get("NPU_SIM_CANN", "9.0.0")
+    if _number(version) < (9, 0):
+        bad = target < 0
+        _require(not bool(bad.any()), _bad_target(target, bad, f"{version} reads out of bounds"))
+    kept = target != ignore_index
+    bad = kept & ((target < 0) | (target >= columns))
+    _require(not bool(bad.any()), _bad_target(target, bad, f"it is not in [0, {columns})"))
+    return kept
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def _bad_target(target: torch.Tensor, bad: torch.Tensor, why: str) -> str:
+    if not bool(bad.any()):
+        return ""
+    row = int(bad.nonzero()[0])
+    return f"target[{row}] is {int(target[row])}: {why}"
+
+
+def _record(
+    name: str,
+    matrix: torch.Tensor,
+    weight: torch.Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> None:
+    calls.append(
+        OperatorCall(
+            name,
+            matrix.shape[0],
+            matrix.shape[1],
+            matrix.dtype,
+            reduction,
+            ignore_index,
+            label_smoothing,
+            weight is not None,
+        )
+    )
