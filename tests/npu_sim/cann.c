@@ -1,5 +1,5 @@
 /* Stand-in for libascendcl.so: NPU_SIM_DEVICES devices of type Ascend910B2 whose memory is this
-   process's own, and whose streams have always just finished. No operator runs here: torch_npu's
+   process's own, and whose streams have always just finished. Operators do not run here: torch_npu's
    request for one is refused with the operator's name, because a success would be silent garbage.
 
    Functions that torch_npu looks up at run time and does not find count as an older CANN, which it
@@ -293,31 +293,91 @@ DOES_NOTHING(aclrtSynchronizeEventWithTimeout)
 
 /* ---- operators ----------------------------------------------------------------------------- */
 
-int aclopCompileAndExecute(const char *operator_type, ...) {
-  return npu_sim_error(
-      ACL_FAILURE, "the operator %s reached CANN, but no operator runs there", operator_type);
-}
+/* Only two run, which torch_npu calls itself, past the dispatcher, to pad the tensors of a list-form
+   all_gather. Any other is refused. Descriptions are real where these two look, and do nothing else. */
 
-/* What torch_npu prepares before it asks; the address only has to be one. */
-static void *some_object(void) {
-  static char object;
-  return &object;
-}
+enum { MOST_DIMENSIONS = 8 };
+
+typedef struct {
+  int dimensions;
+  int64_t sizes[MOST_DIMENSIONS];
+} TensorDescription;
+
+typedef struct {
+  void *data;
+  size_t bytes;
+} DataBuffer;
 
 void *aclCreateTensorDesc(int type, int dimensions, const int64_t *sizes, int format) {
-  return some_object();
+  TensorDescription *description = calloc(1, sizeof *description);
+  description->dimensions = dimensions;
+  for (int i = 0; i < dimensions && i < MOST_DIMENSIONS; i++) description->sizes[i] = sizes[i];
+  return description;
 }
 
-void *aclCreateDataBuffer(void *data, size_t bytes) { return some_object(); }
-void *aclopCreateAttr(void) { return some_object(); }
+void *aclCreateDataBuffer(void *data, size_t bytes) {
+  DataBuffer *buffer = malloc(sizeof *buffer);
+  *buffer = (DataBuffer){data, bytes};
+  return buffer;
+}
 
-DOES_NOTHING(aclDestroyTensorDesc)
-DOES_NOTHING(aclDestroyDataBuffer)
+int aclDestroyTensorDesc(void *description) {
+  free(description);
+  return 0;
+}
+
+int aclDestroyDataBuffer(void *buffer) {
+  free(buffer);
+  return 0;
+}
+
+void *aclopCreateAttr(void) { return malloc(1); }
+
+int aclopDestroyAttr(void *attributes) {
+  free(attributes);
+  return 0;
+}
+
+static int64_t elements(const TensorDescription *tensor) {
+  int64_t count = 1;
+  for (int i = 0; i < tensor->dimensions; i++) count *= tensor->sizes[i];
+  return count;
+}
+
+static void repeat(char *into, int64_t count, const void *value, size_t bytes) {
+  for (int64_t i = 0; i < count; i++) memcpy(into + i * bytes, value, bytes);
+}
+
+/* PadV3(tensor [1, n], [0, 0, 0, more], value) -> [1, n + more] */
+static int pads_the_end(const TensorDescription *shape, const DataBuffer *paddings) {
+  const int32_t *pad = paddings->data;
+  return shape->dimensions == 2 && shape->sizes[0] == 1 && paddings->bytes >= 4 * sizeof *pad &&
+         !pad[0] && !pad[1] && !pad[2] && pad[3] > 0;
+}
+
+int aclopCompileAndExecute(const char *name, int input_count, TensorDescription *input_shapes[],
+                           DataBuffer *inputs[], int output_count, TensorDescription *output_shapes[],
+                           DataBuffer *outputs[], ...) {
+  if (!strcmp(name, "Fill") && input_count == 2 && output_count == 1) {
+    int64_t count = elements(output_shapes[0]);
+    repeat(outputs[0]->data, count, inputs[1]->data, outputs[0]->bytes / count);
+    return 0;
+  }
+  if (!strcmp(name, "PadV3") && input_count == 3 && output_count == 1 &&
+      pads_the_end(input_shapes[0], inputs[1])) {
+    int64_t before = elements(input_shapes[0]), after = elements(output_shapes[0]);
+    size_t bytes = outputs[0]->bytes / after;
+    memcpy(outputs[0]->data, inputs[0]->data, before * bytes);
+    repeat((char *)outputs[0]->data + before * bytes, after - before, inputs[2]->data, bytes);
+    return 0;
+  }
+  return npu_sim_error(ACL_FAILURE, "the operator %s reached CANN, but no operator runs there", name);
+}
+
 DOES_NOTHING(aclSetTensorDescName)
 DOES_NOTHING(aclSetTensorFormat)
 DOES_NOTHING(aclSetTensorShape)
 DOES_NOTHING(aclSetTensorPlaceMent)
-DOES_NOTHING(aclopDestroyAttr)
 DOES_NOTHING(aclopSetAttrBool)
 DOES_NOTHING(aclopSetAttrDataType)
 DOES_NOTHING(aclopSetAttrFloat)

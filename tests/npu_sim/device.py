@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 # Storage and shape: torch_npu's own kernels, which only move or look at memory.
 OWN_KERNELS = {
@@ -71,6 +70,9 @@ def install() -> None:
         _libraries.append(npu)
         for name, function in operators.KERNELS.items():
             npu.impl(name, on_cpu(function), "PrivateUse1", allow_override=True)
+        # torch_npu answers this one above autograd, with a fused operator of its own.
+        attention = "scaled_dot_product_attention"
+        aten.impl(attention, _attention, "AutogradPrivateUse1", allow_override=True)
 
 
 def cpu_alias(tensor: torch.Tensor) -> torch.Tensor:
@@ -93,10 +95,26 @@ def on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         device = _device_of(args, kwargs)
-        result = function(*tree_map(_to_cpu, args), **tree_map(_to_cpu, kwargs))
-        return tree_map(lambda value: _to_npu(value, device), result)
+        cpu_kwargs = {name: _to_cpu(value) for name, value in kwargs.items()}
+        return _to_npu(function(*_to_cpu(args), **cpu_kwargs), device)
 
     return kernel
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    math = torch.ops.aten._scaled_dot_product_attention_math.default
+    arguments = (query, key, value, attn_mask, dropout_p, is_causal)
+    return math(*arguments, scale=scale, enable_gqa=enable_gqa)[0]
 
 
 def _to_cpu(value: Any) -> Any:
@@ -104,10 +122,14 @@ def _to_cpu(value: Any) -> Any:
         return cpu_alias(value)
     if isinstance(value, torch.device) and value.type == "npu":
         return torch.device("cpu")
+    if isinstance(value, (list, tuple)):
+        return [_to_cpu(item) for item in value]
     return value
 
 
 def _to_npu(value: Any, device: torch.device) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_npu(item, device) for item in value)
     if not isinstance(value, torch.Tensor) or value.device.type == "npu":
         return value
     result = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
@@ -157,24 +179,27 @@ def _writing_kernel(operator: Any, written: list[tuple[int, str]]) -> Callable[.
     returned = len(operator._schema.returns)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        cpu_args, cpu_kwargs = tree_map(_to_cpu, args), tree_map(_to_cpu, kwargs)
+        cpu_args = _to_cpu(args)
+        cpu_kwargs = {name: _to_cpu(value) for name, value in kwargs.items()}
         operator(*cpu_args, **cpu_kwargs)
         targets = []
         for index, name in written:
-            npu = args[index] if index < len(args) else kwargs.get(name)
-            cpu = cpu_args[index] if index < len(args) else cpu_kwargs.get(name)
-            tree_map(_keep_shape, npu, cpu)
-            targets.append(npu)
+            positional = index < len(args)
+            target = args[index] if positional else kwargs[name]
+            _follow(operator, target, cpu_args[index] if positional else cpu_kwargs[name])
+            targets.append(target)
         return None if returned == 0 else targets[0] if returned == 1 else tuple(targets)
 
     return kernel
 
 
-def _keep_shape(npu: Any, cpu: Any) -> None:
-    """Follows an out= tensor that the CPU kernel has resized."""
-    if not isinstance(npu, torch.Tensor) or npu.device.type != "npu":
-        return
-    if npu.size() != cpu.size() or npu.stride() != cpu.stride():
+def _follow(operator: Any, npu: Any, cpu: Any) -> None:
+    """Takes over the shape of an empty out= tensor that the CPU kernel has resized."""
+    if isinstance(npu, (list, tuple)):
+        for one_npu, one_cpu in zip(npu, cpu, strict=True):
+            _follow(operator, one_npu, one_cpu)
+    elif isinstance(npu, torch.Tensor) and npu.size() != cpu.size():
+        if npu.numel():
+            raise RuntimeError(f"npu_sim: {operator} changes a shape in place, which is not made")
         npu.resize_(cpu.size())
-        if cpu.numel():
-            cpu_alias(npu).copy_(cpu)
+        cpu_alias(npu).copy_(cpu)

@@ -12,6 +12,7 @@
 #include "error.h"
 
 #include <fcntl.h>
+#include <math.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -39,6 +40,27 @@ static const int TYPE_COUNT = sizeof TYPES / sizeof TYPES[0];
 typedef enum { SUM, PROD, MAX, MIN, OPERATION_COUNT } Operation;
 static const char *OPERATIONS[] = {"sum", "prod", "max", "min"};
 
+/* By hand: not every C compiler has _Float16. */
+static float from_fp16(uint16_t half) {
+  int exponent = half >> 10 & 31, fraction = half & 1023;
+  float value = exponent == 31  ? (fraction ? NAN : INFINITY)
+                : exponent == 0 ? ldexpf(fraction, -24)
+                                : ldexpf(fraction + 1024, exponent - 25);
+  return half & 0x8000 ? -value : value;
+}
+
+static uint16_t to_fp16(float value) {
+  uint16_t sign = signbit(value) ? 0x8000 : 0;
+  if (isnan(value)) return 0x7e00;
+  value = fabsf(value);
+  if (value >= 65520.0f) return sign | 0x7c00;
+  int exponent;
+  frexpf(value, &exponent); /* value = f * 2^exponent, 0.5 <= f < 1 */
+  if (value == 0 || exponent < -13) exponent = -13;
+  int fraction = (int)lrintf(ldexpf(value, 11 - exponent)); /* to nearest, ties to even */
+  return sign | (((exponent + 13) << 10) + fraction);
+}
+
 static float from_bf16(uint16_t half) {
   uint32_t bits = (uint32_t)half << 16;
   float value;
@@ -63,6 +85,13 @@ static uint16_t to_bf16(float value) {
   for (uint64_t i = 0; i < count; i++)                                                   \
     ((type *)into)[i] = REDUCE(((type *)into)[i], ((const type *)from)[i]);              \
   break;
+#define REDUCE_HALF(kind)                                              \
+  for (uint64_t i = 0; i < count; i++) {                               \
+    float a = from_##kind(((uint16_t *)into)[i]);                      \
+    float b = from_##kind(((const uint16_t *)from)[i]);                \
+    ((uint16_t *)into)[i] = to_##kind(REDUCE(a, b));                   \
+  }                                                                    \
+  break;
 
 static void reduce(void *into, const void *from, uint64_t count, Type type, Operation operation) {
   switch (type) {
@@ -70,14 +99,9 @@ static void reduce(void *into, const void *from, uint64_t count, Type type, Oper
     case INT16: REDUCE_AS(int16_t)
     case INT32: REDUCE_AS(int32_t)
     case INT64: REDUCE_AS(int64_t)
-    case FP16: REDUCE_AS(_Float16)
     case FP32: REDUCE_AS(float)
-    case BF16:
-      for (uint64_t i = 0; i < count; i++) {
-        float a = from_bf16(((uint16_t *)into)[i]), b = from_bf16(((const uint16_t *)from)[i]);
-        ((uint16_t *)into)[i] = to_bf16(REDUCE(a, b));
-      }
-      break;
+    case FP16: REDUCE_HALF(fp16)
+    case BF16: REDUCE_HALF(bf16)
     default: break; /* refused by check_reduction */
   }
 }

@@ -94,13 +94,13 @@ def _compile(home: Path, site_packages: Path) -> None:
         _run("gcc", *flags, "-o", str(lib / name), *arguments)
 
     compile_library("libascendcl.so", str(HERE / "cann.c"))
-    compile_library("libhccl.so", str(HERE / "hccl.c"), f"-L{lib}", "-lascendcl")
+    compile_library("libhccl.so", str(HERE / "hccl.c"), f"-L{lib}", "-lascendcl", "-lm")
     defined = _symbols("--defined-only", lib / "libascendcl.so", lib / "libhccl.so")
     refusing = lib / "refusing.c"
     refusing.write_text(
         f'#include "{HERE / "error.h"}"\n'
         + "".join(
-            f'int {name}(void) {{ return npu_sim_error(107000, "{name}: not made"); }}\n'
+            f'int {name}(void) {{ return npu_sim_error(ACL_FAILURE, "{name} is not made"); }}\n'
             for name in sorted(_needed(site_packages) - defined)
         )
     )

@@ -65,18 +65,19 @@ def forward(
     rows, columns = input.shape
     kept = _kept_rows(target, columns, ignore_index)
 
-    largest = input.float().amax(1, keepdim=True).clamp_min(LOWEST)
-    log_prob = input.float() - largest
-    log_prob -= log_prob.exp().sum(1, keepdim=True).log()
+    # lse is rounded to fp32 before it is subtracted: near 1000 this costs three digits, there too.
+    x = input.float()
+    largest = x.amax(1).clamp_min(LOWEST)
+    lse = (x - largest[:, None]).exp_().sum(1).log() + largest
+    log_prob = x - lse[:, None]
 
     column = target.where(kept, 0)[:, None]
     row_weight = torch.ones(rows) if weight is None else weight[column[:, 0]]
     row_weight = row_weight.where(kept, 0)
-    nll = -log_prob.gather(1, column)[:, 0]
-    loss = (nll * row_weight).where(kept, 0)
+    loss = -(log_prob.gather(1, column)[:, 0].where(kept, 0) * row_weight)
     if label_smoothing:
         weighted = log_prob if weight is None else log_prob * weight
-        smooth = -weighted.sum(1).where(kept, torch.tensor(0.0))
+        smooth = -weighted.sum(1).where(kept, 0)
         loss = (1 - label_smoothing) * loss + label_smoothing / columns * smooth
     if reduction != "none":
         loss = loss.sum().reshape(1)
@@ -132,7 +133,6 @@ def backward(
     scale = (grad_loss.float() * row_weight)[:, None]
     gradient = log_prob.float().exp_() * scale
     gradient.scatter_add_(1, column, -scale)
-    gradient[~kept] = 0
 
     _record(
         "npu_cross_entropy_loss_backward",
