@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from .device import DEVICE
 from .ranks import Pool
 
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[Pool]:
-    """Four Gloo processes, started once; see ``ranks.Pool``."""
-    ranks = Pool().start()
+    """Four processes on the device and backend under test, started once; see ``ranks.Pool``."""
+    ranks = Pool(device_type=DEVICE).start()
     yield ranks
     ranks.stop()
 
