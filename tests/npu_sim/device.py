@@ -40,12 +40,14 @@ OWN_KERNELS = {
     "view_as_complex",
     "view_as_real",
 }
+COMPOSED = "CompositeImplicitAutograd"
 CPU_KEYS = (
     "CPU",
-    "CompositeImplicitAutograd",
+    COMPOSED,
     "CompositeExplicitAutograd",
     "CompositeExplicitAutogradNonFunctional",
 )
+ATTENTION = "scaled_dot_product_attention"
 
 _libraries: list[torch.library.Library] = []
 
@@ -63,16 +65,21 @@ def install() -> None:
         aten = torch.library.Library("aten", "IMPL")
         _libraries.append(aten)
         for name in torch._C._dispatch_get_all_op_names():
-            operator = _overridable(name)
-            if operator is not None:
-                _replace(aten, operator)
+            namespace, _, aten_name = name.partition("::")
+            if namespace != "aten":
+                continue
+            if _is_computed(name):
+                aten.impl(aten_name, _kernel(aten_name), "PrivateUse1", allow_override=True)
+            # An operator that torch composes of others, but torch_npu answers by one of CANN.
+            if _has_kernel(name, "AutogradPrivateUse1") and _has_kernel(name, COMPOSED):
+                composition = (
+                    _attention if aten_name == ATTENTION else _operator(aten_name).decompose
+                )
+                aten.impl(aten_name, composition, "AutogradPrivateUse1", allow_override=True)
         npu = torch.library.Library("npu", "IMPL")
         _libraries.append(npu)
         for name, function in operators.KERNELS.items():
             npu.impl(name, on_cpu(function), "PrivateUse1", allow_override=True)
-        # torch_npu answers this one above autograd, with a fused operator of its own.
-        attention = "scaled_dot_product_attention"
-        aten.impl(attention, _attention, "AutogradPrivateUse1", allow_override=True)
 
 
 def cpu_alias(tensor: torch.Tensor) -> torch.Tensor:
@@ -112,6 +119,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
+    """Torch's own composition would choose a fused kernel of the CPU."""
     math = torch.ops.aten._scaled_dot_product_attention_math.default
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
     return math(*arguments, scale=scale, enable_gqa=enable_gqa)[0]
@@ -148,30 +156,34 @@ def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
     return torch.device("npu", torch.get_device_module("npu").current_device())
 
 
-def _overridable(name: str) -> Any:
-    """The aten operator of that name if torch_npu computes it and the CPU can too."""
-    namespace, _, rest = name.partition("::")
-    base, _, overload = rest.partition(".")
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    if namespace != "aten" or base in OWN_KERNELS or not has_kernel(name, "PrivateUse1"):
-        return None
-    if not any(has_kernel(name, key) for key in CPU_KEYS):
-        return None
-    operator = getattr(getattr(torch.ops.aten, base), overload or "default")
-    views = any(r.alias_info and not r.alias_info.is_write for r in operator._schema.returns)
-    return None if views else operator
+def _has_kernel(name: str, key: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, key))
 
 
-def _replace(library: torch.library.Library, operator: Any) -> None:
-    schema = operator._schema
+def _operator(aten_name: str) -> Any:
+    base, _, overload = aten_name.partition(".")
+    return getattr(getattr(torch.ops.aten, base), overload or "default")
+
+
+def _is_computed(name: str) -> bool:
+    """Whether torch_npu computes this aten operator on the card, and the CPU can too."""
+    aten_name = name.removeprefix("aten::")
+    if aten_name.partition(".")[0] in OWN_KERNELS or not _has_kernel(name, "PrivateUse1"):
+        return False
+    if not any(_has_kernel(name, key) for key in CPU_KEYS):
+        return False
+    returns = _operator(aten_name)._schema.returns
+    return not any(value.alias_info and not value.alias_info.is_write for value in returns)
+
+
+def _kernel(aten_name: str) -> Callable[..., Any]:
+    operator = _operator(aten_name)
     written = [
         (index, argument.name)
-        for index, argument in enumerate(schema.arguments)
+        for index, argument in enumerate(operator._schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
-    kernel = _writing_kernel(operator, written) if written else on_cpu(operator)
-    name = operator._name.removeprefix("aten::")
-    library.impl(name, kernel, "PrivateUse1", allow_override=True)
+    return _writing_kernel(operator, written) if written else on_cpu(operator)
 
 
 def _writing_kernel(operator: Any, written: list[tuple[int, str]]) -> Callable[..., Any]:
