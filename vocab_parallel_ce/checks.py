@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import BACKENDS_WITHOUT_FP64, COLLECTIVES, communication_device
+from .collectives import COLLECTIVES, check_group_serves, communication_device
+from .collectives import check_backend_dtype as check_backend_dtype
 from .engines import ENGINES, select
 from .header import REDUCTIONS
 from .preflight import preflight
@@ -82,8 +83,10 @@ def _prepare(
     where = f" (rank {rank} of the group)" if world > 1 else ""
     _check_numbers(options, where)
     _check_tensors(input, target, weight, where)
-    if input.dtype == torch.float64 and options.group is not None:
-        check_backend_dtype(str(dist.get_backend(options.group)), input.dtype, where)
+    if options.group is not None and world > 1 and not torch.compiler.is_compiling():
+        # A compiled call learns of a wrong group when it runs, before it sends anything.
+        backend = check_group_serves(input.device.type, options.group)
+        check_backend_dtype(backend, input.dtype, where)
     shard = _resolve_shard(input, options.shard, rank, world, where)
     if weight is not None and weight.shape[0] != shard.vocab_size:
         raise ValueError(
@@ -214,15 +217,6 @@ def _check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, where: 
         raise ValueError(f"weight is on {weight.device}, input on {input.device}{where}")
     if weight.requires_grad:
         raise ValueError(f"weight gets no gradient: pass weight.detach(){where}")
-
-
-def check_backend_dtype(backend: str, dtype: torch.dtype, where: str = "") -> None:
-    """Raise if partials of logits of this dtype cannot be reduced by this backend."""
-    if dtype == torch.float64 and any(name in backend for name in BACKENDS_WITHOUT_FP64):
-        raise ValueError(
-            f"input is float64, which the {backend} backend does not carry{where}; use "
-            "input.float(), or a gloo group and CPU tensors for fp64 checks"
-        )
 
 
 def _resolve_shard(

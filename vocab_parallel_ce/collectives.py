@@ -25,6 +25,7 @@ from .statistics import Merged, merge, rescale_
 COLLECTIVES = ("auto", "all_gather", "all_reduce")
 GATHER_LIMIT_BYTES = 6_000_000
 BACKENDS_WITHOUT_FP64 = ("hccl",)
+BACKEND_OF_DEVICE = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def exchange(
     payload: Payload, wanted: Wanted, collective: str, group: dist.ProcessGroup
 ) -> Exchanged:
     """Merge every rank's payload; communicates over ``group``, once or twice."""
+    check_backend_dtype(check_group_serves(payload.buffer.device.type, group), payload.parts.dtype)
     k, rows = payload.parts.shape
     world = dist.get_world_size(group)
     gathered_bytes = world * k * rows * payload.parts.element_size()
@@ -114,17 +116,52 @@ def _by_reduce(payload: Payload, wanted: Wanted, group: dist.ProcessGroup, world
 
 def all_gather_flat(out: Tensor, mine: Tensor, group: dist.ProcessGroup | None) -> None:
     """``out`` [W * n] = every rank's ``mine`` [n], in rank order."""
+    check_group_serves(mine.device.type, group)
     # The newer name of the same collective; the older one warns where both exist.
     gather: Callable[..., object] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
     gather(out, mine, group=group)
 
 
+def backends_of(group: dist.ProcessGroup | None) -> dict[str, str]:
+    """The backend that ``group`` uses for each type of device: {"cpu": "gloo", "npu": "hccl"}."""
+    # Asked anew each time: it takes 1 us, and a cache could keep a group alive beyond its end.
+    pairs = dist.get_backend_config(group).split(",")
+    return dict(pair.split(":", 1) for pair in pairs)
+
+
+def check_group_serves(device_type: str, group: dist.ProcessGroup | None) -> str:
+    """The backend that ``group`` uses for tensors on such a device; ValueError if there is none."""
+    served = backends_of(group)
+    if device_type in served:
+        return served[device_type]
+    device, backend = next(iter(served.items()))
+    way_out = f"pass tensors on {device}"
+    if device_type in BACKEND_OF_DEVICE:
+        right = BACKEND_OF_DEVICE[device_type]
+        way_out += (
+            f", or a group of backend {right!r}, or of both, as init_process_group("
+            f"'{device}:{backend},{device_type}:{right}') makes"
+        )
+    raise ValueError(
+        f"input is on {device_type}, but group has backend {backend!r}, which serves "
+        f"{' and '.join(served)} (rank {dist.get_rank(group)} of the group); {way_out}"
+    )
+
+
+def check_backend_dtype(backend: str, dtype: torch.dtype, where: str = "") -> None:
+    """Raise if partials of logits of this dtype cannot be reduced by this backend."""
+    if dtype == torch.float64 and any(name in backend for name in BACKENDS_WITHOUT_FP64):
+        raise ValueError(
+            f"input is float64, which the {backend} backend does not carry{where}; use "
+            "input.float(), or a gloo group and CPU tensors for fp64 checks"
+        )
+
+
 def communication_device(group: dist.ProcessGroup | None) -> torch.device:
-    """A device whose tensors ``group`` can move: the CPU where its backend serves it."""
-    backend = str(dist.get_backend(group))
-    for name, device in (("gloo", "cpu"), ("nccl", "cuda"), ("hccl", "npu")):
-        if name in backend:
-            if device == "cpu":
-                return torch.device("cpu")
-            return torch.device(device, getattr(torch, device).current_device())
+    """A device whose tensors ``group`` can move: the CPU where a backend serves it."""
+    served = backends_of(group)
+    if "cpu" not in served:
+        for device in BACKEND_OF_DEVICE:
+            if device in served:
+                return torch.device(device, getattr(torch, device).current_device())
     return torch.device("cpu")
