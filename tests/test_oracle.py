@@ -33,7 +33,7 @@ from .ranks import Pool
 from .tolerance import assert_close, naive_error
 
 REDUCTIONS = ("none", "mean", "sum")
-ROWS = 48  # the naive error of a few rows may be small by luck
+ROWS = 96  # the naive error of few rows may be small by luck
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
