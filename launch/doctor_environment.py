@@ -1,0 +1,315 @@
+"""What this process finds: versions, CANN, driver, devices, backend, engines, variables.
+
+Finding out never raises and never hangs: what is not there is said in words, tools and devices get
+a time limit. The only verdict is ``problem``, why the device in question cannot be used.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+import vocab_parallel_ce
+from vocab_parallel_ce.collectives import BACKEND_OF_DEVICE, BACKENDS_WITHOUT_FP64
+from vocab_parallel_ce.engines import select
+from vocab_parallel_ce.launch import measure
+from vocab_parallel_ce.launch.doctor_ranks import LateError, Worker, in_one_line
+from vocab_parallel_ce.launch.doctor_variables import Judged, judge
+from vocab_parallel_ce.parallel import groups
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+PACKAGES = ("torch", "torch_npu", "numba", "triton", "triton-ascend", "numpy", "megatron-core")
+NOT_FOUND = "not found"
+TOOL_SECONDS = 10.0
+DEVICE_SECONDS = 60.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Device:
+    name: str
+    total: int | None
+    free: int | None
+    """bytes; None where nobody tells"""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The engine that serves a dtype."""
+
+    engine: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Environment:
+    date: str
+    command: list[str]
+    python: str
+    platform: str
+    processor: str
+    cores: int
+    versions: dict[str, str]
+    cann: str
+    driver: str
+    device: str
+    """the kind in question: what was asked for, else the best that is here"""
+    problem: str
+    """why that device cannot be used; empty when it can"""
+    notes: list[str]
+    devices: list[Device]
+    backend: str
+    engines: dict[str, Choice]
+    variables: list[Judged]
+
+
+def collect(asked: str | None) -> Environment:
+    """Everything about this process; ``asked`` is the device that the user named, if any."""
+    notes: list[str] = []
+    npu = _limited(lambda: groups.npu_problem() or "", notes, "torch_npu does not answer")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no NPU is used is one of the notes
+        kind = asked or _limited(groups.default_device_type, notes, "cpu")
+    versions = _versions(npu)
+    if asked is None and npu and "torch_npu" in versions:
+        notes.append(f"no NPU is used: {npu}")
+    problem = _problem(kind)
+    if kind == "cpu":
+        devices = [Device(measure.processor(), *_host_memory())]
+    else:
+        devices = [] if problem else _limited(lambda: _cards(kind), notes, [])
+    visible = (
+        {} if problem or kind == "cpu" else {kind: torch.get_device_module(kind).device_count()}
+    )
+    here = ("npu",) if "torch_npu" in versions else ()
+    return Environment(
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        command=sys.argv[1:],
+        python=platform.python_version(),
+        platform=platform.platform(),
+        processor=measure.processor(),
+        cores=os.cpu_count() or 1,
+        versions=versions,
+        cann=cann_version(),
+        driver=driver_version(kind),
+        device=kind,
+        problem=problem,
+        notes=notes,
+        devices=devices,
+        backend=BACKEND_OF_DEVICE.get(kind, NOT_FOUND),
+        engines={} if problem else _limited(lambda: _engines(kind), notes, {}),
+        variables=judge(os.environ, (kind, *here), visible),
+    )
+
+
+def _limited(call: Callable[[], T], notes: list[str], otherwise: T) -> T:
+    """What a device answers; ``otherwise``, and a note, if it fails or does not come back."""
+    try:
+        return Worker().call(call, DEVICE_SECONDS)
+    except Exception as error:
+        said = str(error) if isinstance(error, LateError) else in_one_line(error)
+        notes.append(f"asking the device: {said}")
+        return otherwise
+
+
+# --- packages ---------------------------------------------------------------------------------
+
+
+def _versions(npu_problem: str) -> dict[str, str]:
+    """Installed packages, this one first; torch_npu with why it does not import, if so."""
+    found = {"vocab_parallel_ce": _own_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found["torch"] = f"{torch.__version__} (CUDA: {torch.version.cuda or 'none'})"
+    if "torch_npu" in found and "torch_npu" not in sys.modules:
+        found["torch_npu"] += f", does not import: {npu_problem}"
+    return found
+
+
+def _own_version() -> str:
+    try:
+        return importlib.metadata.version("vocab_parallel_ce")
+    except importlib.metadata.PackageNotFoundError:
+        project = Path(vocab_parallel_ce.__path__[0]).parent / "pyproject.toml"
+        text = project.read_text() if project.is_file() else ""
+        version = re.search(r'^version = "(.+)"', text, re.MULTILINE)
+        return f"{version[1] if version else 'unknown'} (not installed, run from its source)"
+
+
+# --- devices ----------------------------------------------------------------------------------
+
+
+def _problem(kind: str) -> str:
+    """Why devices of this kind cannot be used by the processes that were started here."""
+
+    def make_current() -> str:
+        groups.local_device(kind)
+        return _crowded(kind)
+
+    try:
+        return Worker().call(make_current, DEVICE_SECONDS)
+    except LateError as late:
+        return f"device={kind!r} does not answer: making it current {late}"
+    except Exception as error:
+        return str(error) if isinstance(error, ValueError) else in_one_line(error)
+
+
+def _crowded(kind: str) -> str:
+    """More ranks than cards, told to every rank and not only to those without one."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    if kind not in ("npu", "cuda") or not local.isdecimal():
+        return ""
+    count = int(torch.get_device_module(kind).device_count())
+    if int(local) <= count:
+        return ""
+    return (
+        f"{local} processes were started here, but there are {count} {kind} devices; start at "
+        f"most {count} (torchrun --nproc-per-node {count})"
+    )
+
+
+def _cards(kind: str) -> list[Device]:
+    """Every card that can be seen; free memory of those that this process may touch."""
+    module: Any = torch.get_device_module(kind)
+    own = os.environ.get("LOCAL_RANK")  # beside other ranks: a look at their cards costs memory
+    cards = []
+    for index in range(module.device_count()):
+        if own is None or own == str(index):
+            free, total = module.mem_get_info(index)
+        else:
+            free, total = None, module.get_device_properties(index).total_memory
+        cards.append(Device(module.get_device_name(index), total, free))
+    return cards
+
+
+def _host_memory() -> tuple[int | None, int | None]:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None, None
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    return sizes.get("MemTotal"), sizes.get("MemAvailable")
+
+
+# --- CANN and driver --------------------------------------------------------------------------
+
+
+def _field(path: Path, names: tuple[str, ...]) -> str:
+    """``name=value`` of the first of ``names`` that a small text file holds; else empty."""
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
+        return ""
+    for name in names:
+        found = re.search(rf"^\s*{name}\s*=\s*\[?([^\]\s]+)", text, re.MULTILINE | re.IGNORECASE)
+        if found:
+            return found[1]
+    return ""
+
+
+def cann_version() -> str:
+    """Of the CANN that the environment points to, or that lies where it is usually installed."""
+    roots = [os.environ.get(name) for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")]
+    usual = Path("/usr/local/Ascend")
+    places = [Path(root) for root in roots if root]
+    places += [usual / "ascend-toolkit" / "latest", usual / "cann", usual / "latest"]
+    for root in places:
+        files = [
+            *sorted(root.glob("*-linux/ascend_toolkit_install.info")),
+            root / "ascend_toolkit_install.info",
+            root / "version.cfg",
+            *(root / part / "version.info" for part in ("compiler", "runtime", "opp")),
+        ]
+        for path in files:
+            version = _field(path, ("version", r"toolkit\w*version", r"\w*running_version"))
+            if version:
+                return f"{version} ({path})"
+    return NOT_FOUND
+
+
+def _say(*command: str) -> str:
+    """Standard output of a tool; empty if it is missing, fails or takes too long."""
+
+    def run() -> str:
+        done = subprocess.run(
+            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=TOOL_SECONDS
+        )
+        return done.stdout if done.returncode == 0 else ""
+
+    try:
+        # The limit outside is for a tool that hangs in the driver, where no signal reaches it.
+        return Worker().call(run, TOOL_SECONDS + 2)
+    except Exception:
+        return ""
+
+
+def driver_version(kind: str) -> str:
+    """Of the cards' driver."""
+    if kind == "npu":
+        version = _field(Path("/usr/local/Ascend/driver/version.info"), ("version",))
+        if not version:
+            said = re.search(r"Version:\s*(\S+)", _say("npu-smi", "info"))
+            version = said[1] if said else ""
+        return version or NOT_FOUND
+    if kind == "cuda":
+        lines = _say("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()
+        return lines[0] if lines else NOT_FOUND
+    return "none needed"
+
+
+# --- engines ----------------------------------------------------------------------------------
+
+
+def _engines(kind: str) -> dict[str, Choice]:
+    device = groups.local_device(kind)
+    return {name: _choice(device, dtype) for name, dtype in DTYPES.items()}
+
+
+def _choice(device: torch.device, dtype: torch.dtype) -> Choice:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a fallback's reason is reported below
+            module: Any = select("auto", torch.zeros(1, 8, dtype=dtype, device=device))
+    except Exception as error:
+        return Choice("none", in_one_line(error))
+    name = module.__name__.rpartition(".")[2]
+    why = f"made for {device.type} tensors"
+    if name == "eager":
+        why = _why_eager(device.type, dtype)
+    backend = BACKEND_OF_DEVICE[device.type]
+    if dtype == torch.float64 and backend in BACKENDS_WITHOUT_FP64:
+        why += f"; over several ranks fp64 is refused: {backend} does not carry it"
+    return Choice(name, why)
+
+
+def _why_eager(kind: str, dtype: torch.dtype) -> str:
+    try:
+        own = importlib.import_module(f"vocab_parallel_ce.engines.{kind}")
+    except ModuleNotFoundError:
+        return f"plain torch: there is no engine of its own for {kind}"
+    reason = own.unavailable()
+    if reason:
+        return f"plain torch, slower: {reason}"
+    return f"plain torch: the {kind} engine does not serve {str(dtype).removeprefix('torch.')}"
