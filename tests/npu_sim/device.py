@@ -78,8 +78,8 @@ def install() -> None:
                 aten.impl(aten_name, composition, "AutogradPrivateUse1", allow_override=True)
         npu = torch.library.Library("npu", "IMPL")
         _libraries.append(npu)
-        for name, function in operators.KERNELS.items():
-            npu.impl(name, on_cpu(function), "PrivateUse1", allow_override=True)
+        for name, kernel in operators.KERNELS.items():
+            npu.impl(name, kernel, "PrivateUse1", allow_override=True)
 
 
 def cpu_alias(tensor: torch.Tensor) -> torch.Tensor:

@@ -111,8 +111,9 @@ static int check_reduction(const char *name, Type type, Operation operation) {
   int known = type == INT8 || type == INT16 || type == INT32 || type == INT64 || type == FP16 ||
               type == FP32 || type == BF16;
   if (!known || operation >= OPERATION_COUNT || (operation == PROD && (type == INT16 || type == BF16)))
-    return npu_sim_error(E_NOT_SUPPORT, "%s does not reduce %s with operation %d", name,
-                         (int)type < TYPE_COUNT ? TYPES[type].name : "this type", operation);
+    return npu_sim_error(E_NOT_SUPPORT, "%s does not reduce %s with %s", name,
+                         (int)type < TYPE_COUNT ? TYPES[type].name : "this type",
+                         operation < OPERATION_COUNT ? OPERATIONS[operation] : "this operation");
   return OK;
 }
 
@@ -201,7 +202,7 @@ static int wait_turn(Communicator *c, Wait *wait, uint32_t missing, const char *
     return npu_sim_error(E_TIMEOUT, "%s: rank %u of %u (process %d) is gone", name, missing,
                          c->size, pid);
   if (now() - wait->start > wait->limit)
-    return npu_sim_error(E_TIMEOUT, "%s: rank %u of %u did not come within %.0f s", name, missing,
+    return npu_sim_error(E_TIMEOUT, "%s: rank %u of %u did not come within %g s", name, missing,
                          c->size, wait->limit);
   return OK;
 }

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from .device import on_cpu
+
 MOST_ROWS = 200_000  # per-row buffers of the kernel
 LOWEST = -3.4e38  # where the kernel's maximum starts
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -54,19 +56,23 @@ def forward(
     label_smoothing: float = 0.0,
     lse_square_scale_for_zloss: float = 0.0,
     return_zloss: bool = False,
+    *,
+    wants_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, log_prob, poison, poison) for npu_cross_entropy_loss."""
+    """(loss, log_prob, poison, poison) for npu_cross_entropy_loss, on the CPU."""
     _check_arguments(input, target, weight, reduction, "input")
     _require(0 <= label_smoothing <= 1, f"label_smoothing={label_smoothing} is not in [0, 1]")
     _require(
         lse_square_scale_for_zloss == 0 and not return_zloss,
         "no CANN has z-loss enabled: lse_square_scale_for_zloss must be 0, return_zloss False",
     )
+    if wants_gradient:
+        _check_gradient(reduction, weight, ignore_index, label_smoothing)
     rows, columns = input.shape
     kept = _kept_rows(target, columns, ignore_index)
 
     # lse is rounded to fp32 before it is subtracted: near 1000 this costs three digits, there too.
-    x = input.float()
+    x = input.float().contiguous()
     largest = x.amax(1).clamp_min(LOWEST)
     lse = (x - largest[:, None]).exp_().sum(1).log() + largest
     log_prob = x - lse[:, None]
@@ -103,7 +109,7 @@ def backward(
     label_smoothing: float = 0.0,
     lse_square_scale_for_zloss: float = 0.0,
 ) -> torch.Tensor:
-    """The gradient of the input, for npu_cross_entropy_loss_backward.
+    """The gradient of the input, for npu_cross_entropy_loss_backward, on the CPU.
 
     lse_for_zloss is not looked at: torch_npu's own formula always passes output 3 on.
     """
@@ -111,16 +117,16 @@ def backward(
     rows, columns = log_prob.shape
     size = rows if reduction == "none" else 1
     _require(
+        grad_zloss is None and lse_square_scale_for_zloss == 0,
+        "no CANN has z-loss enabled: grad_zloss must be None, lse_square_scale_for_zloss 0",
+    )
+    _require(
         grad_loss.dtype == log_prob.dtype,
         f"grad_loss is {grad_loss.dtype} but log_prob is {log_prob.dtype}",
     )
     _require(
         grad_loss.numel() == size and grad_loss.dim() <= 1,
         f"grad_loss has shape {list(grad_loss.shape)}, reduction={reduction!r} wants [{size}]",
-    )
-    _require(
-        grad_zloss is None and lse_square_scale_for_zloss == 0,
-        "no CANN has z-loss enabled: grad_zloss must be None, lse_square_scale_for_zloss 0",
     )
     _check_gradient(reduction, weight, ignore_index, label_smoothing)
     kept = _kept_rows(target, columns, ignore_index)
@@ -131,7 +137,7 @@ def backward(
     if reduction == "mean":
         row_weight = row_weight / row_weight.sum()
     scale = (grad_loss.float() * row_weight)[:, None]
-    gradient = log_prob.float().exp_() * scale
+    gradient = log_prob.float().contiguous().exp() * scale
     gradient.scatter_add_(1, column, -scale)
 
     _record(
@@ -151,11 +157,17 @@ def cast(input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return result
 
 
+def _forward_kernel(input: torch.Tensor, *args: Any, **options: Any) -> Any:
+    # Known here only: the CPU tensor on the same memory is not part of anybody's graph.
+    wants_gradient = input.requires_grad and torch.is_grad_enabled()
+    return on_cpu(forward)(input, *args, wants_gradient=wants_gradient, **options)
+
+
 KERNELS: dict[str, Callable[..., Any]] = {
-    "npu_cross_entropy_loss": forward,
-    "npu_cross_entropy_loss_backward": backward,
-    "npu_dtype_cast": cast,
-    "_npu_dtype_cast": cast,
+    "npu_cross_entropy_loss": _forward_kernel,
+    "npu_cross_entropy_loss_backward": on_cpu(backward),
+    "npu_dtype_cast": on_cpu(cast),
+    "_npu_dtype_cast": on_cpu(cast),
 }
 
 
@@ -199,7 +211,9 @@ def _kept_rows(target: torch.Tensor, columns: int, ignore_index: int) -> torch.T
     version = os.environ.get("NPU_SIM_CANN", "9.0.0")
     if _number(version) < (9, 0):
         bad = target < 0
-        _require(not bool(bad.any()), _bad_target(target, bad, f"{version} reads out of bounds"))
+        _require(
+            not bool(bad.any()), _bad_target(target, bad, f"CANN {version} reads out of bounds")
+        )
     kept = target != ignore_index
     bad = kept & ((target < 0) | (target >= columns))
     _require(not bool(bad.any()), _bad_target(target, bad, f"it is not in [0, {columns})"))
