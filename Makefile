@@ -80,13 +80,17 @@ unit: $(VENV)/installed
 	$(BIN)/python -m pytest -q --durations=15 && \
 	echo "== tests: $$(( $$(date +%s) - start )) s"
 
+# What only an NPU has, and the tests of the loss that run on any device.
+TESTS_NPU := tests/npu tests/engines/test_contract.py tests/test_oracle.py tests/test_inplace.py \
+    tests/test_properties.py
+
 ifeq ($(NPU),no)
 unit-npu:
 	@echo "== tests of the Ascend engine: LEFT OUT, because of NPU=no"
 else
 unit-npu: $(VENV_NPU)/installed
 	@start=$$(date +%s); echo "== tests of the Ascend engine: the real torch-npu over tests/npu_sim"; \
-	$(BIN_NPU)/python -m tests.npu_sim python -m pytest -q tests/npu --durations=10 && \
+	$(BIN_NPU)/python -m tests.npu_sim python -m pytest -q --durations=10 $(TESTS_NPU) && \
 	echo "== tests of the Ascend engine: $$(( $$(date +%s) - start )) s"
 endif
 

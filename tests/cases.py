@@ -215,8 +215,9 @@ def expected(
     logits: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any
 ) -> Expected:
     """Both outcomes of a batch; ``options`` are those of ``reference.cross_entropy``."""
-    x = logits.detach().double().requires_grad_()
-    x_naive = logits.detach().float().requires_grad_()
+    logits, target = logits.detach().cpu(), target.cpu()
+    x = logits.double().requires_grad_()
+    x_naive = logits.float().requires_grad_()
     exact = reference(x, target, weight, **options)
     like_reference = logits.dtype == torch.float64
     columns = torch.arange(logits.shape[-1])

@@ -15,6 +15,7 @@ DEVICE = os.environ.get(
     "VOCAB_PARALLEL_CE_TEST_DEVICE", "npu" if "NPU_SIM_DEVICES" in os.environ else "cpu"
 )
 HAS_FP64 = DEVICE != "npu"  # neither HCCL nor most kernels of Ascend A2 and A3 carry it
+ENGINES = ("eager", DEVICE)  # the one that serves any device, and the device's own
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, *([torch.float64] if HAS_FP64 else []))
 
 

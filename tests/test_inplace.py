@@ -18,10 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from vocab_parallel_ce import VocabShard, cross_entropy, cross_entropy_loss, token_statistics
 
 from .cases import expected
+from .device import DEVICE, DTYPES, ENGINES
 from .tolerance import assert_close
 
-ENGINES = ("eager", "cpu")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 CLASSES = 37  # two vectors of the cpu engine and a tail
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -39,7 +38,7 @@ def assert_same(tensors: Sequence[Tensor | None]) -> None:
 
 
 def _leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return (3 * torch.randn(*shape)).to(dtype).requires_grad_()
+    return (3 * torch.randn(*shape)).to(DEVICE, dtype).requires_grad_()
 
 
 def _target(*lead: int, classes: int = CLASSES) -> Tensor:
@@ -47,7 +46,7 @@ def _target(*lead: int, classes: int = CLASSES) -> Tensor:
     target = torch.randint(classes, lead)
     if target.numel() > 1:
         target.view(-1)[1] = -100
-    return target
+    return target.to(DEVICE)
 
 
 def _made(leaf: Tensor) -> Tensor:
@@ -127,7 +126,7 @@ def test_equals_out_of_place(
 ) -> None:
     """Bit for bit, at the logits' own address."""
     leaf, target = _leaf(7, CLASSES, dtype=dtype), _target(7)
-    weight = torch.rand(CLASSES) if weighted else None
+    weight = torch.rand(CLASSES).to(DEVICE) if weighted else None
     grads: list[Tensor | None] = []
     for in_place in (False, True):
         leaf.grad = None
@@ -142,7 +141,8 @@ def test_equals_out_of_place(
             engine=engine,
             **OPTIONS[options],
         )
-        loss.backward(torch.linspace(-1, 1, loss.numel(), dtype=loss.dtype).view_as(loss))
+        upstream = torch.linspace(-1, 1, loss.numel(), dtype=loss.dtype).view(loss.shape)
+        loss.backward(upstream.to(DEVICE))
         assert (address == [logits.data_ptr()]) == in_place
         grads.append(leaf.grad)
     assert_same(grads)
@@ -450,7 +450,7 @@ def test_inputs_are_not_modified(layout: str, dtype: torch.dtype, engine: str) -
         memory[1, 1, 3] = torch.nan
     logits = LAYOUTS[layout](memory)
     target = _target(*logits.shape[:-1], classes=2)
-    weight = torch.rand(logits.shape[-1])
+    weight = torch.rand(logits.shape[-1]).to(DEVICE)
     inputs = (memory, target, weight)
     before = [value.detach().clone() for value in inputs]
 

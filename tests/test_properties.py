@@ -18,10 +18,10 @@ from vocab_parallel_ce import cross_entropy, cross_entropy_loss, token_statistic
 from vocab_parallel_ce.reference import ReferenceLoss
 
 from .cases import Findings, Sharding, check_gradient, expected, sized
+from .device import DTYPES, move
 from .ranks import Pool
 from .tolerance import assert_close, naive_error
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SETTINGS: dict[str, Any] = {
     "deadline": None,
     "derandomize": True,
@@ -128,10 +128,11 @@ def _loss_holds(group: dist.ProcessGroup, config: Config) -> None:
     rank = dist.get_rank(group)
     full, target, weight = config.batch()
     want = expected(full, target, weight, **config.options)
-    x = config.sharding.local(full, rank).requires_grad_()
+    there = move(target), None if weight is None else move(weight)
+    x = move(config.sharding.local(full, rank)).requires_grad_()
     before = x.detach().clone()
     loss = cross_entropy(
-        x, target, weight, **config.options, group=group, shard=config.sharding.shard(rank),
+        x, *there, **config.options, group=group, shard=config.sharding.shard(rank),
         engine=config.engine, collective=config.collective,
     )  # fmt: skip
     findings = Findings()
@@ -143,9 +144,9 @@ def _loss_holds(group: dist.ProcessGroup, config: Config) -> None:
         gradients = want.gradients(lambda r: r.loss.sum())
         check_gradient(grad, gradients, config.sharding, rank, "loss")
     # The same in place: the same bits, written into the logits.
-    y = config.sharding.local(full, rank).requires_grad_() * 1.0
+    y = move(config.sharding.local(full, rank)).requires_grad_() * 1.0
     again = cross_entropy(
-        y, target, weight, **config.options, group=group, shard=config.sharding.shard(rank),
+        y, *there, **config.options, group=group, shard=config.sharding.shard(rank),
         engine=config.engine, collective=config.collective, inplace_backward=True,
     )  # fmt: skip
     with findings:
@@ -167,9 +168,10 @@ def _operator_holds(group: dist.ProcessGroup, config: Config) -> None:
     options = dict(config.options)
     want = expected(full, target, weight, **options)
     z_scale = options.pop("lse_square_scale")
-    x = config.sharding.local(full, rank).requires_grad_()
+    x = move(config.sharding.local(full, rank)).requires_grad_()
     out = cross_entropy_loss(
-        x, target, weight, **options, lse_square_scale_for_zloss=z_scale, return_zloss=True,
+        x, move(target), None if weight is None else move(weight), **options,
+        lse_square_scale_for_zloss=z_scale, return_zloss=True,
         group=group, shard=config.sharding.shard(rank), engine=config.engine,
         collective=config.collective,
     )  # fmt: skip
@@ -215,9 +217,9 @@ def _statistics_hold(group: dist.ProcessGroup, config: Config, argmax: bool) -> 
     ignore_index, scale = config.options["ignore_index"], config.options["scale"]
     kept = target != ignore_index
     want = expected(full, target, ignore_index=ignore_index, scale=scale, reduction="none")
-    x = config.sharding.local(full, rank).requires_grad_()
+    x = move(config.sharding.local(full, rank)).requires_grad_()
     got = token_statistics(
-        x, target, entropy=True, argmax=argmax, ignore_index=ignore_index, scale=scale,
+        x, move(target), entropy=True, argmax=argmax, ignore_index=ignore_index, scale=scale,
         group=group, shard=config.sharding.shard(rank), engine=config.engine,
         collective=config.collective,
     )  # fmt: skip
@@ -234,7 +236,7 @@ def _statistics_hold(group: dist.ProcessGroup, config: Config, argmax: bool) -> 
         with findings:
             # In the arithmetic dtype: a scale may round two neighbours to one number.
             rounded = full.to(got.lse.dtype) * scale
-            assert torch.equal(got.argmax, torch.where(kept, rounded.argmax(-1), -1))
+            assert torch.equal(got.argmax.cpu(), torch.where(kept, rounded.argmax(-1), -1))
 
     def total(log_prob: Tensor, lse: Tensor, entropy: Tensor) -> Tensor:
         return (log_prob + 0.25 * lse - 2 * entropy).sum()
