@@ -63,8 +63,9 @@ def partials(
         m = x.amax(1)
         x_y = _select(x, target)
         if wanted.argmax:
-            # argmax promises no order among ties; the first column equal to the maximum does.
-            first = (x == m[:, None]).to(torch.uint8).argmax(1)
+            # No device's argmax need name the first of a tie. fp32 holds every column below 2^24.
+            columns = torch.arange(x.shape[1], dtype=x.dtype, device=x.device)
+            first = torch.where(x == m[:, None], columns, float(x.shape[1])).amin(1)
             bits = named["argmax"].view(torch.int64 if x.dtype == torch.float64 else torch.int32)
             bits[rows] = first.to(bits.dtype).masked_fill_(ignored, 0)
         # An all -inf row is taken relative to 0: -inf - -inf would be NaN.
