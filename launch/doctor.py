@@ -126,7 +126,7 @@ def examine(
         names = Names.union(ranks.gather(Names.of_this_process()))
         verdicts, speed = run_selftest(groups, ranks, shape, sizes, quick)
         differences = compare_environments(everyone)
-        test = Selftest(groups.world_size, *shape, verdicts, speed, differences)
+        test = Selftest(groups.world_size, *shape, verdicts, speed, ranks.broken, differences)
         if groups.rank == 0:
             print_selftest(console(), test, found.device)
             write_json(path, as_json(everyone, test, names))
@@ -181,7 +181,7 @@ def main(
         if not 0 < timeout < math.inf:
             raise ValueError(f"--timeout {timeout} must be a positive number of seconds")
         shape = shape_of_checks(quick, world, rows, vocab)
-        found = collect(device)
+        found = collect(device, look_around=not selftest and world == 1)
         sizes = sizes_of_timing(quick, found.device, world, timed_rows, timed_vocab)
     except ValueError as error:
         leave(str(error), USAGE_ERROR)

@@ -392,8 +392,7 @@ def reach(place: Place, dtype: torch.dtype) -> Found:
 
 def fp64_is_refused(place: Place, dtype: torch.dtype) -> Found:
     """What the backend cannot carry is refused by name, before anything is sent."""
-    case, _, made = _small(place, torch.float32)
-    made = replace(made, logits=made.logits.to(torch.float64))
+    case, _, made = _small(place, torch.float64)
     complaint = _refused(partial(_call, case, made, place), "float64", "use input.float()")
     found = Found()
     found.expect(not complaint, complaint)
@@ -404,9 +403,11 @@ def torch_itself(place: Place, dtype: torch.dtype) -> Found:
     """Whether the device computes in this dtype at all; fp64 is something that cards may lack."""
     found = Found()
     try:
-        x = torch.ones(2, 2, dtype=dtype, device=place.device)
+        x = torch.ones(2, 2, device=place.device).to(dtype)
         wrong = not bool(((x.exp().sum(1) - 5.43656).abs() < 0.1).all())
         problem = "torch's own exp and sum give wrong numbers" if wrong else ""
+        if x.dtype != dtype:  # torch_npu, where the card has no fp64
+            problem = f"torch makes {x.dtype} of {dtype} on this device"
     except RuntimeError as error:
         problem = f"torch itself: {in_one_line(error)}"
     if dtype == torch.float64:

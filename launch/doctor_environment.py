@@ -82,8 +82,11 @@ class Environment:
     variables: list[Judged]
 
 
-def collect(asked: str | None) -> Environment:
-    """Everything about this process; ``asked`` is the device that the user named, if any."""
+def collect(asked: str | None, look_around: bool) -> Environment:
+    """Everything about this process; ``asked`` is the device that the user named, if any.
+
+    ``look_around``: this process will do nothing else, and may touch every card.
+    """
     notes: list[str] = []
     npu = _limited(lambda: groups.npu_problem() or "", notes, "torch_npu does not answer")
     with warnings.catch_warnings():
@@ -96,11 +99,11 @@ def collect(asked: str | None) -> Environment:
     if kind == "cpu":
         devices = [Device(measure.processor(), *_host_memory())]
     else:
-        devices = [] if problem else _limited(lambda: _cards(kind), notes, [])
+        devices = [] if problem else _limited(lambda: _cards(kind, look_around), notes, [])
     visible = (
         {} if problem or kind == "cpu" else {kind: torch.get_device_module(kind).device_count()}
     )
-    here = ("npu",) if "torch_npu" in versions else ()
+    kinds = tuple(dict.fromkeys((kind, "npu") if "torch_npu" in versions else (kind,)))
     return Environment(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=sys.argv[1:],
@@ -110,14 +113,14 @@ def collect(asked: str | None) -> Environment:
         cores=os.cpu_count() or 1,
         versions=versions,
         cann=cann_version(),
-        driver=driver_version(kind),
+        driver=driver_version(kinds),
         device=kind,
         problem=problem,
         notes=notes,
         devices=devices,
         backend=BACKEND_OF_DEVICE.get(kind, NOT_FOUND),
         engines={} if problem else _limited(lambda: _engines(kind), notes, {}),
-        variables=judge(os.environ, (kind, *here), visible),
+        variables=judge(os.environ, kinds, visible),
     )
 
 
@@ -190,13 +193,17 @@ def _crowded(kind: str) -> str:
     )
 
 
-def _cards(kind: str) -> list[Device]:
-    """Every card that can be seen; free memory of those that this process may touch."""
+def _cards(kind: str, look_around: bool) -> list[Device]:
+    """Every card that can be seen; free memory of this process's own, or of all of them.
+
+    A look at other cards takes memory there, and with torch_npu a backward that follows aborts
+    the process ("Uninitialized default NPU stream"): it is for a process that does nothing else.
+    """
     module: Any = torch.get_device_module(kind)
-    own = os.environ.get("LOCAL_RANK")  # beside other ranks: a look at their cards costs memory
+    own = groups.local_device(kind).index
     cards = []
     for index in range(module.device_count()):
-        if own is None or own == str(index):
+        if look_around or index == own:
             free, total = module.mem_get_info(index)
         else:
             free, total = None, module.get_device_properties(index).total_memory
@@ -265,18 +272,22 @@ def _say(*command: str) -> str:
         return ""
 
 
-def driver_version(kind: str) -> str:
-    """Of the cards' driver."""
-    if kind == "npu":
-        version = _field(Path("/usr/local/Ascend/driver/version.info"), ("version",))
-        if not version:
-            said = re.search(r"Version:\s*(\S+)", _say("npu-smi", "info"))
-            version = said[1] if said else ""
-        return version or NOT_FOUND
-    if kind == "cuda":
-        lines = _say("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()
-        return lines[0] if lines else NOT_FOUND
-    return "none needed"
+def driver_version(kinds: tuple[str, ...]) -> str:
+    """Of the cards' driver, for every kind of card that is meant to be here."""
+    known = {"npu": _npu_driver, "cuda": _cuda_driver}
+    found = [f"{kind} {known[kind]() or NOT_FOUND}" for kind in kinds if kind in known]
+    return ", ".join(found) or "none needed"
+
+
+def _npu_driver() -> str:
+    version = _field(Path("/usr/local/Ascend/driver/version.info"), ("version",))
+    said = None if version else re.search(r"Version:\s*(\S+)", _say("npu-smi", "info"))
+    return said[1] if said else version
+
+
+def _cuda_driver() -> str:
+    lines = _say("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()
+    return lines[0] if lines else ""
 
 
 # --- engines ----------------------------------------------------------------------------------

@@ -119,5 +119,5 @@ class Ranks:
         late_ranks = [rank for rank, outcome in enumerate(everyone) if outcome.late]
         if late_ranks:
             who = ", ".join(map(str, late_ranks))
-            self.broken = f"rank {who} still waits in the check before"
+            self.broken = f"rank {who} did not end in time, so the ranks are out of step"
         return everyone

@@ -20,6 +20,7 @@ from vocab_parallel_ce.launch.doctor_speed import PassTiming, Speed
 from vocab_parallel_ce.launch.doctor_truth import RULE
 from vocab_parallel_ce.launch.measure import MIB
 
+SHOWN_FAILURES = 30
 _COLOUR = {"ok": "green", "FAILED": "red", "skipped": "yellow", "not run": "yellow"}
 
 
@@ -32,22 +33,19 @@ class Selftest:
     vocab: int
     verdicts: list[Verdict]
     speed: Speed
+    broken: str
+    """why the rest was not run; empty if all of it was"""
     differences: list[str]
     """what the ranks' environments do not have in common"""
 
     @property
     def failures(self) -> list[str]:
         """One line for every problem of every rank."""
-        checks = [
-            f"{v.check}, {v.dtype}: {problem}"
-            for v in self.verdicts
-            for problem in v.problems or ([v.why] if v.word == "not run" else [])
-        ]
-        timings = [
-            f"{p.dtype} {_place(p)}: {problem}" for p in self.speed.passes for problem in p.problems
-        ]
-        sent = [f"{c.name}: {problem}" for c in self.speed.collectives for problem in c.problems]
-        return checks + timings + sent
+        where = [(f"{v.check}, {v.dtype}", v.problems) for v in self.verdicts]
+        where += [(f"{p.dtype} {_place(p)}, timed", p.problems) for p in self.speed.passes]
+        where += [(c.name, c.problems) for c in self.speed.collectives]
+        lines = [f"{name}: {problem}" for name, problems in where for problem in problems]
+        return lines + ([f"the rest was not run: {self.broken}"] if self.broken else [])
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -139,12 +137,15 @@ def print_selftest(console: Console, test: Selftest, device: str) -> None:
     table.caption = f"worst of {', '.join(dict.fromkeys(v.dtype for v in test.verdicts))}; {RULE}"
     console.print(table)
     _print_speed(console, test.speed)
-    for why in dict.fromkeys(f"{v.dtype} {v.word}: {v.why}" for v in test.verdicts if v.why):
+    skipped = [f"{v.dtype} skipped: {v.why}" for v in test.verdicts if v.word == "skipped"]
+    for why in dict.fromkeys(skipped):
         console.print(f"[yellow]{escape(why)}[/]")
     for difference in test.differences:
         console.print(f"[yellow]{escape(difference)}[/]")
-    for failure in test.failures:
+    for failure in test.failures[:SHOWN_FAILURES]:
         console.print(f"[red]FAILED[/] {escape(failure)}")
+    if len(test.failures) > SHOWN_FAILURES:
+        console.print(f"... and {len(test.failures) - SHOWN_FAILURES} more, all in the JSON file")
 
 
 def _by_check(verdicts: list[Verdict]) -> Mapping[str, list[Verdict]]:
@@ -173,6 +174,8 @@ def _print_speed(console: Console, speed: Speed) -> None:
                 _scaled(c.bytes_per_s, 1e-9, 2),
             )
         console.print(table)
+    if not speed.passes:
+        return
     columns = ("forward\nms", "share", "backward\nms", "share", "both\nshare", "moved\nMB")
     table = _table("Forward and backward", "logits", *columns, "peak +\nMiB")
     for p in speed.passes:

@@ -36,7 +36,8 @@ class Verdict:
 def judge(check: str, dtype: str, outcomes: list[Outcome[Found]]) -> Verdict:
     """One verdict from what every rank says."""
     problems, worst, worst_rank, digests, skipped = [], None, 0, [], ""
-    for rank, outcome in enumerate(outcomes):
+    # A rank that is late mostly waits for one that raised: that one is named first.
+    for rank, outcome in sorted(enumerate(outcomes), key=lambda item: item[1].late):
         found = outcome.value
         if found is None:
             problems.append(f"rank {rank}: {outcome.error}")

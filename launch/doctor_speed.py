@@ -16,7 +16,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -229,28 +228,21 @@ class Speed:
     passes: list[PassTiming]
     collectives: list[CollectiveTiming]
 
-    @property
-    def problems(self) -> list[str]:
-        found: list[Any] = [*self.passes, *self.collectives]
-        return [text for timing in found for text in timing.problems]
-
 
 def run_speed(ranks: Ranks, place: Place, sizes: Sizes, tell: Tell) -> Speed:
-    """Every timing, on all ranks together."""
+    """Every timing, on all ranks together, as long as they are in step."""
     collectives, passes = [], []
-    if place.world > 1:
-        for rows in (1, sizes.rows):
-            for name in COLLECTIVES:
-                tell(f"timing {name}", 1)
-                collectives.append(_collective(ranks, place, name, rows, 4 * sizes.repeats))
+    sent = [(name, rows) for rows in (1, sizes.rows) for name in COLLECTIVES]
+    for name, rows in sent if place.world > 1 else []:
+        tell(f"timing {name}", 1)
+        if not ranks.broken:
+            collectives.append(_collective(ranks, place, name, rows, 4 * sizes.repeats))
     for dtype in TIMED_DTYPES:
         for inplace in (True, False):
             tell(f"timing {dtype}", 1)
-            if ranks.broken:
-                passes.append(PassTiming(dtype, inplace, [f"not run: {ranks.broken}"]))
-                continue
-            work = _bound(place, sizes, DTYPES[dtype], inplace)
-            passes.append(merge_pass(dtype, inplace, sizes, place.world, ranks.run(work)))
+            if not ranks.broken:
+                work = _bound(place, sizes, DTYPES[dtype], inplace)
+                passes.append(merge_pass(dtype, inplace, sizes, place.world, ranks.run(work)))
     return Speed(passes, collectives)
 
 
@@ -260,8 +252,6 @@ def _bound(place: Place, sizes: Sizes, dtype: torch.dtype, inplace: bool) -> Cal
 
 def _collective(ranks: Ranks, place: Place, name: str, rows: int, repeats: int) -> CollectiveTiming:
     title = f"{name}, {rows} row{'s' if rows > 1 else ''}"
-    if ranks.broken:
-        return CollectiveTiming(title, problems=[f"not run: {ranks.broken}"])
     outcomes = ranks.run(lambda: _time_collective(place, name, rows, repeats))
     problems = [f"rank {rank}: {o.error}" for rank, o in enumerate(outcomes) if o.error]
     raws = [outcome.value for outcome in outcomes if outcome.value is not None]

@@ -300,16 +300,16 @@ def judge(
     """Every variable that matters to devices of ``kinds``, and every other one that is set."""
     setting = Setting(environ, visible or {})
     known = {variable.name for variable in VARIABLES}
-    judged = [
-        _judge(variable, setting)
-        for variable in VARIABLES
-        if variable.name in environ or not variable.kinds or set(variable.kinds) & set(kinds)
-    ]
+    judged = []
+    for variable in VARIABLES:
+        matters = not variable.kinds or bool(set(variable.kinds) & set(kinds))
+        if matters or variable.name in environ:
+            judged.append(_judge(variable, setting, matters))
     others = sorted(n for n in environ if n.startswith(PREFIXES) and n not in known)
     return judged + [Judged(name, environ[name], "", "ok", "") for name in others]
 
 
-def _judge(variable: Variable, setting: Setting) -> Judged:
+def _judge(variable: Variable, setting: Setting, matters: bool) -> Judged:
     value = setting.environ.get(variable.name)
-    word = "" if value is None else variable.rule(value, setting)
+    word = variable.rule(value, setting) if matters and value is not None else ""
     return Judged(variable.name, value, variable.default, "warning" if word else "ok", word)
