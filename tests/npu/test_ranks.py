@@ -6,6 +6,7 @@ rank; with ``check=True`` it is the same ValueError as on the CPU.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -247,3 +248,20 @@ def test_fp64_is_refused(pool: Pool, check: bool) -> None:
     assert [outcome.kind for outcome in outcomes] == ["ValueError"] * 2
     assert all("float64, which the hccl backend does not carry" in o.error for o in outcomes)
     assert all("input.float()" in o.error for o in outcomes)
+
+
+def _bad_setting(group: dist.ProcessGroup) -> None:
+    if dist.get_rank(group) == 1:
+        os.environ["VOCAB_PARALLEL_CE_NPU_SCRATCH_MIB"] = "many"
+    try:
+        logits, target = _batch()
+        cross_entropy(_shard(logits, group), target.to("npu"), group=group, check=True)
+    finally:
+        os.environ.pop("VOCAB_PARALLEL_CE_NPU_SCRATCH_MIB", None)
+
+
+def test_a_setting_that_is_wrong_on_one_rank(pool: Pool) -> None:
+    outcomes = pool.outcomes(_bad_setting, 2)
+    assert [outcome.kind for outcome in outcomes] == ["ValueError"] * 2
+    assert all("SCRATCH_MIB='many' must be a whole number" in o.error for o in outcomes)
+    assert "rank 1 of the group" in outcomes[0].error

@@ -79,6 +79,7 @@ def unavailable() -> str | None:
 
 def supports(logits: Tensor) -> bool:
     """Whether this engine can serve such logits."""
+    scratch_bytes()  # a bad setting is an error here, before this rank has others wait for it
     return logits.device.type == "npu" and logits.dtype in _DTYPES
 
 
@@ -223,7 +224,8 @@ def gradient(
     out: Tensor,
 ) -> None:
     """See ``contract.Engine``."""
-    for rows in _chunks(logits, 1 if coefficients.entropy is None else 2):
+    # The result and, where the logits are strided, a dense copy that a kernel may make of them.
+    for rows in _chunks(logits, 2 if coefficients.entropy is None else 3):
         _chunk_gradient(
             logits[rows],
             m[rows],
@@ -268,7 +270,7 @@ def _chunk_gradient(
 
 def log_prob(logits: Tensor, m: Tensor, s: Tensor, scale: float, out: Tensor) -> None:
     """See ``contract.Engine``."""
-    for rows in _chunks(logits, 1):
+    for rows in _chunks(logits, 2):
         _chunk_log_prob(logits[rows], m[rows], s[rows], scale, out[rows])
 
 
