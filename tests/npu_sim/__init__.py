@@ -5,7 +5,7 @@ cann.c          the runtime: devices whose memory is the host's, streams, events
 hccl.c          the collectives, between processes of one machine
 device.py       aten for device "npu": every kernel is the CPU's, on the same memory
 operators.py    the cross-entropy operator and its backward, as strict as their documents
-site/           how `import torch` finds device.py in an unchanged program
+site/           how device.py gets into an unchanged program
 
     python -m tests.npu_sim COMMAND ...
 

@@ -5,7 +5,7 @@ group. What it would compute on the card is computed by the CPU kernel of the sa
 tensors that lie on the very memory of the npu tensors. Whatever has no CPU kernel stays with
 torch_npu, asks CANN, and raises there.
 
-`import torch` calls ``install`` (site/ tells it to), in every process that the command starts.
+site/sitecustomize.py calls ``install`` in every process that the command starts.
 """
 
 from __future__ import annotations
