@@ -89,7 +89,7 @@ def sizes_of_timing(
 ) -> Sizes:
     """Large, so that an accelerator's launches stop mattering."""
     usual = (64, 1024) if quick else (4096, 32768) if device == "cpu" else (8192, 131072)
-    sizes = Sizes(rows or usual[0], vocab or max(usual[1], 8 * world), repeats=3 if quick else 11)
+    sizes = Sizes(rows or usual[0], vocab or max(usual[1], 8 * world), repeats=3 if quick else 7)
     if sizes.vocab < 8 * world:
         raise ValueError(
             f"--timed-vocab {sizes.vocab} is too small: {world} ranks need at least {8 * world}"

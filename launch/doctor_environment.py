@@ -103,6 +103,12 @@ def collect(asked: str | None, look_around: bool) -> Environment:
     visible = (
         {} if problem or kind == "cpu" else {kind: torch.get_device_module(kind).device_count()}
     )
+    engines: dict[str, Choice] = {}
+    if not problem:
+        engines = _limited(lambda: _engines(kind), notes, engines)
+    if not problem and all(choice.engine == "none" for choice in engines.values()):
+        why = next((choice.why for choice in engines.values()), notes[-1] if notes else "")
+        problem = f"device={kind!r} does not work: {why}"
     kinds = tuple(dict.fromkeys((kind, "npu") if "torch_npu" in versions else (kind,)))
     return Environment(
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -119,7 +125,7 @@ def collect(asked: str | None, look_around: bool) -> Environment:
         notes=notes,
         devices=devices,
         backend=BACKEND_OF_DEVICE.get(kind, NOT_FOUND),
-        engines={} if problem else _limited(lambda: _engines(kind), notes, {}),
+        engines=engines,
         variables=judge(os.environ, kinds, visible),
     )
 

@@ -221,6 +221,7 @@ def _below(limit: str) -> Rule:
 
 
 _NOT_HANDLED = "a lost rank is not noticed: the others wait for it until their timeout"
+_SATURATES = "saturates: -inf padding becomes the lowest finite number, overflow hides"
 _SLOW_LAUNCH = "waits for every kernel before the next is launched: for debugging, slow"
 
 # --- the table --------------------------------------------------------------------------------
@@ -245,13 +246,13 @@ VARIABLES = (
         "INF_NAN_MODE_ENABLE",
         ("npu",),
         "1",
-        flagged("0", "0 saturates: -inf padding becomes the lowest finite number, overflow hides"),
+        flagged("0", f"0 {_SATURATES}; newer torch_npu refuses it on cards that have infinities"),
     ),
     Variable(
         "INF_NAN_MODE_FORCE_DISABLE",
         ("npu",),
         "0",
-        flagged("1", "1 saturates: -inf padding becomes the lowest finite number, overflow hides"),
+        flagged("1", f"1 {_SATURATES}"),
     ),
     Variable("TASK_QUEUE_ENABLE", ("npu",), "1", _task_queue),
     Variable("ASCEND_LAUNCH_BLOCKING", ("npu",), "0", flagged("1", _SLOW_LAUNCH)),
