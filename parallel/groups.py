@@ -8,44 +8,106 @@ eight accelerators the traffic of every layer stays inside the machine.
     tp_rank       0  1  0  1
 
 Works under torchrun, and as one process without it.
+
+On an NPU every communicator takes 200 MB of device memory (HCCL_BUFFSIZE) on each rank it joins.
+So a group that would hold all ranks is the world group itself, a group of one rank never
+communicates, and communicators are made by the first collective of a group, not by the group:
+
+    tp or dp is 1      1 communicator: the world's, which is the tensor- or data-parallel group
+    both are larger    2: one of each; the world group has none, because nothing is sent over it
+    one rank           0
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import math
 import os
 import time
 import uuid
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
-BACKEND_OF_DEVICE = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+from vocab_parallel_ce.collectives import BACKEND_OF_DEVICE, backends_of
+from vocab_parallel_ce.torch_import import AUTOLOAD_VARIABLE, why_backend_failed
+
+VISIBLE_CARDS_VARIABLE = "ASCEND_RT_VISIBLE_DEVICES"
+HCCL_HEAD_START = 60.0
+"""Seconds between HCCL's own timeout and the end of the process."""
+
+
+def npu_problem() -> str | None:
+    """Why no NPU can be used here and what to do about it, in one line; None where one can."""
+    if importlib.util.find_spec("torch_npu") is None:
+        version = torch.__version__.split("+")[0]
+        return (
+            "torch_npu is not installed; install CANN and the torch-npu that belongs to "
+            f"torch {version}, or use --device cpu"
+        )
+    problem = _torch_npu_import_problem()
+    if problem is not None:
+        return problem
+    if torch.get_device_module("npu").is_available():
+        return None
+    if VISIBLE_CARDS_VARIABLE in os.environ:
+        return (
+            f"torch_npu sees no card under {VISIBLE_CARDS_VARIABLE}="
+            f"{os.environ[VISIBLE_CARDS_VARIABLE]!r}; name cards that npu-smi info lists, or unset "
+            "it"
+        )
+    return (
+        "torch_npu sees no card; if npu-smi info lists none either, the driver is missing, or "
+        "this container was started without the cards (/dev/davinci*)"
+    )
+
+
+@functools.cache
+def _torch_npu_import_problem() -> str | None:
+    """Tried once: a second import of a package that broke off halfway fails in other ways."""
+    autoload = os.environ.get(AUTOLOAD_VARIABLE)
+    try:
+        importlib.import_module("torch_npu")
+    except Exception as error:  # whatever a package made for another torch may raise
+        return why_backend_failed("torch_npu", error)
+    finally:  # its import changes the variable and does not restore it when it fails
+        if autoload is None:
+            os.environ.pop(AUTOLOAD_VARIABLE, None)
+        else:
+            os.environ[AUTOLOAD_VARIABLE] = autoload
+    return None
 
 
 def npu_is_available() -> bool:
     """True when torch_npu is installed and sees a device."""
-    if importlib.util.find_spec("torch_npu") is None:
-        return False
-    try:
-        importlib.import_module("torch_npu")
-    except (ImportError, OSError, RuntimeError):  # the package without its CANN libraries
-        return False
-    return bool(torch.get_device_module("npu").is_available())
+    return npu_problem() is None
 
 
 def default_device_type() -> str:
     """What this machine has: npu, else cuda, else cpu."""
     if npu_is_available():
         return "npu"
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    _warn_that_no_npu_is_used()
+    return "cpu"
+
+
+@functools.cache
+def _warn_that_no_npu_is_used() -> None:
+    """Once: who installed torch_npu did not mean to run on the CPU."""
+    if importlib.util.find_spec("torch_npu") is not None:
+        warnings.warn(f"running on the CPU: {npu_problem()}", stacklevel=3)
 
 
 def local_device(device_type: str | None = None) -> torch.device:
@@ -55,11 +117,20 @@ def local_device(device_type: str | None = None) -> torch.device:
         raise ValueError(f"device={kind!r} is not one of {', '.join(BACKEND_OF_DEVICE)}")
     if kind == "cpu":
         return torch.device("cpu")
-    available = npu_is_available() if kind == "npu" else torch.cuda.is_available()
-    if not available:
-        raise ValueError(f"device={kind!r}, but this machine shows none; use --device cpu")
+    if kind == "npu":
+        problem = npu_problem()
+    else:
+        problem = None if torch.cuda.is_available() else "this machine shows none; use --device cpu"
+    if problem is not None:
+        raise ValueError(f"device={kind!r}, but {problem}")
     module = torch.get_device_module(kind)
     local_rank, count = _environment_int("LOCAL_RANK", 0), int(module.device_count())
+    processes = _environment_int("LOCAL_WORLD_SIZE", 1)
+    if processes > count:  # told on every rank, not only on those that have no device
+        raise ValueError(
+            f"LOCAL_WORLD_SIZE={processes} processes were started on this machine, which shows "
+            f"{count} {kind} devices; start at most {count} (torchrun --nproc-per-node {count})"
+        )
     if local_rank >= count:
         raise ValueError(
             f"LOCAL_RANK={local_rank} has no {kind} device: this machine shows {count}; "
@@ -96,7 +167,8 @@ class ParallelGroups:
 
     control  all ranks, always Gloo: barriers, small Python objects and checkpoint plans travel
              here and never queue behind the accelerator's work
-    mesh     the grid as a DeviceMesh with dimensions "dp" and "tp", for DTensor
+    mesh     the grid as a DeviceMesh with dimensions "dp" and "tp", for DTensor, over the same
+             groups
     """
 
     device: torch.device
@@ -111,7 +183,8 @@ class ParallelGroups:
     control: dist.ProcessGroup
     mesh: DeviceMesh
     owned: bool
-    """Whether closing ends the process groups: not when the caller had initialised them."""
+    """Whether closing ends all process groups. Where the caller had initialised them, it ends those
+    that were made here."""
 
     @classmethod
     def open(
@@ -121,34 +194,53 @@ class ParallelGroups:
         tp: int | None = None,
         dp: int | None = None,
         timeout_seconds: float = 600.0,
+        deterministic: bool = False,
     ) -> ParallelGroups:
-        """Joins all ranks. Bad sizes are refused before anything is connected.
+        """Joins all ranks. Bad sizes and missing devices are refused before anything is connected.
 
         Where torch.distributed is already initialised, its ranks are used as they are.
+
+        timeout_seconds is how long a rank waits for the others: to join, and in a collective. On an
+        NPU a collective waits 68 s at least, and a rank that it could not free ends 60 s later.
+
+        deterministic asks that sums over the groups have the same bits in every run of the same
+        ranks. On an NPU that is HCCL_DETERMINISTIC=true, which costs speed; a value that is set
+        already stays, and so do communicators that exist already. NCCL and Gloo have no such
+        switch: they add in an order that follows from the ranks and how they are connected. It is
+        about all_reduce: the loss with the gather has the same bits in any case, and nothing is
+        said about the kernels of the model (torch.use_deterministic_algorithms is about those).
         """
+        if not 0 < timeout_seconds < math.inf:
+            raise ValueError(f"timeout_seconds={timeout_seconds} must be a positive number")
         owned = not dist.is_initialized()
         world_size = _environment_int("WORLD_SIZE", 1) if owned else dist.get_world_size()
         tp, dp = grid_size(world_size, tp, dp)
         device = local_device(device_type)
-        timeout = timedelta(seconds=timeout_seconds)
+        join = timeout = timedelta(seconds=timeout_seconds)
+        if device.type == "npu":
+            timeout = _prepare_hccl(timeout_seconds, deterministic)
         if owned:
-            _initialise(device, timeout)
-        mesh = init_device_mesh(device.type, (dp, tp), mesh_dim_names=("dp", "tp"))
+            _initialise(device, join, timeout)
         world = dist.group.WORLD
         assert world is not None
-        on_cpu = device.type == "cpu"
+        ranks = torch.arange(world_size, dtype=torch.int).view(dp, tp)
+        tp_group = _group_of_this_rank(ranks, device.type, timeout)
+        dp_group = _group_of_this_rank(ranks.T, device.type, timeout)
+        only_gloo = set(backends_of(world).values()) == {"gloo"}
         return cls(
             device=device,
             rank=dist.get_rank(),
             world_size=world_size,
             tp=tp,
             dp=dp,
-            tp_rank=mesh.get_local_rank("tp"),
-            dp_rank=mesh.get_local_rank("dp"),
-            tp_group=mesh.get_group("tp"),
-            dp_group=mesh.get_group("dp"),
-            control=world if on_cpu else dist.new_group(backend="gloo", timeout=timeout),
-            mesh=mesh,
+            tp_rank=dist.get_rank(tp_group),
+            dp_rank=dist.get_rank(dp_group),
+            tp_group=tp_group,
+            dp_group=dp_group,
+            control=world if only_gloo else dist.new_group(backend="gloo", timeout=join),
+            mesh=DeviceMesh.from_group(
+                [dp_group, tp_group], device.type, mesh=ranks, mesh_dim_names=("dp", "tp")
+            ),
             owned=owned,
         )
 
@@ -159,8 +251,15 @@ class ParallelGroups:
     def close(self) -> None:
         """Waits for all ranks, then leaves."""
         self.barrier()
+        self._destroy()
+
+    def _destroy(self) -> None:
         if self.owned:
             dist.destroy_process_group()
+            return
+        for group in (self.tp_group, self.dp_group, self.control):
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
 
     def __enter__(self) -> ParallelGroups:
         return self
@@ -173,13 +272,57 @@ class ParallelGroups:
     ) -> None:
         if kind is None:
             self.close()
-        elif self.owned and self.device.type == "cpu":
+        elif self.device.type == "cpu":
             # No barrier: the others may never come. On an accelerator not even this, because
             # closing waits for collectives in flight; the exit of the process ends them.
-            dist.destroy_process_group()
+            self._destroy()
 
 
-def _initialise(device: torch.device, timeout: timedelta) -> None:
+def _prepare_hccl(timeout_seconds: float, deterministic: bool) -> timedelta:
+    """Sets what HCCL reads when it makes a communicator; what the user has set stays.
+
+    Returns the timeout of the groups: HCCL shall give up first, because its error says which rank
+    was waited for, and the watchdog that guards the group only ends the process.
+    """
+    seconds = math.ceil(timeout_seconds)
+    # Cut to the ranges that every version of CANN takes.
+    os.environ.setdefault("HCCL_CONNECT_TIMEOUT", str(min(max(seconds, 120), 7200)))
+    found = os.environ.setdefault("HCCL_EXEC_TIMEOUT", str(min(max(seconds, 68), 17340)))
+    try:
+        patience = float(found)
+    except ValueError:
+        raise ValueError(
+            f"environment variable HCCL_EXEC_TIMEOUT={found!r} is not a number"
+        ) from None
+    if deterministic:
+        switch = os.environ.setdefault("HCCL_DETERMINISTIC", "true")
+        if switch.lower() not in ("true", "strict"):
+            warnings.warn(
+                f"deterministic=True, but HCCL_DETERMINISTIC={switch!r} is set and stays: sums "
+                "over the groups may differ from run to run; unset it",
+                stacklevel=3,
+            )
+    return timedelta(seconds=max(timeout_seconds, patience) + HCCL_HEAD_START)
+
+
+def _group_of_this_rank(rows: Tensor, device_type: str, timeout: timedelta) -> dist.ProcessGroup:
+    """One group for every row of ranks [groups, members]; all ranks call, each gets its own.
+
+    Not init_device_mesh: it gives its groups the default timeout, and in torch 2.5 it makes a
+    second group of all ranks beside the world's.
+    """
+    world = dist.group.WORLD
+    served = backends_of(world)
+    if len(rows) == 1 and device_type in served:
+        assert world is not None
+        return world
+    backend = served.get(device_type, BACKEND_OF_DEVICE[device_type])
+    mine, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout, backend=backend)
+    assert isinstance(mine, dist.ProcessGroup)
+    return mine
+
+
+def _initialise(device: torch.device, join: timedelta, timeout: timedelta) -> None:
     backend = BACKEND_OF_DEVICE[device.type]
     if "RANK" not in os.environ:
         # One process without torchrun: the store lives in memory, no port is opened.
@@ -192,17 +335,14 @@ def _initialise(device: torch.device, timeout: timedelta) -> None:
             f"RANK={os.environ['RANK']} is set but {' and '.join(missing)} not; "
             "start with torchrun, or unset RANK and WORLD_SIZE to run as one process"
         )
-    # Told its device, NCCL connects at once and a missing rank shows here, not in the first step.
-    device_id = device if device.type == "cuda" else None
-    shared, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    shared, rank, world_size = next(rendezvous("env://", timeout=join))
     dist.init_process_group(
         backend,
-        store=_store_of_this_attempt(shared, rank, world_size, timeout),
+        store=_store_of_this_attempt(shared, rank, world_size, join),
         rank=rank,
         world_size=world_size,
         timeout=timeout,
-        device_id=device_id,
-    )
+    )  # no device_id: NCCL would connect all ranks at once, used or not
 
 
 def _store_of_this_attempt(store: Store, rank: int, world_size: int, timeout: timedelta) -> Store:
