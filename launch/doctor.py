@@ -26,7 +26,7 @@ from rich.console import Console
 
 from vocab_parallel_ce.collectives import BACKEND_OF_DEVICE
 from vocab_parallel_ce.launch.bench_report import progress
-from vocab_parallel_ce.launch.doctor_checks import Place
+from vocab_parallel_ce.launch.doctor_cases import Place
 from vocab_parallel_ce.launch.doctor_environment import Environment, collect
 from vocab_parallel_ce.launch.doctor_ranks import GRACE, Ranks, in_one_line
 from vocab_parallel_ce.launch.doctor_report import (

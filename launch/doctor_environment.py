@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import datetime
 import importlib
-import importlib.metadata
 import os
 import platform
-import re
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,11 +19,16 @@ from typing import Any, TypeVar
 
 import torch
 
-import vocab_parallel_ce
 from vocab_parallel_ce.collectives import BACKEND_OF_DEVICE, BACKENDS_WITHOUT_FP64
 from vocab_parallel_ce.engines import select
 from vocab_parallel_ce.launch import measure
 from vocab_parallel_ce.launch.doctor_ranks import LateError, Worker, in_one_line
+from vocab_parallel_ce.launch.doctor_software import (
+    NOT_FOUND,
+    cann_version,
+    driver_version,
+    package_versions,
+)
 from vocab_parallel_ce.launch.doctor_variables import Judged, judge
 from vocab_parallel_ce.parallel import groups
 
@@ -36,9 +38,6 @@ DTYPES = {
     "fp16": torch.float16,
     "fp64": torch.float64,
 }
-PACKAGES = ("torch", "torch_npu", "numba", "triton", "triton-ascend", "numpy", "megatron-core")
-NOT_FOUND = "not found"
-TOOL_SECONDS = 10.0
 DEVICE_SECONDS = 60.0
 
 T = TypeVar("T")
@@ -92,7 +91,7 @@ def collect(asked: str | None, look_around: bool) -> Environment:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that no NPU is used is one of the notes
         kind = asked or _limited(groups.default_device_type, notes, "cpu")
-    versions = _versions(npu)
+    versions = package_versions(npu)
     if asked is None and npu and "torch_npu" in versions:
         notes.append(f"no NPU is used: {npu}")
     problem = _problem(kind)
@@ -138,33 +137,6 @@ def _limited(call: Callable[[], T], notes: list[str], otherwise: T) -> T:
         said = str(error) if isinstance(error, LateError) else in_one_line(error)
         notes.append(f"asking the device: {said}")
         return otherwise
-
-
-# --- packages ---------------------------------------------------------------------------------
-
-
-def _versions(npu_problem: str) -> dict[str, str]:
-    """Installed packages, this one first; torch_npu with why it does not import, if so."""
-    found = {"vocab_parallel_ce": _own_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    found["torch"] = f"{torch.__version__} (CUDA: {torch.version.cuda or 'none'})"
-    if "torch_npu" in found and "torch_npu" not in sys.modules:
-        found["torch_npu"] += f", does not import: {npu_problem}"
-    return found
-
-
-def _own_version() -> str:
-    try:
-        return importlib.metadata.version("vocab_parallel_ce")
-    except importlib.metadata.PackageNotFoundError:
-        project = Path(vocab_parallel_ce.__path__[0]).parent / "pyproject.toml"
-        text = project.read_text() if project.is_file() else ""
-        version = re.search(r'^version = "(.+)"', text, re.MULTILINE)
-        return f"{version[1] if version else 'unknown'} (not installed, run from its source)"
 
 
 # --- devices ----------------------------------------------------------------------------------
@@ -224,76 +196,6 @@ def _host_memory() -> tuple[int | None, int | None]:
         return None, None
     sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
     return sizes.get("MemTotal"), sizes.get("MemAvailable")
-
-
-# --- CANN and driver --------------------------------------------------------------------------
-
-
-def _field(path: Path, names: tuple[str, ...]) -> str:
-    """``name=value`` of the first of ``names`` that a small text file holds; else empty."""
-    try:
-        text = path.read_text(errors="replace")
-    except OSError:
-        return ""
-    for name in names:
-        found = re.search(rf"^\s*{name}\s*=\s*\[?([^\]\s]+)", text, re.MULTILINE | re.IGNORECASE)
-        if found:
-            return found[1]
-    return ""
-
-
-def cann_version() -> str:
-    """Of the CANN that the environment points to, or that lies where it is usually installed."""
-    roots = [os.environ.get(name) for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")]
-    usual = Path("/usr/local/Ascend")
-    places = [Path(root) for root in roots if root]
-    places += [usual / "ascend-toolkit" / "latest", usual / "cann", usual / "latest"]
-    for root in places:
-        files = [
-            *sorted(root.glob("*-linux/ascend_toolkit_install.info")),
-            root / "ascend_toolkit_install.info",
-            root / "version.cfg",
-            *(root / part / "version.info" for part in ("compiler", "runtime", "opp")),
-        ]
-        for path in files:
-            version = _field(path, ("version", r"toolkit\w*version", r"\w*running_version"))
-            if version:
-                return f"{version} ({path})"
-    return NOT_FOUND
-
-
-def _say(*command: str) -> str:
-    """Standard output of a tool; empty if it is missing, fails or takes too long."""
-
-    def run() -> str:
-        done = subprocess.run(
-            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=TOOL_SECONDS
-        )
-        return done.stdout if done.returncode == 0 else ""
-
-    try:
-        # The limit outside is for a tool that hangs in the driver, where no signal reaches it.
-        return Worker().call(run, TOOL_SECONDS + 2)
-    except Exception:
-        return ""
-
-
-def driver_version(kinds: tuple[str, ...]) -> str:
-    """Of the cards' driver, for every kind of card that is meant to be here."""
-    known = {"npu": _npu_driver, "cuda": _cuda_driver}
-    found = [f"{kind} {known[kind]() or NOT_FOUND}" for kind in kinds if kind in known]
-    return ", ".join(found) or "none needed"
-
-
-def _npu_driver() -> str:
-    version = _field(Path("/usr/local/Ascend/driver/version.info"), ("version",))
-    said = None if version else re.search(r"Version:\s*(\S+)", _say("npu-smi", "info"))
-    return said[1] if said else version
-
-
-def _cuda_driver() -> str:
-    lines = _say("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()
-    return lines[0] if lines else ""
 
 
 # --- engines ----------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ from typing import Literal
 
 import torch
 
-from vocab_parallel_ce.launch.doctor_checks import Check, Found, Place, for_dtype, reach
+from vocab_parallel_ce.launch.doctor_behaviour import reach
+from vocab_parallel_ce.launch.doctor_cases import Found, Place
+from vocab_parallel_ce.launch.doctor_checks import Check, for_dtype
 from vocab_parallel_ce.launch.doctor_environment import DTYPES
 from vocab_parallel_ce.launch.doctor_ranks import Outcome, Ranks
 from vocab_parallel_ce.launch.doctor_truth import Comparison

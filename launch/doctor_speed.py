@@ -26,7 +26,7 @@ from vocab_parallel_ce import cross_entropy
 from vocab_parallel_ce.collectives import Payload, all_gather_flat
 from vocab_parallel_ce.header import HEADER_INTS
 from vocab_parallel_ce.launch import measure
-from vocab_parallel_ce.launch.doctor_checks import Place
+from vocab_parallel_ce.launch.doctor_cases import Place
 from vocab_parallel_ce.launch.doctor_environment import DTYPES
 from vocab_parallel_ce.launch.doctor_ranks import Outcome, Ranks
 from vocab_parallel_ce.launch.doctor_selftest import Tell

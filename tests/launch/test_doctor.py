@@ -19,10 +19,16 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from vocab_parallel_ce.engines import cpu
-from vocab_parallel_ce.launch import doctor_checks, doctor_environment, doctor_variables
+from vocab_parallel_ce.launch import (
+    doctor_behaviour,
+    doctor_checks,
+    doctor_environment,
+    doctor_software,
+    doctor_variables,
+)
 from vocab_parallel_ce.launch.doctor import app
-from vocab_parallel_ce.launch.doctor_checks import Case, Found, Place, shards
-from vocab_parallel_ce.launch.doctor_environment import Environment, collect
+from vocab_parallel_ce.launch.doctor_cases import Case, Found, Place, against_truth, shards
+from vocab_parallel_ce.launch.doctor_environment import collect
 from vocab_parallel_ce.launch.doctor_ranks import LateError, Outcome, Worker
 from vocab_parallel_ce.launch.doctor_report import compare_environments
 from vocab_parallel_ce.launch.doctor_scrub import Names, scrub
@@ -195,7 +201,7 @@ def test_cann_is_found_wherever_it_says_its_version(
     path = tmp_path / file
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
-    found = doctor_environment.cann_version()
+    found = doctor_software.cann_version()
     assert found.endswith(f" ({path})")
     assert "8.0.RC3" in found
 
@@ -214,12 +220,12 @@ def test_drivers_are_asked_and_never_waited_for(
         pytest.skip("this machine has a driver of its own")
     fake_tool(tmp_path, "npu-smi", "echo '| npu-smi 24.1.rc2   Version: 24.1.rc2 |'", monkeypatch)
     fake_tool(tmp_path, "nvidia-smi", "echo 535.104.05; echo 535.104.05", monkeypatch)
-    assert doctor_environment.driver_version(("npu", "cuda")) == "npu 24.1.rc2, cuda 535.104.05"
-    assert doctor_environment.driver_version(("cpu",)) == "none needed"
-    monkeypatch.setattr(doctor_environment, "TOOL_SECONDS", 0.2)
+    assert doctor_software.driver_version(("npu", "cuda")) == "npu 24.1.rc2, cuda 535.104.05"
+    assert doctor_software.driver_version(("cpu",)) == "none needed"
+    monkeypatch.setattr(doctor_software, "TOOL_SECONDS", 0.2)
     fake_tool(tmp_path, "npu-smi", "exec sleep 30", monkeypatch)
     started = time.monotonic()
-    assert doctor_environment.driver_version(("npu",)) == "npu not found"
+    assert doctor_software.driver_version(("npu",)) == "npu not found"
     assert time.monotonic() - started < 5
 
 
@@ -685,15 +691,15 @@ def test_an_engine_that_writes_elsewhere_is_noticed(monkeypatch: pytest.MonkeyPa
 
     right = cpu.partials
     monkeypatch.setattr(cpu, "partials", partials_in_place)
-    found = doctor_checks.against_truth(case, place, torch.float32)
+    found = against_truth(case, place, torch.float32)
     assert "the logits were modified" in found.wrong
 
 
 def test_a_target_that_is_let_through_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place(torch.device("cpu"), 0, 1, None, rows=8, vocab=64, quick=True)
-    assert doctor_checks.bad_target(place, torch.float32).wrong == []
-    monkeypatch.setattr(doctor_checks, "_call", lambda *_: {"loss": torch.zeros(6)})
-    wrong = doctor_checks.bad_target(place, torch.float32).wrong
+    assert doctor_behaviour.bad_target(place, torch.float32).wrong == []
+    monkeypatch.setattr(doctor_behaviour, "ask", lambda *_: {"loss": torch.zeros(6)})
+    wrong = doctor_behaviour.bad_target(place, torch.float32).wrong
     assert wrong == ["on a CPU: there is no ValueError", "with check=True: there is no ValueError"]
 
 
@@ -701,14 +707,11 @@ def test_a_dtype_that_torch_cannot_hold_is_skipped() -> None:
     """torch_npu makes fp32 of fp64 on cards without it; the meta device has no values at all."""
     place = Place(torch.device("cpu"), 0, 1, None, rows=8, vocab=64, quick=True)
     for dtype in doctor_environment.DTYPES.values():
-        found = doctor_checks.torch_itself(place, dtype)
+        found = doctor_behaviour.torch_itself(place, dtype)
         assert (found.skipped, found.wrong) == ("", [])
     nowhere = Place(torch.device("meta"), 0, 1, None, rows=8, vocab=64, quick=True)
-    assert doctor_checks.torch_itself(nowhere, torch.float64).skipped.startswith("torch itself: ")
-    (wrong,) = doctor_checks.torch_itself(nowhere, torch.float32).wrong
+    assert doctor_behaviour.torch_itself(nowhere, torch.float64).skipped.startswith(
+        "torch itself: "
+    )
+    (wrong,) = doctor_behaviour.torch_itself(nowhere, torch.float32).wrong
     assert wrong.startswith("torch itself: ")
-
-
-def test_environment_is_what_json_can_hold() -> None:
-    found: Environment = collect("cpu", look_around=True)
-    json.dumps(scrub(found.__dict__ | {"devices": [], "engines": {}, "variables": []}, NAMES))
