@@ -239,10 +239,10 @@ def test_more_ranks_than_cards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_device_that_does_not_answer_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor_environment, "DEVICE_SECONDS", 0.2)
+    monkeypatch.setattr(doctor_environment, "DEVICE_SECONDS", 1.0)
     monkeypatch.setattr(doctor_environment, "_engines", lambda kind: time.sleep(30))
     found = collect("cpu", look_around=True)
-    assert found.notes == ["asking the device: did not end within 0.2 s"]
+    assert found.notes == ["asking the device: did not end within 1 s"]
     assert found.problem.startswith("device='cpu' does not work: asking the device: did not end")
 
 
@@ -586,7 +586,7 @@ def test_a_broken_rank_is_named_and_waited_for_no_longer_than_told(tmp_path: Pat
     """Rank 1 computes a wrong gradient in one check and leaves before a collective in another."""
     (tmp_path / "sabotaged.py").write_text(SABOTAGE)
     out = tmp_path / "doctor.json"
-    options = (*SMALL, "--json", str(out), "--timeout", "5")
+    options = (*SMALL, "--json", str(out), "--timeout", "8")
     started = time.monotonic()
     done = launch(str(tmp_path / "sabotaged.py"), *options, ranks=2)
     assert time.monotonic() - started < 60
@@ -597,7 +597,7 @@ def test_a_broken_rank_is_named_and_waited_for_no_longer_than_told(tmp_path: Pat
     assert failures[0].startswith("scale, fp32: rank 1: gradient is off by 1.0e-03, allowed is ")
     assert failures[1:] == [
         "every option, mean, fp32: rank 1: RuntimeError: sabotaged",
-        "every option, mean, fp32: rank 0: did not end within 5 s",
+        "every option, mean, fp32: rank 0: did not end within 8 s",
         "the rest was not run: rank 0 did not end in time, so the ranks are out of step",
     ]
     for failure in failures:
