@@ -83,7 +83,7 @@ def _grid(group: dist.ProcessGroup, tp: int | None, dp: int | None) -> dict[str,
     try:
         dist.get_backend(tp_group)
         seen["tp ended"] = False
-    except ValueError:
+    except (ValueError, TypeError):  # torch 2.13, torch 2.5
         seen["tp ended"] = True
     seen["alive"] = dist.is_initialized()
     return seen
