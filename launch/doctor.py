@@ -41,10 +41,10 @@ from vocab_parallel_ce.launch.doctor_scrub import Names
 from vocab_parallel_ce.launch.doctor_selftest import Verdict, plan, run_checks
 from vocab_parallel_ce.launch.doctor_speed import (
     COLLECTIVES,
-    TIMED_DTYPES,
     Sizes,
     Speed,
     run_speed,
+    timed,
 )
 from vocab_parallel_ce.launch.measure import count_collectives
 from vocab_parallel_ce.parallel.groups import ParallelGroups
@@ -105,7 +105,7 @@ def run_selftest(
     group = groups.tp_group if world > 1 else None
     place = Place(groups.device, groups.rank, world, group, *shape, quick)
     count_collectives(lambda: None)  # the profiler wants its first use in the main thread
-    steps = len(plan(place)) + 2 * len(TIMED_DTYPES) + 2 * len(COLLECTIVES)
+    steps = len(plan(place)) + len(timed(place.device)) + 2 * len(COLLECTIVES)
     with progress(steps, world, groups.rank == 0 and sys.stderr.isatty()) as tell:
         return run_checks(ranks, place, tell), run_speed(ranks, place, sizes, tell)
 

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from vocab_parallel_ce.checks import DEVICES_WITHOUT_FP64
 from vocab_parallel_ce.collectives import BACKENDS_WITHOUT_FP64
 from vocab_parallel_ce.launch import doctor_behaviour as behaviour
 from vocab_parallel_ce.launch.doctor_cases import Case, Found, Place, against_truth
@@ -93,6 +94,8 @@ def for_dtype(place: Place, dtype: torch.dtype) -> list[Check]:
 
 
 def _without_fp64(place: Place) -> bool:
+    if place.device.type in DEVICES_WITHOUT_FP64:
+        return True
     return place.group is not None and dist.get_backend(place.group) in BACKENDS_WITHOUT_FP64
 
 

@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from vocab_parallel_ce.collectives import BACKEND_OF_DEVICE, BACKENDS_WITHOUT_FP64
-from vocab_parallel_ce.engines import select
+from vocab_parallel_ce.checks import DEVICES_WITHOUT_FP64
+from vocab_parallel_ce.collectives import BACKEND_OF_DEVICE
+from vocab_parallel_ce.engines import engine_name, select
 from vocab_parallel_ce.launch import measure
 from vocab_parallel_ce.launch.doctor_ranks import LateError, Worker, in_one_line
 from vocab_parallel_ce.launch.doctor_software import (
@@ -210,16 +211,14 @@ def _choice(device: torch.device, dtype: torch.dtype) -> Choice:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a fallback's reason is reported below
-            module: Any = select("auto", torch.zeros(1, 8, dtype=dtype, device=device))
+            name = engine_name(select("auto", torch.zeros(1, 8, dtype=dtype, device=device)))
     except Exception as error:
         return Choice("none", in_one_line(error))
-    name = module.__name__.rpartition(".")[2]
+    if dtype == torch.float64 and device.type in DEVICES_WITHOUT_FP64:
+        return Choice("none", f"fp64 is refused: {device.type} devices do not compute in it")
     why = f"made for {device.type} tensors"
     if name == "eager":
         why = _why_eager(device.type, dtype)
-    backend = BACKEND_OF_DEVICE[device.type]
-    if dtype == torch.float64 and backend in BACKENDS_WITHOUT_FP64:
-        why += f"; over several ranks fp64 is refused: {backend} does not carry it"
     return Choice(name, why)
 
 

@@ -160,7 +160,7 @@ def _which(verdicts: list[Verdict], word: str) -> str:
 
 
 def _place(timing: PassTiming) -> str:
-    return "in place" if timing.inplace else "out of place"
+    return f"{'in place' if timing.inplace else 'out of place'}, {timing.engine}"
 
 
 def _print_speed(console: Console, speed: Speed) -> None:
@@ -192,7 +192,7 @@ def _print_speed(console: Console, speed: Speed) -> None:
     copies = ", ".join(
         f"{p.dtype} {p.copy_bytes_per_s / 1e9:.1f} GB/s"
         for p in speed.passes
-        if p.inplace and p.copy_bytes_per_s
+        if (p.inplace, p.engine) == (True, speed.passes[0].engine) and p.copy_bytes_per_s
     )
     table.caption = (
         "share = bytes / time / copy bandwidth; bytes: the logits once in forward (read), twice in "

@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from vocab_parallel_ce import cross_entropy
 from vocab_parallel_ce.collectives import Payload, all_gather_flat
+from vocab_parallel_ce.engines import engine_name, select
 from vocab_parallel_ce.header import HEADER_INTS
 from vocab_parallel_ce.launch import measure
 from vocab_parallel_ce.launch.doctor_cases import Place
@@ -63,6 +65,7 @@ class PassTiming:
 
     dtype: str
     inplace: bool
+    engine: str
     problems: list[str] = field(default_factory=list)
     forward_s: float | None = None
     backward_s: float | None = None
@@ -102,9 +105,30 @@ def _align(place: Place) -> None:
 # --- the loss ---------------------------------------------------------------------------------
 
 
-def _time_loss(place: Place, sizes: Sizes, dtype: torch.dtype, inplace: bool) -> Raw:
+@dataclass(frozen=True)
+class Timed:
+    """Which loss is timed."""
+
+    dtype: str
+    inplace: bool
+    engine: str
+
+
+def timed(device: torch.device) -> list[Timed]:
+    """What is timed on this device: its own engine, and the eager one that it must be worth."""
+    found = []
+    for name in TIMED_DTYPES:
+        sample = torch.empty(1, 1, dtype=DTYPES[name], device=device)
+        engine = engine_name(select("auto", sample))
+        found += [Timed(name, True, engine), Timed(name, False, engine)]
+        if engine != "eager":
+            found.append(Timed(name, True, "eager"))
+    return found
+
+
+def _time_loss(place: Place, sizes: Sizes, what: Timed) -> Raw:
     """On this rank: logits like a head's, of which each rank holds its columns."""
-    columns = sizes.vocab // place.world
+    columns, dtype = sizes.vocab // place.world, DTYPES[what.dtype]
     generator = torch.Generator().manual_seed(1 + place.rank)
     tile = torch.randn(min(TILE, sizes.rows), columns, generator=generator).mul_(2)
     tile = tile.to(place.device, dtype)  # repeated: what the numbers are does not change the time
@@ -118,7 +142,13 @@ def _time_loss(place: Place, sizes: Sizes, dtype: torch.dtype, inplace: bool) ->
 
     def forward() -> Tensor:
         logits = produced(buffer)
-        return cross_entropy(logits, target, group=place.group, inplace_backward=inplace)
+        return cross_entropy(
+            logits,
+            target,
+            group=place.group,
+            inplace_backward=what.inplace,
+            engine=what.engine,
+        )
 
     def both() -> None:
         forward().backward()
@@ -149,15 +179,13 @@ def _slowest(ranks: list[list[float]]) -> float | None:
     return median if median > 0 else None
 
 
-def merge_pass(
-    dtype: str, inplace: bool, sizes: Sizes, world: int, outcomes: list[Outcome[Raw]]
-) -> PassTiming:
+def merge_pass(what: Timed, sizes: Sizes, world: int, outcomes: list[Outcome[Raw]]) -> PassTiming:
     """The numbers of all ranks as one."""
     problems = [f"rank {rank}: {o.error}" for rank, o in enumerate(outcomes) if o.error]
     raws = [outcome.value for outcome in outcomes if outcome.value is not None]
     if problems or not raws:
-        return PassTiming(dtype, inplace, problems)
-    size = sizes.rows * (sizes.vocab // world) * DTYPES[dtype].itemsize
+        return PassTiming(what.dtype, what.inplace, what.engine, problems)
+    size = sizes.rows * (sizes.vocab // world) * DTYPES[what.dtype].itemsize
     forward, backward = _slowest([r.forward for r in raws]), _slowest([r.backward for r in raws])
     both = _slowest([[f + b for f, b in zip(r.forward, r.backward, strict=True)] for r in raws])
     copy = _slowest([r.copy for r in raws])
@@ -167,8 +195,9 @@ def merge_pass(
         return passes / seconds * copy / 2 if seconds and copy else None
 
     return PassTiming(
-        dtype,
-        inplace,
+        what.dtype,
+        what.inplace,
+        what.engine,
         forward_s=forward,
         backward_s=backward,
         copy_bytes_per_s=2 * size * world / copy if copy else None,
@@ -247,17 +276,12 @@ def _run_speed(ranks: Ranks, place: Place, sizes: Sizes, tell: Tell) -> Speed:
         tell(f"timing {name}", 1)
         if not ranks.broken:
             collectives.append(_collective(ranks, place, name, rows, 4 * sizes.repeats))
-    for dtype in TIMED_DTYPES:
-        for inplace in (True, False):
-            tell(f"timing {dtype}", 1)
-            if not ranks.broken:
-                work = _bound(place, sizes, DTYPES[dtype], inplace)
-                passes.append(merge_pass(dtype, inplace, sizes, place.world, ranks.run(work)))
+    for what in timed(place.device):
+        tell(f"timing {what.dtype}, {what.engine}", 1)
+        if not ranks.broken:
+            outcomes = ranks.run(partial(_time_loss, place, sizes, what))
+            passes.append(merge_pass(what, sizes, place.world, outcomes))
     return Speed(passes, collectives)
-
-
-def _bound(place: Place, sizes: Sizes, dtype: torch.dtype, inplace: bool) -> Callable[[], Raw]:
-    return lambda: _time_loss(place, sizes, dtype, inplace)
 
 
 def _collective(ranks: Ranks, place: Place, name: str, rows: int, repeats: int) -> CollectiveTiming:

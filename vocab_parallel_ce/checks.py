@@ -23,6 +23,7 @@ from .shard import VocabShard, group_rank_and_size
 
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TARGET_DTYPES = (torch.int64, torch.int32)
+DEVICES_WITHOUT_FP64 = ("npu",)
 
 
 class Options(NamedTuple):
@@ -192,6 +193,12 @@ def _check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, where: 
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}{where}")
     if input.dtype not in LOGITS_DTYPES:
         raise TypeError(f"input must be fp16, bf16, fp32 or fp64 logits, got {input.dtype}{where}")
+    if input.dtype == torch.float64 and input.device.type in DEVICES_WITHOUT_FP64:
+        raise ValueError(
+            f"input is float64, which {input.device.type} devices do not compute in (torch takes "
+            f"fp32 in its place, without a word){where}; use input.float(), or CPU tensors for "
+            "fp64 checks"
+        )
     if input.dim() < 1:
         raise ValueError(f"input must have shape [..., C_r], got a 0-d tensor{where}")
     if target.dtype not in TARGET_DTYPES:

@@ -246,7 +246,7 @@ def _fp64(group: dist.ProcessGroup, check: bool) -> None:
 def test_fp64_is_refused(pool: Pool, check: bool) -> None:
     outcomes = pool.outcomes(_fp64, 2, (check,))
     assert [outcome.kind for outcome in outcomes] == ["ValueError"] * 2
-    assert all("float64, which the hccl backend does not carry" in o.error for o in outcomes)
+    assert all("input is float64, which npu devices do not compute in" in o.error for o in outcomes)
     assert all("input.float()" in o.error for o in outcomes)
 
 

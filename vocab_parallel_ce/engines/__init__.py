@@ -55,3 +55,8 @@ def select(name: str, logits: Tensor) -> Engine:
             "use engine='auto' or engine='eager'"
         )
     return found
+
+
+def engine_name(engine: Engine) -> str:
+    """What ``engine=`` calls it."""
+    return next(name for name in ENGINES[1:] if globals()[name] is engine)

@@ -1,0 +1,51 @@
+"""The doctor on an NPU, alone and under torchrun: what an owner of cards runs first."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULE = "vocab_parallel_ce.launch.doctor"
+
+
+def _run(ranks: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", MODULE, *arguments]
+    if ranks > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [sys.executable, *torchrun, "-m", MODULE, *arguments]
+    env = {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_selftest_passes(ranks: int, tmp_path: Path) -> None:
+    file = tmp_path / "doctor.json"
+    done = _run(ranks, "--device", "npu", "--selftest", "--quick", "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Selftest passed." in done.stdout
+    report: dict[str, Any] = json.loads(file.read_text())
+    environment = report["environment"]
+    assert environment["backend"] == "hccl"
+    assert environment["versions"]["torch_npu"].startswith("2.13.0")
+    engines = {dtype: choice["engine"] for dtype, choice in environment["engines"].items()}
+    assert engines == {"fp32": "npu", "bf16": "npu", "fp16": "npu", "fp64": "none"}
+
+
+def test_more_ranks_than_cards_is_one_line_on_every_rank() -> None:
+    done = _run(3, "--device", "npu", "--selftest", "--quick", NPU_SIM_DEVICES="2")
+    assert done.returncode != 0
+    assert done.stderr.count("shows 2 npu devices") == 3
+    assert "doctor_" not in done.stderr  # no traceback of ours
+
+
+def test_no_visible_card() -> None:
+    done = _run(1, "--device", "npu", NPU_SIM_DEVICES="0")
+    assert done.returncode == 2
+    assert "torch_npu sees no card" in done.stdout + done.stderr
