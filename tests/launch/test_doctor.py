@@ -518,7 +518,9 @@ def test_a_healthy_engine_passes_alone(tmp_path: Path, monkeypatch: pytest.Monke
         assert timing["share"] > 0
         size = 64 * 1024 * (4 if timing["dtype"] == "fp32" else 2)
         assert timing["moved_bytes"] == 3 * size
-    assert len(test["speed"]["passes"]) == 6
+    kinds = [(p["dtype"], p["inplace"], p["engine"]) for p in test["speed"]["passes"]]
+    ways = ((True, "cpu"), (False, "cpu"), (True, "eager"))
+    assert kinds == [(dtype, *way) for dtype in ("fp32", "bf16", "fp16") for way in ways]
     assert test["speed"]["collectives"] == []
 
 
