@@ -169,8 +169,9 @@ def _listen(port: int) -> socket.socket:
             return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
         return socket.create_server(("", port))
     except OSError as error:
+        reason = os.strerror(error.errno or 0)
         raise ProblemError(
-            f"port {port} of this machine cannot be used ({os.strerror(error.errno or 0)}): another "
+            f"port {port} of this machine cannot be used ({reason}): another "
             "run with NODE_RANK=0 may hold it; choose another MASTER_PORT, the same on all machines"
         ) from None
 
