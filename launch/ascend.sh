@@ -73,13 +73,15 @@ if ! command -v "$python" >/dev/null; then
     echo "launch/ascend.sh: PYTHON=$python is not found; name the environment's interpreter" >&2
     exit 2
 fi
-"$python" -m vocab_parallel_ce.launch.meet "$device" || exit 2
+# Its own line says what is wrong: torch's warnings of every attempt to connect are left out.
+TORCH_CPP_LOG_LEVEL=FATAL "$python" -m vocab_parallel_ce.launch.meet "$device" || exit 2
 
 where=(--standalone)
 if [[ $NNODES != 1 ]]; then
     where=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR"
         --master-port "$MASTER_PORT" --rdzv-conf "timeout=$WAIT_SECONDS")
 fi
-# MASTER_ADDR and the like of this shell are not the ranks': torchrun tells each its own.
-exec "$python" -m torch.distributed.run "${where[@]}" --nproc-per-node "$NPROC" \
+# As `torchrun` itself starts it; `-m torch.distributed.run` warns, because torch_npu imports it too.
+exec "$python" -c 'from torch.distributed.run import main; main()' \
+    "${where[@]}" --nproc-per-node "$NPROC" \
     --max-restarts "${MAX_RESTARTS:-0}" -m "$module" "$@"
