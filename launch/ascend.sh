@@ -61,7 +61,7 @@ if [[ $device == npu ]]; then
     # HCCL_CONNECT_TIMEOUT and HCCL_EXEC_TIMEOUT follow the job's --timeout unless they are set.
 fi
 if [[ -n ${IFNAME-} ]]; then
-    export HCCL_SOCKET_IFNAME=${HCCL_SOCKET_IFNAME:-$IFNAME}
+    export HCCL_SOCKET_IFNAME=${HCCL_SOCKET_IFNAME:-=$IFNAME} # without = it would be a prefix
     export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$IFNAME}
 fi
 # Processes share the host's cores; torchrun would set the same, with a warning.

@@ -130,7 +130,7 @@ def test_arguments_and_variables_reach_the_module(tmp_path: Path) -> None:
         OMP_NUM_THREADS=3,
     )  # fmt: skip
     assert code == 0, errors
-    assert json.loads(said) == [arguments, ["1", "3", "lo", "eth7", None]]
+    assert json.loads(said) == [arguments, ["1", "3", "lo", "=eth7", None]]
 
 
 @pytest.mark.parametrize(
