@@ -14,6 +14,7 @@ PIP_OPTIONS ?=
 VENV ?= .venv
 NPU ?= yes
 TORCH_NPU ?= torch-npu==2.13.0
+TORCH_OF_NPU ?= torch==2.13.0
 VENV_NPU ?= .venv-npu
 
 BIN := $(VENV)/bin
@@ -50,13 +51,14 @@ $(VENV_NPU)/installed: pyproject.toml
 	    echo "$$tool is needed to build the stand-in for CANN (gcc, binutils): make test NPU=no" >&2; \
 	    exit 1; }; done
 	@echo "== install into $(VENV_NPU) with $(PYTHON)"
-	@echo "   downloads: $(TORCH_NPU) (about 30 MB), the torch it is made for (a CPU build is about"
-	@echo "   200 MB; choose it with PIP_OPTIONS), then about 100 MB of numba, numpy, tokenizers,"
-	@echo "   matplotlib, rich, typer, pytest and hypothesis. pip options for torch: '$(PIP_OPTIONS)'"
+	@echo "   downloads: $(TORCH_OF_NPU) (a CPU build is about 200 MB; choose it with PIP_OPTIONS),"
+	@echo "   $(TORCH_NPU) (about 45 MB), then about 100 MB of numba, numpy, tokenizers, matplotlib,"
+	@echo "   rich, typer, pytest and hypothesis. pip options for torch: '$(PIP_OPTIONS)'"
 	@start=$$(date +%s); \
 	$(PYTHON) -m venv $(VENV_NPU) && \
-	$(BIN_NPU)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) $(TORCH_NPU) && \
-	$(BIN_NPU)/python -m pip install --quiet --disable-pip-version-check -e '.[launch]' pytest hypothesis && \
+	$(BIN_NPU)/python -I -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) $(TORCH_OF_NPU) && \
+	$(BIN_NPU)/python -I -m pip install --quiet --disable-pip-version-check $(TORCH_NPU) \
+	    -e '.[launch]' pytest hypothesis && \
 	echo "== install: $$(( $$(date +%s) - start )) s"
 	@touch $@
 

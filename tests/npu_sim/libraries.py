@@ -127,7 +127,9 @@ def _run(*command: str) -> str:
     try:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
     except FileNotFoundError:
-        raise CannotBuildError(f"{command[0]} is needed to build the stand-in for CANN") from None
+        raise CannotBuildError(
+            f"{command[0]} is needed to build the stand-in for CANN (gcc, binutils)"
+        ) from None
     except subprocess.CalledProcessError as problem:
         raise CannotBuildError(f"{' '.join(command)} failed:\n{problem.stderr}") from None
     return done.stdout
