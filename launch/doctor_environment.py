@@ -7,7 +7,6 @@ a time limit. The only verdict is ``problem``, why the device in question cannot
 from __future__ import annotations
 
 import datetime
-import importlib
 import os
 import platform
 import sys
@@ -21,7 +20,7 @@ import torch
 
 from vocab_parallel_ce.checks import DEVICES_WITHOUT_FP64
 from vocab_parallel_ce.collectives import BACKEND_OF_DEVICE
-from vocab_parallel_ce.engines import engine_name, select
+from vocab_parallel_ce.engines import engine_name, select, why_not
 from vocab_parallel_ce.launch import measure
 from vocab_parallel_ce.launch.doctor_ranks import LateError, Worker, in_one_line
 from vocab_parallel_ce.launch.doctor_software import (
@@ -223,11 +222,7 @@ def _choice(device: torch.device, dtype: torch.dtype) -> Choice:
 
 
 def _why_eager(kind: str, dtype: torch.dtype) -> str:
-    try:
-        own = importlib.import_module(f"vocab_parallel_ce.engines.{kind}")
-    except ModuleNotFoundError:
-        return f"plain torch: there is no engine of its own for {kind}"
-    reason = own.unavailable()
-    if reason:
+    reason = why_not(kind)
+    if reason is not None:
         return f"plain torch, slower: {reason}"
     return f"plain torch: the {kind} engine does not serve {str(dtype).removeprefix('torch.')}"

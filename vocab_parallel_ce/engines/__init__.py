@@ -57,6 +57,14 @@ def select(name: str, logits: Tensor) -> Engine:
     return found
 
 
+def why_not(device_type: str) -> str | None:
+    """Why the engine made for a type of device cannot run here; None if it can."""
+    if device_type not in _REMEDY:
+        return f"there is no engine of its own for {device_type}"
+    found = _engine_or_reason(device_type)
+    return found if isinstance(found, str) else None
+
+
 def engine_name(engine: Engine) -> str:
     """What ``engine=`` calls it."""
     return next(name for name in ENGINES[1:] if globals()[name] is engine)
