@@ -127,20 +127,24 @@ class Pool:
 
     def _receive(self, ranks: range, timeout: float) -> list[Outcome]:
         deadline = time.monotonic() + timeout
-        outcomes: list[Outcome] = []
-        for rank in ranks:
+        outcomes: dict[int, Outcome] = {}
+        silent: dict[int, str] = {}
+        for rank in ranks:  # all of them: a rank that failed early is why another one waits
             pipe = self._pipes[rank]
             try:
                 if pipe.poll(max(0.0, deadline - time.monotonic())):
-                    outcomes.append(pipe.recv())
-                    continue
-                reason = f"gave no answer within {timeout:.0f} s"
+                    outcomes[rank] = pipe.recv()
+                else:
+                    silent[rank] = f"gave no answer within {timeout:.0f} s"
             except (EOFError, OSError):
-                reason = "died"
-            stacks = self._stacks()
-            self.stop()
-            raise HungError(f"rank {rank} {reason}; other ranks said {outcomes}\n{stacks}")
-        return outcomes
+                silent[rank] = "died"
+        if not silent:
+            return list(outcomes.values())
+        words = [f"rank {rank} {reason}" for rank, reason in silent.items()]
+        words += [f"rank {r} said {o.trace or o.value!r}" for r, o in outcomes.items()]
+        words.append(self._stacks())
+        self.stop()
+        raise HungError("\n".join(words))
 
     def _stacks(self) -> str:
         """Where every rank that lives is now: what to read when one has hung."""
