@@ -32,7 +32,7 @@ from vocab_parallel_ce.launch.megatron_loss import LossChoice
 from vocab_parallel_ce.launch.megatron_model import megatron, require_megatron
 from vocab_parallel_ce.launch.megatron_trainer import (
     MegatronMetrics,
-    MegatronOptions,
+    MegatronTrainOptions,
     MegatronTrainer,
 )
 from vocab_parallel_ce.launch.progress import TrainingLog, draw_curve, read_metrics
@@ -44,7 +44,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def prepare(
-    groups: ParallelGroups, options: MegatronOptions, paths: list[Path], cache: Path
+    groups: ParallelGroups, options: MegatronTrainOptions, paths: list[Path], cache: Path
 ) -> MegatronTrainer:
     """Everything before the first step. A ValueError from here is about what the user asked for."""
     options.model.check(groups.tp)
@@ -133,7 +133,7 @@ def main(
     begin = time.perf_counter()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells of every start
     try:
-        options = MegatronOptions(
+        options = MegatronTrainOptions(
             shape=GPTShape(vocab_size, context, width, layers, heads, tied=tied),
             steps=steps,
             batch=batch,

@@ -28,7 +28,7 @@ from vocab_parallel_ce.parallel.megatron import loss_func
 
 
 @dataclass(frozen=True)
-class MegatronOptions(TrainOptions):
+class MegatronTrainOptions(TrainOptions):
     """What ``TrainOptions`` holds, and what is Megatron's."""
 
     out: Path = field(default_factory=lambda: Path("runs/megatron"))
@@ -103,15 +103,15 @@ class MicroBatch:
 class MegatronTrainer:
     """The state of a run on this rank. ``megatron_model.megatron`` must be entered."""
 
-    def __init__(self, options: MegatronOptions, groups: ParallelGroups, corpus: Corpus) -> None:
+    def __init__(
+        self, options: MegatronTrainOptions, groups: ParallelGroups, corpus: Corpus
+    ) -> None:
         self.options, self.groups = options, groups
         self.micro_batches = options.micro_batches(groups.dp, groups.dp_rank)
         self.batches = Batches(corpus, options.shape.context, options.seed)
         self.gpt = build_gpt(options.model, groups)
         self.model = wrap(self.gpt)
-        self.optimizer = build_optimizer(
-            self.model, options.lr, options.weight_decay, options.clip
-        )
+        self.optimizer = build_optimizer(self.model, options.lr, options.weight_decay, options.clip)
         self.meter = LossMeter(self.gpt, groups.device)
         length = options.shape.context
         self.positions = torch.arange(length, device=groups.device)[None]
@@ -214,9 +214,11 @@ class MegatronTrainer:
         losses = model(batch.ids, positions, self.attention_mask, labels=batch.labels)
         return losses, partial(loss_func, batch.mask)
 
-    def _mean(self, sums: list[Tensor]) -> float:
-        """[sum, number of tokens] of each micro-batch -> the mean over all data-parallel ranks."""
-        total = torch.stack([value.detach().float() for value in sums]).sum(0)
-        if self.groups.dp > 1:
+    def _mean(self, sums: list[Any]) -> float:
+        """What loss_func reported of each micro-batch -> the mean over all data-parallel ranks."""
+        summed = not isinstance(sums[0], Tensor)  # before megatron-core 0.13: pairs, over all ranks
+        pairs = [torch.stack(value) if summed else value for value in sums]
+        total = torch.stack([pair.detach().float() for pair in pairs]).sum(0)
+        if self.groups.dp > 1 and not summed:
             dist.all_reduce(total, group=self.groups.dp_group)
         return float(total[0] / total[1])

@@ -91,8 +91,8 @@ class _TorchWithoutCuda:
         return torch.zeros(*args, device="cpu" if device == "cuda" else device, **kwargs)
 
     @staticmethod
-    def tensor(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
-        return torch.tensor(*args, device="cpu" if device == "cuda" else device, **kwargs)
+    def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
+        return torch.tensor(data, device="cpu" if device == "cuda" else device, **kwargs)
 
 
 def _let_optimizers_take_cpu_tensors(undo: ExitStack) -> None:
