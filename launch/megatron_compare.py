@@ -29,7 +29,6 @@ from vocab_parallel_ce.launch.selfcheck import Errors, LossCall, check_against_r
 from vocab_parallel_ce.launch.text import IGNORE_INDEX
 from vocab_parallel_ce.launch.trainer import sum_of_squares
 from vocab_parallel_ce.parallel.groups import ParallelGroups
-from vocab_parallel_ce.parallel.megatron import loss_func
 
 ROUNDS = 7
 ROWS_AGAINST_FP64 = 256
@@ -105,11 +104,9 @@ class _ModelLossCall(LossCall):
 
 
 def _mean_loss(trainer: MegatronTrainer, logits: Tensor, batch: MicroBatch) -> Tensor:
-    """[s, b, C_r] -> 0-d, through the model's own call and the library's loss_func."""
-    losses = trainer.meter.inner(batch.labels, logits)
-    total, tokens, _ = loss_func(batch.mask, losses)
-    mean: Tensor = total / tokens
-    return mean
+    """[s, b, C_r] -> 0-d; the loss as the model calls it, and nothing of Megatron around it."""
+    losses: Tensor = trainer.meter.inner(batch.labels, logits)  # [b, s]
+    return (losses * batch.mask).sum() / batch.mask.sum()
 
 
 class _Comparison:

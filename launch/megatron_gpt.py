@@ -32,8 +32,8 @@ from vocab_parallel_ce.launch.megatron_loss import LossChoice
 from vocab_parallel_ce.launch.megatron_model import megatron, require_megatron
 from vocab_parallel_ce.launch.megatron_trainer import (
     MegatronMetrics,
-    MegatronTrainOptions,
     MegatronTrainer,
+    MegatronTrainOptions,
 )
 from vocab_parallel_ce.launch.progress import TrainingLog, draw_curve, read_metrics
 from vocab_parallel_ce.launch.text import default_cache, require_vocab_size, text_files

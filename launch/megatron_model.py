@@ -62,6 +62,12 @@ class ModelOptions:
         shape = self.shape
         if shape.heads % tp:
             raise ValueError(f"--heads {shape.heads} cannot be divided among --tp {tp} ranks")
+        columns = padded_vocab_size(shape.vocab_size, self.divisible_by, tp) // tp
+        if tp > 1 and columns * (tp - 1) >= shape.vocab_size:
+            raise ValueError(
+                f"--divisible-by {self.divisible_by} makes nothing but padding of the last of "
+                f"--tp {tp} ranks, for --vocab-size {shape.vocab_size}; choose a smaller one"
+            )
         if not self.sequence_parallel:
             return
         if tp == 1:
