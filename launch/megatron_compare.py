@@ -23,6 +23,7 @@ from torch import Tensor
 from vocab_parallel_ce import VocabShard
 from vocab_parallel_ce.launch import measure
 from vocab_parallel_ce.launch.megatron_loss import LossChoice, loss_in_use
+from vocab_parallel_ce.launch.megatron_model import has_compiler
 from vocab_parallel_ce.launch.megatron_trainer import MegatronTrainer, MicroBatch
 from vocab_parallel_ce.launch.peers import Head, Sink
 from vocab_parallel_ce.launch.selfcheck import Errors, LossCall, check_against_reference
@@ -219,27 +220,34 @@ def compare(trainer: MegatronTrainer, rounds: int = ROUNDS) -> list[Result]:
 def table(results: Sequence[Result], trainer: MegatronTrainer) -> Table:
     """What ``compare`` found, for a reader."""
     shape = [trainer.options.shape.context, len(trainer.read()[0].ids), trainer.columns]
+    caption = (
+        "Gradient error: of the logits, against fp64, relative to the largest element. Times: "
+        f"medians of {len(results[0].passes)}, the loss alone. Peak: extra memory while it runs, "
+        "its gradient included. Times, memory and collectives (forward + backward) of rank 0."
+    )
+    if trainer.groups.device.type == "cpu" and not has_compiler():
+        caption += " Megatron's fused loss is not compiled here, for want of a C++ compiler."
     out = Table(
         title=f"The next batch of this run, the same weights; logits {shape} "
         f"{trainer.options.dtype} on each of {trainer.groups.tp} tensor-parallel ranks",
-        caption="Gradient error: of the logits, against fp64, relative to the largest element. "
-        f"Times: medians of {len(results[0].passes)}, the loss alone. Peak: extra memory while it "
-        "runs, its gradient included. Times, memory and collectives of rank 0.",
+        caption=caption,
         title_justify="left",
         caption_justify="left",
     )
+    has_z = any(result.z_loss is not None for result in results)
     out.add_column("loss of")
     for name in (
-        "loss", "of it z", "gradient norm", "gradient error", "forward ms", "backward ms",
-        "peak MiB", "collectives",
+        "loss", *["of it z"] * has_z, "gradient norm", "gradient error", "forward ms",
+        "backward ms", "peak MiB", "collectives",
     ):  # fmt: skip
         out.add_column(name, justify="right")
     for result in results:
         forward, backward = result.milliseconds
+        z_loss = "none" if result.z_loss is None else f"{result.z_loss:.6f}"
         out.add_row(
             result.contender.label,
             f"{result.loss:.6f}",
-            "none" if result.z_loss is None else f"{result.z_loss:.6f}",
+            *[z_loss] * has_z,
             f"{result.gradient_norm:.6f}",
             f"{result.errors.gradient_error:.1e}",
             f"{forward:.1f}",

@@ -38,7 +38,7 @@ from vocab_parallel_ce.launch.megatron_trainer import (
 from vocab_parallel_ce.launch.progress import TrainingLog, draw_curve, read_metrics
 from vocab_parallel_ce.launch.text import default_cache, require_vocab_size, text_files
 from vocab_parallel_ce.launch.train import refuse, say, shared_corpus
-from vocab_parallel_ce.parallel.groups import ParallelGroups
+from vocab_parallel_ce.parallel.groups import ParallelGroups, default_device_type
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -154,8 +154,9 @@ def main(
         # Here, where every rank finds the same: only one of them will make the text.
         require_vocab_size(vocab_size)
         text_files(text or [])
-        require_megatron(device)
-        groups = ParallelGroups.open(device, tp=tp, dp=dp, timeout_seconds=timeout)
+        kind = device or default_device_type()
+        require_megatron(kind)
+        groups = ParallelGroups.open(kind, tp=tp, dp=dp, timeout_seconds=timeout)
     except ValueError as error:
         refuse(error)
     measure.settle_malloc(strict=False)

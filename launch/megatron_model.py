@@ -27,7 +27,7 @@ from vocab_parallel_ce.parallel.megatron_cpu import CPU_CONFIG, run_megatron_on_
 MEGATRON = "megatron-core==0.16.1"
 
 
-def require_megatron(device_type: str | None) -> None:
+def require_megatron(device_type: str) -> None:
     """ValueError where the packages that a run needs are missing."""
     if not installed("megatron.core"):
         raise ValueError(
@@ -87,7 +87,7 @@ def megatron(groups: ParallelGroups, seed: int) -> Iterator[None]:
         if groups.device.type == "npu":
             importlib.import_module("mindspeed.megatron_adaptor")  # before any part of Megatron
         if groups.device.type == "cpu":
-            undo.enter_context(run_megatron_on_cpu(compile=_has_compiler()))
+            undo.enter_context(run_megatron_on_cpu(compile=has_compiler()))
         parallel_state: Any = importlib.import_module("megatron.core.parallel_state")
         # Groups that outlive the interpreter abort it under Gloo: none may stay in Megatron.
         undo.callback(parallel_state.destroy_model_parallel)
@@ -113,7 +113,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _has_compiler() -> bool:
+def has_compiler() -> bool:
     """torch.compile, which Megatron's fused loss asks for, needs one on a CPU."""
     return any(shutil.which(name) for name in ("g++", "clang++"))
 

@@ -67,11 +67,11 @@ def ranks() -> Iterator[Pool]:
 def _train(
     group: dist.ProcessGroup, cache: Path, out: Path, tp: int, options: dict[str, Any]
 ) -> list[MegatronMetrics]:
-    options = _options(out, **options)
-    with ParallelGroups.open("cpu", tp=tp) as groups, megatron(groups, options.seed):
-        trainer = prepare(groups, options, [cache / "text"], cache)
+    told = _options(out, **options)
+    with ParallelGroups.open("cpu", tp=tp) as groups, megatron(groups, told.seed):
+        trainer = prepare(groups, told, [cache / "text"], cache)
         run(trainer, compare_losses=False)
-    return read_metrics(options.metrics, MegatronMetrics)
+    return read_metrics(told.metrics, MegatronMetrics)
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +109,14 @@ def test_every_loss_trains(train: Train, loss: str) -> None:
         assert line.z_loss is None
 
 
+def _norms(metrics: list[MegatronMetrics]) -> list[float]:
+    return [line.grad_norm for line in metrics]
+
+
 def _assert_same_curve(one: list[MegatronMetrics], other: list[MegatronMetrics]) -> None:
     """To a few units in the last place of the loss: what order of summation explains."""
     np.testing.assert_allclose(_losses(one), _losses(other), rtol=0, atol=1e-5)
-    norms = [[line.grad_norm for line in metrics] for metrics in (one, other)]
-    np.testing.assert_allclose(*norms, rtol=1e-4)
+    np.testing.assert_allclose(_norms(one), _norms(other), rtol=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["megatron", "ours"])
@@ -145,8 +148,7 @@ def test_in_place_or_not_is_the_same_curve_bit_for_bit(train: Train) -> None:
 
 def test_only_megatrons_fused_gradient_is_rounded_to_bf16(train: Train) -> None:
     exact, fused, ours = (
-        np.array([line.grad_norm for line in train(loss)])
-        for loss in ("megatron", "megatron-fused", "ours")
+        np.array(_norms(train(loss))) for loss in ("megatron", "megatron-fused", "ours")
     )
     assert np.abs(ours / exact - 1).max() < 1e-6
     assert np.abs(fused / exact - 1).max() > 1e-5
@@ -164,6 +166,7 @@ def test_padding_is_in_megatrons_softmax_and_not_in_ours(train: Train) -> None:
 def test_z_loss_is_in_the_total_and_beside_it(train: Train) -> None:
     metrics = train("ours", z_loss=1e-2)
     first = metrics[0]
+    assert first.z_loss is not None
     assert first.z_loss == pytest.approx(1e-2 * math.log(VOCAB_SIZE) ** 2, rel=0.02)
     assert first.loss - first.z_loss == pytest.approx(train("ours")[0].loss, abs=1e-5)
     _assert_same_curve(metrics, train("ours", tp=1, accumulate=2, z_loss=1e-2))
@@ -180,7 +183,7 @@ def _compare(
 ) -> tuple[list[Result], MegatronMetrics, int]:
     """What ``compare`` says, the step that follows it, and the bytes of the logits."""
     shape = {"context": 64}
-    options = _options(out, shape, loss=LossChoice.megatron, steps=3, batch=16, z_loss=0.0)
+    options = _options(out, shape, loss=LossChoice.megatron, steps=3, batch=64)
     with ParallelGroups.open("cpu", tp=2) as groups, megatron(groups, options.seed):
         trainer = prepare(groups, options, [cache / "text"], cache)
         trainer.train(None)
@@ -194,18 +197,17 @@ def test_the_comparison_is_about_the_next_step(ranks: Pool, cache: Path, tmp_pat
     unfused, fused, out_of_place, in_place = results
     # The weights are those before the step, and nothing of ours stays installed in it.
     assert unfused.loss == step.loss
-    assert unfused.gradient_norm == pytest.approx(step.grad_norm, rel=1e-5)
     for result in results:
         assert result.loss == pytest.approx(step.loss, abs=2e-6)
-        assert result.gradient_norm == pytest.approx(step.grad_norm, rel=1e-3)
         assert min(result.milliseconds) > 0
     assert [result.collectives for result in results] == [(3, 0), (2, 0), (1, 0), (1, 0)]
     for exact in (unfused, out_of_place, in_place):
         assert exact.errors.gradient_error < 2e-6
+        assert exact.gradient_norm == pytest.approx(step.grad_norm, rel=1e-5)
     assert fused.errors.gradient_error > 1e-4
     if in_place.peak_bytes is not None and out_of_place.peak_bytes is not None:
-        assert out_of_place.peak_bytes >= logits
-        assert in_place.peak_bytes < logits / 2
+        assert 0.8 * logits < out_of_place.peak_bytes < 1.5 * logits
+        assert in_place.peak_bytes < 0.3 * logits
 
 
 def _refusals(group: dist.ProcessGroup, arguments: list[list[str]]) -> list[tuple[int, str]]:
