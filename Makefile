@@ -24,10 +24,7 @@ BIN_NPU := $(VENV_NPU)/bin
 MEGATRON_FOLDER := .megatron-$(MEGATRON)
 TORCHRUN := $(BIN)/torchrun --standalone
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-megatron test lint types unit unit-npu gate bench clean
-=======
-.PHONY: help demo test lint types unit unit-megatron unit-npu gate bench clean
->>>>>>> mloss
+.PHONY: help demo demo-megatron test lint types unit unit-megatron unit-npu gate bench clean
 .DELETE_ON_ERROR:
 
 help:
