@@ -146,6 +146,12 @@ def test_in_place_or_not_is_the_same_curve_bit_for_bit(train: Train) -> None:
     assert _losses(train("ours", inplace=False)) == _losses(train("ours"))
 
 
+def test_after_ours_megatrons_own_is_back_bit_for_bit(train: Train) -> None:
+    """All these runs share two processes; the last one comes after ours."""
+    before, _ = train("megatron", steps=4), train("ours", steps=4)
+    assert _losses(train("megatron", steps=5))[:4] == _losses(before)
+
+
 def test_only_megatrons_fused_gradient_is_rounded_to_bf16(train: Train) -> None:
     exact, fused, ours = (
         np.array(_norms(train(loss))) for loss in ("megatron", "megatron-fused", "ours")
