@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from typer.testing import CliRunner
 
@@ -26,8 +27,13 @@ from vocab_parallel_ce.launch.megatron_compare import Result, compare
 from vocab_parallel_ce.launch.megatron_gpt import app, prepare, run
 from vocab_parallel_ce.launch.megatron_loss import LossChoice
 from vocab_parallel_ce.launch.megatron_model import megatron, padded_vocab_size
-from vocab_parallel_ce.launch.megatron_trainer import MegatronMetrics, MegatronTrainOptions
+from vocab_parallel_ce.launch.megatron_trainer import (
+    MegatronMetrics,
+    MegatronTrainOptions,
+    MicroBatch,
+)
 from vocab_parallel_ce.launch.progress import read_metrics
+from vocab_parallel_ce.launch.text import IGNORE_INDEX
 from vocab_parallel_ce.parallel.groups import ParallelGroups
 
 from ..ranks import Pool
@@ -278,6 +284,14 @@ def test_the_command_under_torchrun(cache: Path, tmp_path: Path) -> None:
         assert label in said
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert len(read_metrics(tmp_path / "metrics.jsonl", MegatronMetrics)) == 3
+
+
+def test_what_nothing_could_predict_is_masked() -> None:
+    """And has a label that Megatron's loss can look up."""
+    target = torch.tensor([[5, IGNORE_INDEX, 7]])
+    batch = MicroBatch.of(torch.tensor([[1, 2, 3]]), target, torch.device("cpu"))
+    assert batch.mask.tolist() == [[1.0, 0.0, 1.0]]
+    assert batch.labels.tolist() == [[5, 0, 7]]
 
 
 def test_padded_sizes_are_megatrons() -> None:
