@@ -1,4 +1,5 @@
 # make demo      a virtual environment, the install, and a GPT trained on two CPU ranks
+# make demo-megatron  a GPTModel of megatron-core on two CPU ranks: Megatron's losses beside ours
 # make test      lint, types and every test, those of the Ascend engine on a stand-in included
 # make gate      fails where the loss got slower beside F.cross_entropy; what CI adds to the tests
 # make bench     the loss beside its peers on this machine; writes runs/bench
@@ -23,11 +24,11 @@ BIN_NPU := $(VENV_NPU)/bin
 MEGATRON_FOLDER := .megatron-$(MEGATRON)
 TORCHRUN := $(BIN)/torchrun --standalone
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit unit-megatron unit-npu gate bench clean
+.PHONY: help demo demo-megatron test lint types unit unit-megatron unit-npu gate bench clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \?//p' Makefile | head -9
+	@sed -n 's/^# \?//p' Makefile | head -10
 
 # The stamp keeps the environment until what it was made from changes.
 $(VENV)/installed: pyproject.toml
@@ -67,6 +68,11 @@ $(VENV_NPU)/installed: pyproject.toml
 demo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(TORCHRUN) --nproc-per-node 2 -m vocab_parallel_ce.launch.train \
 	    --tp 2 --device cpu --out runs/demo --resume never
+
+# Two ranks compile Megatron's fused loss at its end: some seconds, and a C++ compiler if there is one.
+demo-megatron: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(TORCHRUN) --nproc-per-node 2 -m vocab_parallel_ce.launch.megatron_gpt \
+	    --tp 2 --sequence-parallel --compare --device cpu --out runs/megatron
 
 test: lint types unit unit-megatron unit-npu
 

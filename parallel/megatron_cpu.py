@@ -40,7 +40,8 @@ def run_megatron_on_cpu(*, compile: bool = False) -> Iterator[None]:
         ``torch.cuda.current_device()`` where parameters, buffers and messages between pipeline
         stages are made: it answers the CPU; ``torch.cuda.synchronize()`` and ``tensor.cuda()`` of
         the pipeline schedules do nothing;
-        ``device="cuda"``, written out in the schedules;
+        ``device="cuda"``, written out in the schedules and optimizers, and ``tensor.type()``, by
+        which the optimizers tell CUDA tensors;
         the generators that attention forks around its dropout: a tracker that forks nothing;
         the layer norm of plain torch, which refuses sequence parallelism (it normalises each
         token by itself, so that only its parameters need marking: their gradients are summed over
@@ -59,6 +60,7 @@ def run_megatron_on_cpu(*, compile: bool = False) -> Iterator[None]:
         _replace(undo, Tensor, "cuda", lambda tensor, *_, **__: tensor)
         schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
         _replace(undo, schedules, "torch", _TorchWithoutCuda())
+        _let_optimizers_take_cpu_tensors(undo)
         _track_no_generators(undo)
         norm = importlib.import_module("megatron.core.transformer.torch_norm")
         _replace(undo, norm.WrappedTorchNorm, "__new__", _torch_norm)
@@ -79,7 +81,7 @@ def _replace(undo: ExitStack, owner: Any, name: str, value: object) -> None:
 
 
 class _TorchWithoutCuda:
-    """torch as the schedules see it: all but the function they call with ``device="cuda"``."""
+    """torch as those see it who call these functions with ``device="cuda"``."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -87,6 +89,24 @@ class _TorchWithoutCuda:
     @staticmethod
     def zeros(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
         return torch.zeros(*args, device="cpu" if device == "cuda" else device, **kwargs)
+
+    @staticmethod
+    def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
+        return torch.tensor(data, device="cpu" if device == "cuda" else device, **kwargs)
+
+
+def _let_optimizers_take_cpu_tensors(undo: ExitStack) -> None:
+    """They make their own scalars on CUDA, and know fp32 and bf16 by the names of CUDA tensors."""
+    for name in ("optimizer.optimizer", "optimizer.clip_grads", "utils"):
+        module = importlib.import_module(f"megatron.core.{name}")
+        _replace(undo, module, "torch", _TorchWithoutCuda())
+    true_type = Tensor.type
+
+    def type_as_on_cuda(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = true_type(tensor, *args, **kwargs)
+        return answer.replace("torch.", "torch.cuda.") if isinstance(answer, str) else answer
+
+    _replace(undo, Tensor, "type", type_as_on_cuda)
 
 
 def _track_no_generators(undo: ExitStack) -> None:
