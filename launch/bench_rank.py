@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vocab_parallel_ce.launch import measure
+from vocab_parallel_ce.launch.calibrate import calibrate
 from vocab_parallel_ce.launch.peers import BY_NAME, Head, Loss, Peer, Setting, Sink
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,6 +57,7 @@ class Plan:
     repeats: int
     peers: tuple[str, ...]
     wait_idle: float  # seconds a timed run waits for a quiet machine, at most
+    calibrate: bool = False  # also measure what the cost model needs of a CPU
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
@@ -340,6 +342,10 @@ def run_dtype(
         tell(f"{dtype}: memory of {peer.label}", 1)
     measure.settle_malloc(strict=False)
     gc.unfreeze()
+    found = None
+    if plan.calibrate:
+        tell(f"{dtype}: calibrating", 0)
+        found = calibrate(setting.group, DTYPES[dtype], plan.repeats, gather)
 
     every = gather((times, copies, peaks))
     size = bench.buffer.nbytes
@@ -377,6 +383,7 @@ def run_dtype(
         "timed_runs": len(quiet),
         "busy_runs": sum(state is False for state in quiet),
         "idle_checked": any(state is not None for state in quiet),
+        "calibration": None if found is None else asdict(found),
         "reference": {"loss": truth.loss, "gradient_norm": truth.gradient_norm},
         "peers": [result[name] for name in plan.peers],
     }

@@ -155,7 +155,7 @@ def _megatron(setting: Setting) -> Loss:
     from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
     def loss(logits: Tensor, target: Tensor) -> Tensor:
-        per_token: Tensor = vocab_parallel_cross_entropy(logits, target)
+        per_token: Tensor = vocab_parallel_cross_entropy(logits[:, None], target[:, None])
         return per_token.mean()
 
     return loss
@@ -166,7 +166,10 @@ def _megatron_fused(setting: Setting) -> Loss:
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 
     def loss(logits: Tensor, target: Tensor) -> Tensor:
-        per_token: Tensor = fused_vocab_parallel_cross_entropy(logits, target, group)
+        # [s, b, v], as Megatron calls it: for these the compiled backward copies its softmax.
+        per_token: Tensor = fused_vocab_parallel_cross_entropy(
+            logits[:, None], target[:, None], group
+        )
         return per_token.mean()
 
     return loss
