@@ -30,11 +30,13 @@ LINK_BYTES = 4 * measure.MIB
 class Calibration:
     """Of all ranks together: bytes and elements a second; latencies in seconds."""
 
-    first_touch: float
+    first_touch: float | None
+    """None where fresh memory costs no more than touched"""
     rates: dict[str, float]
     gather_latency: float
     reduce_latency: float
     link_bandwidth: float
+    """these three are 0 on one rank, which has no link"""
 
 
 def _median(run: Callable[[], object], barrier: Callable[[], None], repeats: int) -> float:
@@ -101,7 +103,7 @@ def _collectives(
     """Latency of a small all_gather and all_reduce, and bytes a second over a rank's link."""
     world = group.size()
     if world == 1:
-        return 0.0, 0.0, float("inf")
+        return 0.0, 0.0, 0.0
 
     def gather(size: int) -> Callable[[], object]:
         mine = torch.zeros(size // 4, dtype=torch.int32)
@@ -143,7 +145,7 @@ def calibrate(
     )
     slowest = max(touch for touch, _, _ in every)
     return Calibration(
-        first_touch=world / slowest if slowest else float("inf"),
+        first_touch=world / slowest if slowest else None,
         rates={name: world * min(rates[name] for _, rates, _ in every) for name in every[0][1]},
         gather_latency=max(gathered for _, _, (gathered, _, _) in every),
         reduce_latency=max(reduced for _, _, (_, reduced, _) in every),

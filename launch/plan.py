@@ -40,6 +40,10 @@ def leave(message: str, status: int) -> NoReturn:
     raise typer.Exit(status)
 
 
+def sizes(rows: int | None, vocab: int | None, default: tuple[int, int]) -> tuple[int, int]:
+    return (default[0] if rows is None else rows, default[1] if vocab is None else vocab)
+
+
 def checked_case(rows: int, vocab: int, ranks: int, dtype: str) -> Case:
     """ValueError with one line that names the option and the way out."""
     if rows < 1:
@@ -150,16 +154,14 @@ def main(
                 if value is not None:
                     way_out = "say --ranks" if option == "--tp" else "--measure measures it"
                     raise ValueError(f"{option} has no meaning with --measure: {way_out}")
-            default = QUICK_CASE if quick else MEASURED_CASE
-            rows, size = tokens or default[0], vocab or default[1]
+            rows, size = sizes(tokens, vocab, QUICK_CASE if quick else MEASURED_CASE)
             cases = [checked_case(rows, size, count, dtype) for count in ranks or RANKS]
             names = checked_ways(ways)
         else:
             for option, used in (("--ranks", ranks), ("--ways", ways), ("--quick", quick)):
                 if used:
                     raise ValueError(f"{option} needs --measure")
-            rows = DEFAULT_CASE[0] if tokens is None else tokens
-            size = DEFAULT_CASE[1] if vocab is None else vocab
+            rows, size = sizes(tokens, vocab, DEFAULT_CASE)
             case = checked_case(rows, size, 8 if tp is None else tp, dtype)
             chosen = checked_device(device or "h100", bandwidth, link_bandwidth, latency)
     except ValueError as error:

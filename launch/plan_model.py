@@ -31,8 +31,8 @@ from vocab_parallel_ce.launch.plan_devices import Device
 from vocab_parallel_ce.launch.plan_ways import Case, Collective, Sweep, Way, ways
 
 LEFT_OUT = (
-    "left out: host time of a call, kernel launches, arithmetic on [N] vectors, ranks that wait "
-    "for a slower one, caches, ignored rows (ours reads none of them)"
+    "host time of a call, kernel launches, arithmetic on [N] vectors, ranks that wait for a slower "
+    "one, caches, ignored rows (ours reads none of them)"
 )
 
 

@@ -79,7 +79,7 @@ def predictions_table(case: Case, device: Device, predictions: list[Prediction])
     logits = case.elements * case.itemsize
     table.caption = (
         f"of one rank, beside its logits of {_mib(logits)} MiB; held: from forward to backward\n"
-        f"predicted, not measured; {LEFT_OUT}"
+        f"predicted, not measured; left out: {LEFT_OUT}"
     )
     return table
 
@@ -133,16 +133,19 @@ def compared_table(run: Run) -> Table:
     )
     for row in run.compared:
         table.add_row(*_compared_row(row))
-    known = figures(run.device)
-    rates = ", ".join(f"{name} {known[f'rate of {name}'][0]}" for name in run.device.rates)
-    table.caption = (
-        "measured in this run, all ranks together: "
-        f"copy {known['bandwidth'][0]}, fresh memory {known['fresh memory'][0]},\n"
-        f"in cache: {rates};\n"
-        f"Gloo: all_gather {known['latency, all_gather'][0]}, "
-        f"all_reduce {known['latency, all_reduce'][0]}, link {known['link bandwidth'][0]}"
-    )
+    table.caption = "measured in this run, all ranks together: " + _measured_in_words(run)
     return table
+
+
+def _measured_in_words(run: Run) -> str:
+    known = {name: words for name, (words, _) in figures(run.device).items()}
+    fresh = known.get("fresh memory", "as fast as touched")
+    lines = [f"copy {known['bandwidth']}, fresh memory {fresh},"]
+    lines.append("in cache: " + ", ".join(f"{n} {known[f'rate of {n}']}" for n in run.device.rates))
+    if run.case.ranks > 1:
+        latencies = [f"{kind} {known[f'latency, {kind}']}" for kind in ("all_gather", "all_reduce")]
+        lines.append(f"Gloo: {', '.join(latencies)}, link {known['link bandwidth']}")
+    return "\n".join(lines)
 
 
 def _compared_row(row: Compared) -> list[str]:
@@ -180,7 +183,7 @@ def print_compared(console: Console, runs: list[Run]) -> None:
     for run in runs:
         console.print(compared_table(run))
         console.print()
-    console.print(f"The model's {LEFT_OUT}.")
+    console.print(f"The model leaves out: {LEFT_OUT}.")
 
 
 def as_json(case: Case, device: Device, predictions: list[Prediction]) -> dict[str, Any]:
