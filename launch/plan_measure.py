@@ -115,8 +115,7 @@ def run_case(case: Case, names: tuple[str, ...], repeats: int, wait_idle: float)
             "give fewer --tokens or a smaller --vocab"
         )
     plan = Plan(
-        rows=case.rows,
-        vocab=case.vocab,
+        shapes=((case.rows, case.vocab),),
         dtypes=(case.dtype,),
         device="cpu",
         repeats=repeats,

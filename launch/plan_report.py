@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vocab_parallel_ce.launch.bench_report import ranks_in_words
+from vocab_parallel_ce.launch.bench_goals import ranks_in_words
 from vocab_parallel_ce.launch.plan_devices import GB, MIB, US, Device, Figure
 from vocab_parallel_ce.launch.plan_measure import Compared, Run
 from vocab_parallel_ce.launch.plan_model import LEFT_OUT, Prediction

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from vocab_parallel_ce.launch import bench_report, measure, peers
+from vocab_parallel_ce.launch import bench_goals, measure, peers
 
 ROOT = Path(__file__).parents[2]
 LABELS = {peer.name: peer.label for peer in peers.PEERS}
@@ -136,8 +136,8 @@ def test_two_ranks_agree_and_count_collectives(two: tuple[dict[str, Any], str]) 
 def test_every_goal_has_a_row(two: tuple[dict[str, Any], str]) -> None:
     report, text = two
     rows = [row["what"] for row in report["goals"]]
-    for ratio in bench_report.RATIOS:
-        where = bench_report.ranks_in_words(ratio.ranks)
+    for ratio in bench_goals.RATIOS:
+        where = bench_goals.ranks_in_words(ratio.ranks)
         expected = f"{where}, {ratio.dtype}: {LABELS[ratio.ours]} against {LABELS[ratio.against]}"
         assert rows.count(expected) == 1
     assert sum("extra memory at peak" in row for row in rows) == 2
@@ -180,6 +180,7 @@ def run_of(times: dict[str, float], **changes: Any) -> dict[str, Any]:
             "name": name,
             "label": LABELS[name],
             "status": "",
+            "wrong": "",
             "total_s": summary,
         }
         peer |= {"ours": "in place" if name == "ours-inplace" else ""}
@@ -201,7 +202,7 @@ def run_of(times: dict[str, float], **changes: Any) -> dict[str, Any]:
     ],
 )
 def test_a_ratio_is_judged(theirs: float, verdict: str, words: str) -> None:
-    judged = bench_report.judge([run_of({"ours-inplace": 1.0, "torch": theirs})], LABELS)
+    judged = bench_goals.judge([run_of({"ours-inplace": 1.0, "torch": theirs})], LABELS)
     (row,) = (j for j in judged if j.what.startswith("1 process, fp32: ours, in place against F."))
     assert (row.verdict, row.words, row.measured) == (verdict, words, f"{theirs:.2f}x")
 
@@ -210,16 +211,16 @@ def test_memory_over_budget_is_missed() -> None:
     run = run_of({"ours-inplace": 1.0})
     for used, verdict in ((200, "met"), (250, "MISSED"), (400, "below the gate")):
         run["peers"][0]["peak_bytes"] = used
-        judged = bench_report.judge([run], LABELS)
+        judged = bench_goals.judge([run], LABELS)
         assert [j.verdict for j in judged if "memory" in j.what] == [verdict]
 
 
 def test_a_wrong_peer_is_named() -> None:
     run = run_of({"torch": 1.0})
     run["peers"][0]["wrong"] = "loss 1 instead of 2"
-    (line,) = bench_report.failures([run])
+    (line,) = bench_goals.failures([run])
     assert "F.cross_entropy is WRONG: loss 1 instead of 2" in line
-    assert bench_report.failures([run], ours_only=True) == []
+    assert bench_goals.failures([run], ours_only=True) == []
 
 
 def test_peak_memory_sees_a_buffer_and_its_absence() -> None:
