@@ -66,6 +66,9 @@ def rows_of(run: dict[str, Any], here: dict[str, Any]) -> list[Row]:
     versions = here["versions"]
     elements = run["rows"] * run["vocab"]
     size = run["logits_bytes_per_rank"] * run["ranks"]
+    card = here["device"]
+    if run["device"] == "cpu":
+        card += f", {here['cores']} cores"
     busy = f"{run['busy_runs']} of {run['timed_runs']}" if run["idle_checked"] else ""
     found = []
     for peer in run["peers"]:
@@ -79,7 +82,7 @@ def rows_of(run: dict[str, Any], here: dict[str, Any]) -> list[Row]:
             copied = summary["median"] * run["copy_bandwidth"]["median"] / elements
             found.append(
                 Row(
-                    card=here["device"],
+                    card=card,
                     device=run["device"],
                     ranks=run["ranks"],
                     rows=run["rows"],

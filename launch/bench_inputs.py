@@ -9,6 +9,7 @@ times the cache has passed through it.
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,7 @@ def fits(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> b
     if device.type == "cpu":
         return True
     module = measure.device_module(device)
+    gc.collect()
     module.empty_cache()
     size = rows * columns * dtype.itemsize
     copies = 1 + buffers_needed(size, measure.cache_bytes(device))

@@ -108,6 +108,11 @@ def test_a_plan_survives_the_way_to_its_ranks() -> None:
     assert bench_rank.steps(plan) == 2 * 2 * (2 + 2)
 
 
+def test_only_a_cpu_must_be_quiet() -> None:
+    for device, seconds in (("cpu", 2.0), ("cuda", 0.0)):
+        assert bench._plan(device, ((1, 2),), ["fp32"], None, "", 2.0, False).wait_idle == seconds
+
+
 CUDA_PEERS = ("liger", "liger-parallel", "quack", "flash-attn", "transformer-engine")
 
 

@@ -16,6 +16,7 @@ from vocab_parallel_ce.launch.peers import BY_NAME
 
 HERE = {
     "device": "Some card",
+    "cores": 2,
     "date": "2026-01-02T03:04:05+00:00",
     "versions": {"torch": "2.13.0", "triton": None, "vocab_parallel_ce": "0.1.0"},
 }
@@ -110,6 +111,7 @@ def test_a_cpu_has_ratios_to_ours_in_place() -> None:
         device="Some CPU",
     )
     text = bench_table.table(rows)
+    assert "Some CPU, 2 cores, 2026-01-02." in text
     assert "| ms | 1 process, bf16 | 2 ranks, bf16 |" in text
     assert "| **ours, in place** | **40** | **50** |" in text
     assert "| F.cross_entropy | 900 (22.5x) |  |" in text
