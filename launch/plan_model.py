@@ -105,6 +105,6 @@ def predict_way(way: Way, case: Case, device: Device) -> Prediction:
 
 
 def predict(case: Case, device: Device) -> list[Prediction]:
-    """Ours in place, ours out of place, Megatron unfused, Megatron fused."""
+    """Ours in place first, then ours out of place, Megatron unfused, Megatron fused."""
     found = ways(case, device.engine, device.compiles)
     return [predict_way(way, case, device) for way in found]

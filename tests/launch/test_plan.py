@@ -136,6 +136,13 @@ def test_the_npu_engine_makes_the_sweeps_that_it_counts() -> None:
     assert (fp32.forward_bytes, fp32.backward_bytes) == (28 * 10**6, 32 * 10**6)
     bf16 = by_name(Case(dtype="bf16", **MILLION), DEVICES["a2"])["ours"]
     assert (bf16.forward_bytes, bf16.backward_bytes) == (34 * 10**6, 44 * 10**6)
+    # If its cache answered every sweep but the first of a chunk, it would be like any other device.
+    cached = by_name(Case(dtype="bf16", **MILLION), DEVICES["a2"])["ours-cached"]
+    assert (cached.forward_bytes, cached.backward_bytes) == (2 * 10**6, 4 * 10**6)
+    assert (
+        cached.peak_bytes
+        == by_name(Case(dtype="bf16", **MILLION), DEVICES["a2"])["ours"].peak_bytes
+    )
     # No compiler there: Megatron's fused form makes the eager sweeps.
     fused = by_name(Case(dtype="bf16", **MILLION), DEVICES["a2"])["megatron-fused"]
     assert (fused.forward_bytes, fused.backward_bytes) == (38 * 10**6, 14 * 10**6)
