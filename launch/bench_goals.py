@@ -135,14 +135,35 @@ def _judge_fastest(run: Run, ours: dict[str, Any]) -> Judged | None:
     return _judge(what, value, FASTEST, FASTEST * GATE, times, more=True)
 
 
-def judge(runs: list[Run], labels: dict[str, str]) -> list[Judged]:
-    """Every goal: what a device's runs can meet, and the ones that were not measured.
+def judge_times(runs: list[Run], labels: dict[str, str]) -> list[Judged]:
+    """The goals of speed, those that were not measured included.
 
     The CPU ratios are left out where only accelerators ran.
     """
     out = []
     if not runs or any(run["device"] == "cpu" for run in runs):
         out += [_judge_ratio(ratio, runs, labels) for ratio in RATIOS]
+    for run in runs:
+        ours = peer_of(run, "ours-inplace")
+        if run["device"] != "cuda" or ours is None or ours["status"]:
+            continue
+        fastest = _judge_fastest(run, ours)
+        if fastest is not None:
+            out.append(fastest)
+        if run["dtype"] == "bf16":
+            what = f"{where_of(run)}: {ours['label']}, share of the copy bandwidth"
+            share, goal = ours["bandwidth_share"], BANDWIDTH_SHARE
+            out.append(_judge(what, share, goal, goal * GATE, "{:.0%}".format, more=True))
+    if not any((run["device"], run["dtype"]) == ("cuda", "bf16") for run in runs):
+        what = f"cuda, bf16: {labels['ours-inplace']}, share of the copy bandwidth"
+        aim, floor = f"{BANDWIDTH_SHARE:.0%}", f"{BANDWIDTH_SHARE * GATE:.0%}"
+        out.append(Judged(what, aim, floor, "", "not measured", "not measured: not among the runs"))
+    return out
+
+
+def judge(runs: list[Run], labels: dict[str, str]) -> list[Judged]:
+    """Every goal: speed, memory and collectives."""
+    out = judge_times(runs, labels)
     for run in runs:
         for name in ("ours-inplace", "ours"):
             peer = peer_of(run, name)
@@ -160,19 +181,6 @@ def judge(runs: list[Run], labels: dict[str, str]) -> list[Judged]:
             if run["ranks"] > 1 and count is not None:
                 what = f"{where}: collectives in forward"
                 out.append(_judge(what, count, COLLECTIVES, COLLECTIVES, "{:.0f}".format, False))
-            fastest = None
-            if (name, run["device"]) == ("ours-inplace", "cuda"):
-                fastest = _judge_fastest(run, peer)
-            if fastest is not None:
-                out.append(fastest)
-            if (name, run["device"], run["dtype"]) == ("ours-inplace", "cuda", "bf16"):
-                what = f"{where}: share of the copy bandwidth"
-                share, goal = peer["bandwidth_share"], BANDWIDTH_SHARE
-                out.append(_judge(what, share, goal, goal * GATE, "{:.0%}".format, more=True))
-    if not any((run["device"], run["dtype"]) == ("cuda", "bf16") for run in runs):
-        what = f"cuda, bf16: {labels['ours-inplace']}, share of the copy bandwidth"
-        aim, floor = f"{BANDWIDTH_SHARE:.0%}", f"{BANDWIDTH_SHARE * GATE:.0%}"
-        out.append(Judged(what, aim, floor, "", "not measured", "not measured: not among the runs"))
     return out
 
 

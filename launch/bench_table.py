@@ -14,8 +14,9 @@ from typing import Annotated
 import typer
 
 from vocab_parallel_ce.launch import bench_csv
-from vocab_parallel_ce.launch.bench_csv import Row
-from vocab_parallel_ce.launch.bench_goals import ranks_in_words
+from vocab_parallel_ce.launch.bench_csv import Row, runs_of
+from vocab_parallel_ce.launch.bench_goals import judge_times, ranks_in_words
+from vocab_parallel_ce.launch.peers import PEERS
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN, END = "<!-- bench_table: begin -->", "<!-- bench_table: end -->"
@@ -96,6 +97,15 @@ def _words(rows: list[Row]) -> str:
     return text
 
 
+def goals(rows: list[Row]) -> str:
+    """How many goals of speed these rows meet, and by name those that they do not."""
+    labels = {peer.name: peer.label for peer in PEERS}
+    judged = [row for row in judge_times(runs_of(rows), labels) if row.verdict != "not measured"]
+    missed = [row for row in judged if row.verdict != "met"]
+    text = f"Goals of speed met: {len(judged) - len(missed)} of {len(judged)}."
+    return "\n".join([text, *(f"* {row.what}: {row.measured}, goal {row.goal}" for row in missed)])
+
+
 def table(rows: list[Row]) -> str:
     """The README's part: every card of the CSV, forward and backward together."""
     both = [row for row in rows if row.pass_ == "both"]
@@ -109,6 +119,7 @@ def table(rows: list[Row]) -> str:
                 parts.append(_cpu_table([r for r in mine if (r.rows, r.vocab) == shape]))
         else:
             parts += [_card_table(mine, dtype) for dtype in _order(mine, "dtype")]
+        parts.append(goals(mine))
     if not any(row.device == "cuda" for row in both):
         parts.append(NO_CUDA)
     return "\n\n".join(parts)

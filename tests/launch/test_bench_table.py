@@ -118,6 +118,33 @@ def test_a_cpu_has_ratios_to_ours_in_place() -> None:
     assert bench_table.NO_CUDA in text
 
 
+def test_missed_goals_are_named() -> None:
+    """On the card the smaller shape meets both goals, and the larger one neither."""
+    rows = rows_of(
+        run(peer("ours-inplace", 4e-6, 8e-6), peer("torch", 1e-3, 2e-3)),
+        run(
+            peer("ours-inplace", 8e-3, 24e-3),
+            peer("torch", 8e-3, 8e-3),
+            rows=2000,
+            logits_bytes_per_rank=8_000_000,
+        ),
+    )
+    first, *missed = bench_table.goals(rows).splitlines()
+    assert first == "Goals of speed met: 2 of 4."
+    where = "* 1 process, [2000, 2000] bf16: ours, in place,"
+    assert missed == [
+        f"{where} faster than every peer (F.cross_entropy): 0.50x, goal 1.00x",
+        f"{where} share of the copy bandwidth: 0%, goal 85%",
+    ]
+    cpu = rows_of(
+        run(peer("ours-inplace", 0.01, 0.01), peer("torch", 0.1, 0.1), device="cpu", dtype="fp32")
+    )
+    assert bench_table.goals(cpu).splitlines() == [
+        "Goals of speed met: 0 of 1.",
+        "* 1 process, fp32: ours, in place against F.cross_entropy: 10.00x, goal 12.00x",
+    ]
+
+
 def test_a_busy_machine_is_told() -> None:
     busy = run(peer("ours", 1, 1), device="cpu", idle_checked=True, busy_runs=7, timed_runs=9)
     assert "found the machine busy: 7 of 9." in bench_table.table(rows_of(busy))
