@@ -78,8 +78,8 @@ def predictions_table(case: Case, device: Device, predictions: list[Prediction])
         )
     logits = case.elements * case.itemsize
     table.caption = (
-        f"of one rank, times in ms; memory beside its logits of {_mib(logits)} MiB, held: from forward "
-        "to backward\n"
+        f"of one rank, times in ms; memory beside its logits of {_mib(logits)} MiB, "
+        "held: from forward to backward\n"
         f"predicted, not measured; left out: {LEFT_OUT}"
     )
     return table
