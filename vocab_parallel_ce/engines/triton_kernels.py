@@ -23,6 +23,7 @@ import triton.language as tl
 
 ELSEWHERE_OR_IGNORED = tl.constexpr(0)  # local_target is a column from here on
 IGNORED = tl.constexpr(-2)
+NOTHING = tl.constexpr(-3)  # no local_target
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 NO_COLUMN = tl.constexpr(2**31 - 1)
 
@@ -99,13 +100,14 @@ def row_partials(
     IGNORED_ROWS: tl.constexpr,
 ):  # fmt: skip
     """``partials`` of the contract: out[i, row] = out + i * out_stride + row; grid (rows,)."""
+    UNREAD: tl.constexpr = NOTHING if IGNORED_ROWS else IGNORED
     lane = tl.arange(0, LANES)
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         target = tl.load(local_target + row)
         x_y = 0.0
         m_row, s_row, u_row, t_row = 0.0, 0.0, 0.0, 0.0
         best_row = 0
-        if (target != IGNORED) | IGNORED_ROWS:
+        if target != UNREAD:
             offset = _offset(row, row_stride, 0, 0)
             head, body = _edges(phase, offset, n_cols, VEC)
             here = target >= ELSEWHERE_OR_IGNORED
