@@ -340,6 +340,9 @@ STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
     "columns apart": lambda x: torch.stack([x, x.flip(1)], 2)[:, :, 0],
     "transposed": lambda x: x.t().contiguous().t(),
     "backwards in memory": lambda x: x.flip(0).contiguous()[range(len(x))[::-1]],
+    "amid words": lambda x: (
+        torch.cat([x, x[:, :5]], 1).flatten().roll(3)[3:].as_strided(x.shape, (x.shape[1] + 5, 1))
+    ),
     "rows expanded": lambda x: x[:1].expand(len(x), -1),
 }
 

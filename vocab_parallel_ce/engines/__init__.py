@@ -44,7 +44,7 @@ def _warn_once(name: str, device_type: str, reason: str) -> None:
 def select(name: str, logits: Tensor) -> Engine:
     """The engine of that name for such logits; "auto" takes the fastest that is available."""
     kind = logits.device.type
-    wanted = _OF_DEVICE.get(kind, "eager") if name == "auto" else name
+    wanted = engine_of_device(kind) if name == "auto" else name
     found = _engine_or_reason(wanted)
     if isinstance(found, str):
         if name != "auto":
@@ -59,6 +59,11 @@ def select(name: str, logits: Tensor) -> Engine:
             "use engine='auto' or engine='eager'"
         )
     return found
+
+
+def engine_of_device(device_type: str) -> str:
+    """The name of the engine made for a type of device; "eager" where there is none."""
+    return _OF_DEVICE.get(device_type, "eager")
 
 
 def why_not(device_type: str) -> str | None:

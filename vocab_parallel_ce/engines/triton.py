@@ -2,8 +2,9 @@
 
 That is 6 bytes an element in bf16 for the pair, whatever is asked for, and nothing of size
 [N, C_r] beside the gradient. Nothing waits for the device, so CUDA graphs can capture it (after
-one call that compiles); nothing is added up by atomics, so results repeat bit for bit, and a row's
-do not depend on the other rows. fp64 is left to the eager engine.
+one call that compiles); nothing is added up by atomics, so results repeat bit for bit. A row's do
+not depend on the other rows, only on where it begins in a 16-byte word, which is the same for all
+rows where C_r is a multiple of 8. fp64 is left to the eager engine.
 
 How a row is spread over threads follows from its length alone: 16 elements a thread and step,
 two words of 128 bits in bf16, which is what hides the latency of memory without spilling
@@ -32,7 +33,9 @@ MINIMUM_CAPABILITY = (8, 0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WORD_BYTES = 16
 _ELEMENTS_PER_THREAD = 16
-_PART_BLOCKS = 8  # blocks of one program of the gradient: long rows are shared by several
+_WARPS_OF_A_ROW = 8
+_WARPS_OF_A_PART = 4  # where nothing is summed up, more and smaller programs take fewer registers
+_PART_BLOCKS = 8  # blocks of one such program: long rows are shared by several
 _LARGEST_GRID = 2**31 - 1
 
 
@@ -63,9 +66,13 @@ def _card_problem() -> str | None:
             found, least = (".".join(map(str, c)) for c in (capability, MINIMUM_CAPABILITY))
             name = torch.cuda.get_device_name(index)
             return f"cuda:{index} ({name}) has compute capability {found}; {least} is the least"
-    # Builds Triton's binding to the driver, which takes a C compiler.
-    import_module("triton.runtime").driver.active.get_current_target()
+    _reach_driver()
     return None
+
+
+def _reach_driver() -> None:
+    """Raises where kernels cannot be launched; builds a binding first, which takes a C compiler."""
+    import_module("triton.runtime").driver.active.get_current_target()
 
 
 @cache
@@ -91,7 +98,7 @@ def partials(
 ) -> None:
     """See ``contract.Engine``."""
     rows, columns = logits.shape
-    shape = _shape(columns, logits.dtype)
+    shape = _shape(columns, logits.dtype, _WARPS_OF_A_ROW)
     weight = weight.contiguous() if wanted.smooth and weight is not None else None
     with _on_device_of(logits):
         _kernels().row_partials[(min(rows, _LARGEST_GRID),)](
@@ -135,7 +142,7 @@ def _elementwise(
 ) -> None:  # fmt: skip
     """Run a kernel that writes ``out`` column by column; long rows are shared by programs."""
     rows, columns = logits.shape
-    shape = _shape(columns, logits.dtype)
+    shape = _shape(columns, logits.dtype, _WARPS_OF_A_PART)
     part = min(columns, shape.block * _PART_BLOCKS)
     apart = _apart(logits) or _apart(out)
     aligned = not apart and _words_begin_together(logits, out, shape.word)
@@ -161,8 +168,8 @@ class _Shape(NamedTuple):
     warps: int
 
 
-def _shape(columns: int, dtype: torch.dtype) -> _Shape:
-    warps = 2 if columns <= 1024 else 4 if columns <= 8192 else 8
+def _shape(columns: int, dtype: torch.dtype, most_warps: int) -> _Shape:
+    warps = min(most_warps, 2 if columns <= 1024 else 4 if columns <= 8192 else 8)
     return _Shape(_WORD_BYTES // dtype.itemsize, 32 * warps * _ELEMENTS_PER_THREAD, warps)
 
 

@@ -8,7 +8,7 @@ so that no alignment of the caller's decides the speed. Forward, every thread ke
 its own (LANES of them a program) and meets the others once a row: a block-wide maximum in every
 step would cost two barriers each. They merge by the formulas of ``statistics``; the maximum of
 a lane without columns is the lowest finite number, so that no difference is inf - inf. All sums are
-in a fixed order: a row gives the same bits in every run, and in any batch.
+in a fixed order, which follows from the row's length and alignment alone.
 
 Arithmetic is fp32. x - m comes before the factor log2(e) of the exponential: folding that factor
 into x would cost e^(x - m) four digits at logits near 1000.
@@ -26,6 +26,7 @@ IGNORED = tl.constexpr(-2)
 NOTHING = tl.constexpr(-3)  # no local_target
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 NO_COLUMN = tl.constexpr(2**31 - 1)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Numbers that differ from call to call: compiled once for all their values, not for some of them.
 _NUMBERS = ["phase", "row_stride", "n_rows", "n_cols"]
@@ -62,28 +63,41 @@ def _steps(columns, stride, APART: tl.constexpr):
 
 
 @triton.jit
+def _words(source, columns, body, col_stride, APART: tl.constexpr):
+    """Logits of these columns of the body; 0 beyond its end."""
+    return tl.load(source + _steps(columns, col_stride, APART), mask=columns < body, other=0.0)
+
+
+@triton.jit
+def _exp(d):
+    """e^d, which on a card is one instruction that flushes subnormals to 0."""
+    return tl.exp2(d * LOG2_E)
+
+
+@triton.jit
 def _add(
     m, s, u, t, w, best, x, columns, inside, weight,
     WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, ENTROPY: tl.constexpr, ARGMAX: tl.constexpr,
 ):  # fmt: skip
-    """Take x [L, V] into the statistics of L lanes: one exponential an element and one a lane."""
+    """Take x [L, V] into the statistics of L lanes: one exponential an element and one a lane.
+
+    ``inside`` says which elements exist; those that do not are -inf, or their lane is discarded.
+    """
     top = tl.maximum(m, tl.max(x, 1))
     shift = tl.maximum(m - top, LOWEST)
-    keep = tl.exp(shift)
+    keep = _exp(shift)
     d = x - top[:, None]
-    e = tl.exp(d)
+    e = _exp(d)
     s *= keep
     if ENTROPY:
         # After s: shift * s may overflow where keep is 0.
         t = t * keep + shift * s + tl.sum(tl.where(e == 0, 0.0, e * d), 1)
     s += tl.sum(e, 1)
     if SMOOTH:
-        wx = tl.where(inside, d, 0.0)
-        here = tl.where(inside, 1.0, 0.0)
+        here = tl.where(inside, 1.0, tl.zeros_like(x))
         if WEIGHTED:
             here = tl.load(weight + columns, mask=inside, other=0.0)
-            wx = tl.where(inside, d * here, 0.0)
-        u += w * shift + tl.sum(wx, 1)
+        u += w * shift + tl.sum(tl.where(inside, here * d, 0.0), 1)
         w += tl.sum(here, 1)
     if ARGMAX:
         first = tl.min(tl.where(x == top[:, None], columns, NO_COLUMN), 1)
@@ -102,6 +116,7 @@ def row_partials(
     """``partials`` of the contract: out[i, row] = out + i * out_stride + row; grid (rows,)."""
     UNREAD: tl.constexpr = NOTHING if IGNORED_ROWS else IGNORED
     lane = tl.arange(0, LANES)
+    in_lane = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         target = tl.load(local_target + row)
         x_y = 0.0
@@ -140,25 +155,29 @@ def row_partials(
             source = logits + offset + head * col_stride
             if not APART:
                 source = tl.multiple_of(source, 16)
+            ahead = _words(source, in_lane, body, col_stride, APART)
             for begin in range(0, body, LANES * VEC):
-                columns = begin + lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
-                inside = columns < body
-                x = tl.load(source + _steps(columns, col_stride, APART), mask=inside, other=0.0)
-                x = tl.where(inside, x.to(tl.float32) * scale, -float("inf"))
-                m, s, u, t, w, best = _add(
-                    m, s, u, t, w, best, x, head + columns, inside, weight,
-                    WEIGHTED, SMOOTH, ENTROPY, ARGMAX,
+                # The next words are on their way while these are worked on.
+                words, columns = ahead, begin + in_lane
+                ahead = _words(source, columns + LANES * VEC, body, col_stride, APART)
+                inside = begin + lane * VEC < body  # all of a word or none of it
+                m2, s2, u2, t2, w2, b2 = _add(
+                    m, s, u, t, w, best, words.to(tl.float32) * scale, head + columns,
+                    inside[:, None], weight, WEIGHTED, SMOOTH, ENTROPY, ARGMAX,
                 )  # fmt: skip
+                m, s = tl.where(inside, m2, m), tl.where(inside, s2, s)
+                u, t = tl.where(inside, u2, u), tl.where(inside, t2, t)
+                w, best = tl.where(inside, w2, w), tl.where(inside, b2, best)
 
             top = tl.max(m, 0)
             shift = tl.maximum(m - top, LOWEST)
-            s *= tl.exp(shift)
+            s *= _exp(shift)
             s_row = tl.sum(s, 0)
             m_row = tl.where(s_row == 0, -float("inf"), top)
             if SMOOTH:
                 u_row = tl.sum(u + w * shift, 0)
             if ENTROPY:
-                t_row = tl.sum(t * tl.exp(shift) + shift * s, 0)
+                t_row = tl.sum(t * _exp(shift) + shift * s, 0)
             if ARGMAX:
                 best_row = tl.min(tl.where(m == top, best, NO_COLUMN), 0)
                 best_row = tl.where(best_row == NO_COLUMN, 0, best_row)
@@ -182,12 +201,11 @@ def _gradient_block(
     """Some columns of a row; ``softmax`` and ``entropy`` come divided by s."""
     read = inside & (target != IGNORED)
     d = tl.load(source, mask=read, other=0.0).to(tl.float32) * scale - m
-    e = tl.exp(d)
+    e = _exp(d)
     if ENTROPY:
         # A column without probability adds 0, never 0 * -inf.
-        dx = e * (softmax - tl.where(e == 0, 0.0, entropy * (d - log_s)))
-    else:
-        dx = e * softmax
+        softmax -= tl.where(e == 0, 0.0, entropy * (d - log_s))
+    dx = e * softmax
     dx = tl.where(columns == target, dx - target_part, dx)
     if SMOOTH:
         if WEIGHTED:
