@@ -1,6 +1,7 @@
 # make demo      a virtual environment, the install, and a GPT trained on two CPU ranks
 # make demo-megatron  a GPTModel of megatron-core on two CPU ranks: Megatron's losses beside ours
-# make test      lint, types and every test, those of the Ascend engine on a stand-in included
+# make test      lint, types and every test, those of the Ascend engine on a stand-in included, and
+#                those of the CUDA engine in Triton's interpreter and compiler
 # make gate      fails where the loss got slower beside F.cross_entropy; what CI adds to the tests
 # make bench     the loss beside its peers on this machine; writes runs/bench
 #
@@ -8,6 +9,7 @@
 #           TORCH=torch==2.13.0         the torch to install
 #           PIP_OPTIONS="--index-url …" pip's own options for torch, to choose a CPU or CUDA build
 #           NPU=no                      leaves out what needs torch-npu: the tests in tests/npu
+#           TRITON=no                   leaves out what needs Triton: the tests in tests/triton
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
@@ -18,17 +20,22 @@ TORCH_NPU ?= torch-npu==2.13.0
 TORCH_OF_NPU ?= torch==2.13.0
 VENV_NPU ?= .venv-npu
 MEGATRON ?= 0.12.1
+TRITON ?= yes
+TRITON_PACKAGE ?= triton==3.7.1
+VENV_TRITON ?= .venv-triton
 
 BIN := $(VENV)/bin
 BIN_NPU := $(VENV_NPU)/bin
+BIN_TRITON := $(VENV_TRITON)/bin
 MEGATRON_FOLDER := .megatron-$(MEGATRON)
 TORCHRUN := $(BIN)/torchrun --standalone
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-megatron test lint types unit unit-megatron unit-npu gate bench clean
+.PHONY: help demo demo-megatron test lint types unit unit-megatron unit-npu unit-triton gate bench \
+    clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \?//p' Makefile | head -10
+	@sed -n '/^#/!q; s/^# \?//p' Makefile
 
 # The stamp keeps the environment until what it was made from changes.
 $(VENV)/installed: pyproject.toml
@@ -65,6 +72,22 @@ $(VENV_NPU)/installed: pyproject.toml
 	echo "== install: $$(( $$(date +%s) - start )) s"
 	@touch $@
 
+# A third one: a CPU build of torch has no Triton, and beside one it is a driver without a card.
+$(VENV_TRITON)/installed: pyproject.toml
+	@[ "$$(uname -s)" = Linux ] || { \
+	    echo "there is no $(TRITON_PACKAGE) for $$(uname -s): make test TRITON=no" >&2; exit 1; }
+	@echo "== install into $(VENV_TRITON) with $(PYTHON)"
+	@echo "   downloads: $(TORCH) (a CPU build is about 200 MB; choose it with PIP_OPTIONS),"
+	@echo "   $(TRITON_PACKAGE) (about 200 MB, 700 MB installed), then about 30 MB of numpy, pytest"
+	@echo "   and hypothesis. pip options for torch: '$(PIP_OPTIONS)'"
+	@start=$$(date +%s); \
+	$(PYTHON) -m venv $(VENV_TRITON) && \
+	$(BIN_TRITON)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) $(TORCH) && \
+	$(BIN_TRITON)/python -m pip install --quiet --disable-pip-version-check --no-deps $(TRITON_PACKAGE) && \
+	$(BIN_TRITON)/python -m pip install --quiet --disable-pip-version-check -e . pytest hypothesis && \
+	echo "== install: $$(( $$(date +%s) - start )) s"
+	@touch $@
+
 demo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(TORCHRUN) --nproc-per-node 2 -m vocab_parallel_ce.launch.train \
 	    --tp 2 --device cpu --out runs/demo --resume never
@@ -74,7 +97,7 @@ demo-megatron: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(TORCHRUN) --nproc-per-node 2 -m vocab_parallel_ce.launch.megatron_gpt \
 	    --tp 2 --sequence-parallel --compare --device cpu --out runs/megatron
 
-test: lint types unit unit-megatron unit-npu
+test: lint types unit unit-megatron unit-npu unit-triton
 
 lint: $(VENV)/installed
 	@start=$$(date +%s); echo "== lint"; \
@@ -118,6 +141,19 @@ unit-npu: $(VENV_NPU)/installed
 	echo "== tests of the Ascend engine: $$(( $$(date +%s) - start )) s"
 endif
 
+# The engine's contract and its own tests; tests/triton compiles the kernels as well.
+TESTS_TRITON := tests/triton tests/engines/test_contract.py
+
+ifeq ($(TRITON),no)
+unit-triton:
+	@echo "== tests of the CUDA engine: LEFT OUT, because of TRITON=no"
+else
+unit-triton: $(VENV_TRITON)/installed
+	@start=$$(date +%s); echo "== tests of the CUDA engine: Triton's interpreter and compiler"; \
+	TRITON_INTERPRET=1 $(BIN_TRITON)/python -m pytest -q --durations=10 $(TESTS_TRITON) && \
+	echo "== tests of the CUDA engine: $$(( $$(date +%s) - start )) s"
+endif
+
 # Against F.cross_entropy, in one run, ratios of medians: fails at two thirds of the goals.
 gate: $(VENV)/installed
 	@start=$$(date +%s); echo "== speed gate"; \
@@ -129,4 +165,4 @@ bench: $(VENV)/installed
 	$(BIN)/python -m vocab_parallel_ce.launch.bench --out runs/bench
 
 clean:
-	rm -rf $(VENV) $(VENV_NPU) .megatron-* runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV_NPU) $(VENV_TRITON) .megatron-* runs build dist *.egg-info

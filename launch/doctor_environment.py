@@ -20,7 +20,7 @@ import torch
 
 from vocab_parallel_ce.checks import DEVICES_WITHOUT_FP64
 from vocab_parallel_ce.collectives import BACKEND_OF_DEVICE
-from vocab_parallel_ce.engines import engine_name, select, why_not
+from vocab_parallel_ce.engines import engine_name, engine_of_device, select, why_not
 from vocab_parallel_ce.launch import measure
 from vocab_parallel_ce.launch.doctor_ranks import LateError, Worker, in_one_line
 from vocab_parallel_ce.launch.doctor_software import (
@@ -225,4 +225,5 @@ def _why_eager(kind: str, dtype: torch.dtype) -> str:
     reason = why_not(kind)
     if reason is not None:
         return f"plain torch, slower: {reason}"
-    return f"plain torch: the {kind} engine does not serve {str(dtype).removeprefix('torch.')}"
+    own = engine_of_device(kind)
+    return f"plain torch: the {own} engine does not serve {str(dtype).removeprefix('torch.')}"

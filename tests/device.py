@@ -1,7 +1,8 @@
 """Which device the tests run on: those of the loss itself run unchanged on CPU and on the others.
 
 Oracles and tolerances stay on the CPU, in fp64. Under the stand-in for CANN (tests/npu_sim) the
-device is npu; VOCAB_PARALLEL_CE_TEST_DEVICE names another.
+device is npu; VOCAB_PARALLEL_CE_TEST_DEVICE names another. Under TRITON_INTERPRET=1 the device is
+the CPU and the engine under test is triton, whose kernels Python then runs.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ from torch import Tensor
 DEVICE = os.environ.get(
     "VOCAB_PARALLEL_CE_TEST_DEVICE", "npu" if "NPU_SIM_DEVICES" in os.environ else "cpu"
 )
-HAS_FP64 = DEVICE != "npu"  # neither HCCL nor most kernels of Ascend A2 and A3 carry it
-ENGINES = ("eager", DEVICE)  # the one that serves any device, and the device's own
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+OWN_ENGINE = "triton" if INTERPRETED or DEVICE == "cuda" else DEVICE
+# Neither HCCL nor most kernels of Ascend A2 and A3 carry it, and the triton engine leaves it out.
+HAS_FP64 = OWN_ENGINE not in ("npu", "triton")
+# The one that serves any device, and the device's own. Python runs kernels slowly: no other then.
+ENGINES = ("triton",) if INTERPRETED else ("eager", OWN_ENGINE)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, *([torch.float64] if HAS_FP64 else []))
 
 

@@ -1,6 +1,7 @@
-"""Which engine serves a tensor, and what happens where Numba is missing, old or broken.
+"""Which engine serves a tensor, and what happens where Numba or Triton is missing, old or broken.
 
-Numba's absence is acted out in processes of their own, whose sys.path holds another Numba or none.
+That is acted out in processes of their own, whose sys.path holds another package or none. CUDA
+tensors are fake ones, without memory, and so are the cards.
 """
 
 from __future__ import annotations
@@ -10,14 +11,23 @@ import os
 import subprocess
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vocab_parallel_ce import cross_entropy, cross_entropy_loss, token_statistics
-from vocab_parallel_ce.engines import ENGINES, select
+from vocab_parallel_ce import cross_entropy, cross_entropy_loss, engines, token_statistics
+from vocab_parallel_ce.engines import (
+    ENGINES,
+    eager,
+    engine_of_device,
+    select,
+    triton,
+    why_not,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,6 +52,52 @@ def test_cpu_tensors_take_the_cpu_engine(dtype: torch.dtype) -> None:
 def test_other_devices_take_the_eager_engine() -> None:
     x = torch.randn(2, 3, device="meta")
     assert _name("auto", x) == "eager"
+
+
+def test_cuda_tensors_take_the_triton_engine_or_eager_with_one_warning() -> None:
+    assert engine_of_device("cuda") == "triton"
+    reason = why_not("cuda")
+    engines._warn_once.cache_clear()  # another test may have met a CUDA tensor before
+    with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            chosen = select("auto", torch.empty(2, 3, device="cuda"))
+        assert chosen is (triton if reason is None else eager)
+        fp64 = select("auto", torch.empty(2, 3, device="cuda", dtype=torch.float64))
+        assert fp64 is eager
+    said = [str(warning.message) for warning in caught]
+    if reason is not None:
+        assert len(said) == 1
+        assert reason in said[0]
+        assert "serves CUDA tensors" in said[0]
+        with pytest.raises(RuntimeError, match=r"engine='triton' is not available: .*'eager'"):
+            select("triton", torch.empty(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"is_available": lambda: False}, "there is no CUDA device"),
+        ({"get_device_capability": lambda index: (7, 5)[:2] if index else (9, 0)}, "7.5; 8.0"),
+    ],
+    ids=["H100", "no card", "an old card beside"],
+)
+def test_cards(change: Any, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's reason not to serve, on a machine of two cards."""
+    cards = {
+        "is_available": lambda: True,
+        "device_count": lambda: 2,
+        "get_device_capability": lambda index: (9, 0),
+        "get_device_name": lambda index: "some card",
+    }
+    for name, value in {**cards, **change}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(triton, "_reach_driver", lambda: None)
+    found = triton._card_problem()
+    assert found == reason if reason is None else reason in str(found)
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "NVIDIA" in str(triton._card_problem())
 
 
 @pytest.mark.parametrize("name", ["triton_", "", "CPU", None, 3])
@@ -123,13 +179,13 @@ def _run(*first_on_path: Path, site: Path | None = None, **environment: str) -> 
     return report
 
 
-def _package(folder: Path, version: str, code: str) -> Path:
-    """A folder that holds a package named numba of this version."""
-    (folder / "numba").mkdir()
-    (folder / "numba" / "__init__.py").write_text(code)
-    info = folder / f"numba-{version}.dist-info"
+def _package(folder: Path, version: str, code: str, name: str = "numba") -> Path:
+    """A folder that holds a package of this name and version."""
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(code)
+    info = folder / f"{name}-{version}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: numba\nVersion: {version}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     return folder
 
 
@@ -186,3 +242,21 @@ def test_with_a_broken_numba(code: str, reason: str, tmp_path: Path) -> None:
 def test_with_numba_switched_off() -> None:
     """Kernels that Python interprets would be a thousand times slower than the eager engine."""
     _check_fallback(_run(NUMBA_DISABLE_JIT="1"), "NUMBA_DISABLE_JIT")
+
+
+@pytest.mark.parametrize(
+    ("version", "code", "reason"),
+    [
+        ("3.0.0", "raise AssertionError('an old triton was imported')", "is older than 3.1"),
+        ("3.7.1", "raise ImportError('libtriton is gone')", "cannot be used here: libtriton"),
+    ],
+    ids=["old", "broken"],
+)
+def test_with_another_triton(version: str, code: str, reason: str, tmp_path: Path) -> None:
+    path = _package(tmp_path, version, code, "triton")
+    script = "from vocab_parallel_ce.engines import why_not; print(why_not('cuda'))"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (path, ROOT)))}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"triton {version} {reason}" in done.stdout

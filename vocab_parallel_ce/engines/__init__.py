@@ -7,45 +7,49 @@ import warnings
 
 from torch import Tensor
 
-from . import cpu, eager, npu
+from . import cpu, eager, npu, triton
 from .contract import Engine
 
-ENGINES = ("auto", "cpu", "npu", "eager")
+ENGINES = ("auto", "cpu", "npu", "triton", "eager")
 
-# The engine of a device bears the device's name. What brings it where it is missing:
+_MODULES: dict[str, Engine] = {"cpu": cpu, "npu": npu, "triton": triton, "eager": eager}
+_OF_DEVICE = {"cpu": "cpu", "npu": "npu", "cuda": "triton"}
+# What brings an engine where it is missing:
 _REMEDY = {
     "cpu": "`pip install 'vocab_parallel_ce[cpu]'` brings the cpu engine",
     "npu": "torch_npu 2.5.1.post1 or newer, on a CANN that has the operator, brings the npu engine",
+    "triton": "`pip install 'vocab_parallel_ce[cuda]'` brings Triton; the engine also needs a "
+    "card of compute capability 8.0 or newer and a C compiler",
 }
 
 
 @functools.cache
 def _engine_or_reason(name: str) -> Engine | str:
     """The engine, or why it cannot run here."""
-    module = {"cpu": cpu, "npu": npu}[name]
-    reason: str | None = module.unavailable()
-    return module if reason is None else reason
+    if name == "eager":
+        return eager
+    reason: str | None = {"cpu": cpu, "npu": npu, "triton": triton}[name].unavailable()
+    return _MODULES[name] if reason is None else reason
 
 
 @functools.cache
-def _warn_once(name: str, reason: str) -> None:
+def _warn_once(name: str, device_type: str, reason: str) -> None:
     warnings.warn(
         f"vocab_parallel_ce: the {name} engine is not available ({reason}); the slower eager "
-        f"engine serves {name.upper()} tensors. {_REMEDY[name]}.",
+        f"engine serves {device_type.upper()} tensors. {_REMEDY[name]}.",
         stacklevel=2,
     )
 
 
 def select(name: str, logits: Tensor) -> Engine:
     """The engine of that name for such logits; "auto" takes the fastest that is available."""
-    wanted = logits.device.type if name == "auto" else name
-    if wanted not in _REMEDY:
-        return eager
+    kind = logits.device.type
+    wanted = engine_of_device(kind) if name == "auto" else name
     found = _engine_or_reason(wanted)
     if isinstance(found, str):
         if name != "auto":
             raise RuntimeError(f"engine={name!r} is not available: {found}; use engine='eager'")
-        _warn_once(wanted, found)
+        _warn_once(wanted, kind, found)
         return eager
     if not found.supports(logits):
         if name == "auto":
@@ -57,14 +61,19 @@ def select(name: str, logits: Tensor) -> Engine:
     return found
 
 
+def engine_of_device(device_type: str) -> str:
+    """The name of the engine made for a type of device; "eager" where there is none."""
+    return _OF_DEVICE.get(device_type, "eager")
+
+
 def why_not(device_type: str) -> str | None:
     """Why the engine made for a type of device cannot run here; None if it can."""
-    if device_type not in _REMEDY:
+    if device_type not in _OF_DEVICE:
         return f"there is no engine of its own for {device_type}"
-    found = _engine_or_reason(device_type)
+    found = _engine_or_reason(_OF_DEVICE[device_type])
     return found if isinstance(found, str) else None
 
 
 def engine_name(engine: Engine) -> str:
     """What ``engine=`` calls it."""
-    return next(name for name in ENGINES[1:] if globals()[name] is engine)
+    return next(name for name, module in _MODULES.items() if module is engine)
