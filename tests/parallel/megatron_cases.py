@@ -35,6 +35,9 @@ def megatron(tp: int = 1, pp: int = 1, cp: int = 1) -> Iterator[dist.ProcessGrou
 
         if _layout != [(tp, pp, cp)]:
             parallel_state.destroy_model_parallel()
+            # 0.12.1 leaves these, and takes a rank for a member of a group that it is not in.
+            parallel_state._EMBEDDING_GLOBAL_RANKS = None
+            parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=tp,
                 pipeline_model_parallel_size=pp,

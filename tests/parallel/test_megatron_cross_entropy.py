@@ -188,6 +188,17 @@ def test_a_rank_of_nothing_but_padding_must_be_told(pair: Pool) -> None:
         assert "install(shard=VocabShard(start, stop, vocab_size))" in rank["size"].problem
 
 
+def _too_few(rank: dist.ProcessGroup) -> str:
+    with megatron(tp=2) as group, install(vocab_size=80):
+        logits, target = tokens()
+        return outcome(loss_named("unfused", group), shard(logits, group), target).problem
+
+
+def test_a_vocabulary_that_the_ranks_do_not_hold(pair: Pool) -> None:
+    for problem in pair.run(_too_few, 2):
+        assert "vocabulary ids [64, 80) of vocab_size=80 are on no rank" in problem
+
+
 def _one_rank_gathers(rank: dist.ProcessGroup, check: bool) -> str:
     with megatron(tp=2) as group, install(vocab_size=40, check=check):
         logits, target = tokens()
