@@ -23,7 +23,8 @@ from ..tolerance import assert_close
 
 Loss = Callable[..., Tensor]
 VOCAB = 64
-LOSSES = ("unfused", "fused", "ours")
+THEIRS = ("unfused", "fused")
+LOSSES = (*THEIRS, "ours")
 _layout: list[tuple[int, int, int]] = []
 
 
@@ -106,6 +107,11 @@ def outcome(loss: Loss, logits: Tensor, target: Tensor, **options: Any) -> Outco
         return Outcome(problem=f"{type(problem).__name__}: {problem}")
     assert leaf.grad is not None
     return Outcome(kept, leaf.grad, x.detach().clone())
+
+
+def whole(ranks: list[dict[str, Outcome]], name: str) -> Tensor:
+    """The gradient [.., V] from all shards."""
+    return torch.cat([rank[name]["grad"] for rank in ranks], -1)
 
 
 @dataclass(frozen=True)
