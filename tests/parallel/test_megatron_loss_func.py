@@ -102,7 +102,10 @@ def _train(
     """One step of two micro-batches: this rank's gradient of the head, and the reports."""
     with (
         megatron(tp=layout.tp, cp=layout.cp) as group,
-        install(lse_square_scale=z, invalid_target="ignore") as installation,
+        # With the logits at hand a masked token's label is never looked at.
+        install(
+            lse_square_scale=z, invalid_target="ignore" if labels_given else "error"
+        ) as installation,
     ):
         from megatron.core import distributed
         from megatron.core.enums import ModelType
@@ -212,6 +215,23 @@ def test_without_megatrons_groups() -> None:
     total.backward()
     assert losses.grad is not None
     assert torch.equal(losses.grad, mask.double())
+
+
+def test_masked_logits_are_never_read() -> None:
+    """Whatever they hold, and whatever their label: gradient exactly 0."""
+    logits, labels = torch.randn(2, 3, 8), torch.tensor([[1, 2, 3], [4, 77, -1]])
+    logits[1, 1:] = torch.nan
+    mask = torch.tensor([[1.0, 1.0, 0.5], [1.0, 0.0, 0.0]])
+    leaf = logits.clone().requires_grad_()
+    total, tokens, _ = logits_loss_func(mask, labels, leaf)
+    total.backward()
+    kept = labels.masked_fill(mask == 0, -100)
+    want = (reference(logits, kept, reduction="none").loss * mask).sum()
+    assert total.item() == pytest.approx(want.item(), rel=1e-6)
+    assert tokens == 3
+    assert leaf.grad is not None
+    assert bool((leaf.grad[mask == 0] == 0).all())
+    assert bool((leaf.grad[mask != 0] != 0).all())
 
 
 def test_a_nan_under_the_mask_is_not_hidden() -> None:
