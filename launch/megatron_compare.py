@@ -229,7 +229,7 @@ def table(results: Sequence[Result], trainer: MegatronTrainer) -> Table:
         caption += " Megatron's fused loss is not compiled here, for want of a C++ compiler."
     out = Table(
         title=f"The next batch of this run, the same weights; logits {shape} "
-        f"{trainer.options.dtype} on each of {trainer.groups.tp} tensor-parallel ranks",
+        f"{trainer.options.dtype} on each rank, tp {trainer.groups.tp}",
         caption=caption,
         title_justify="left",
         caption_justify="left",

@@ -160,7 +160,7 @@ def main(
     except ValueError as error:
         refuse(error)
     measure.settle_malloc(strict=False)
-    with groups, megatron(groups, seed):
+    with groups, megatron(groups, seed, timeout):
         try:
             trainer = prepare(groups, options, text or [], cache or default_cache())
         except ValueError as error:

@@ -54,7 +54,7 @@ class LossMeter:
     """Seconds and peak memory of every call of the loss that a GPTModel makes in training.
 
     Forward and backward together: memory from the call to the gradient of the logits, beyond what
-    was there when the model called it.
+    was there when the model called it. Measuring waits for the device at every call.
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import math
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -55,7 +56,6 @@ class ModelOptions:
     sequence_parallel: bool
     divisible_by: int
     dtype: torch.dtype
-    seed: int
 
     def check(self, tp: int) -> None:
         """ValueError where Megatron could not split the model over `tp` ranks."""
@@ -71,7 +71,7 @@ class ModelOptions:
         if not self.sequence_parallel:
             return
         if tp == 1:
-            raise ValueError("--sequence-parallel divides over tensor-parallel ranks: needs --tp 2")
+            raise ValueError("--sequence-parallel needs tensor-parallel ranks: --tp 2 or more")
         if shape.context % tp:
             raise ValueError(
                 f"--context {shape.context} cannot be divided among --tp {tp} ranks, which "
@@ -80,7 +80,7 @@ class ModelOptions:
 
 
 @contextmanager
-def megatron(groups: ParallelGroups, seed: int) -> Iterator[None]:
+def megatron(groups: ParallelGroups, seed: int, timeout_seconds: float = 600.0) -> Iterator[None]:
     """Megatron imported, quiet, and initialised over the ranks of `groups`; undone at the end."""
     with ExitStack() as undo:
         undo.enter_context(_quiet())
@@ -91,7 +91,10 @@ def megatron(groups: ParallelGroups, seed: int) -> Iterator[None]:
         parallel_state: Any = importlib.import_module("megatron.core.parallel_state")
         # Groups that outlive the interpreter abort it under Gloo: none may stay in Megatron.
         undo.callback(parallel_state.destroy_model_parallel)
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=groups.tp)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=groups.tp,
+            distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
+        )
         if groups.device.type != "cpu":
             random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
             random.model_parallel_cuda_manual_seed(seed)
@@ -107,7 +110,7 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.filterwarnings("ignore", module=r"megatron\.")
             yield
     finally:
         logger.setLevel(level)

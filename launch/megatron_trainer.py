@@ -53,7 +53,6 @@ class MegatronTrainOptions(TrainOptions):
             self.sequence_parallel,
             self.divisible_by,
             DTYPES[self.dtype],
-            self.seed,
         )
 
 

@@ -97,8 +97,11 @@ class _TorchWithoutCuda:
 
 def _let_optimizers_take_cpu_tensors(undo: ExitStack) -> None:
     """They make their own scalars on CUDA, and know fp32 and bf16 by the names of CUDA tensors."""
-    for name in ("optimizer.optimizer", "optimizer.clip_grads", "utils"):
-        module = importlib.import_module(f"megatron.core.{name}")
+    for module in (
+        importlib.import_module("megatron.core.optimizer.optimizer"),
+        importlib.import_module("megatron.core.optimizer.clip_grads"),
+        importlib.import_module("megatron.core.utils"),
+    ):
         _replace(undo, module, "torch", _TorchWithoutCuda())
     true_type = Tensor.type
 

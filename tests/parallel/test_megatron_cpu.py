@@ -11,6 +11,8 @@ from vocab_parallel_ce.parallel.megatron_cpu import run_megatron_on_cpu
 
 
 def test_everything_is_put_back() -> None:
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, optimizer
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -20,7 +22,11 @@ def test_everything_is_put_back() -> None:
             torch.cuda.current_device,
             torch.cuda.synchronize,
             Tensor.cuda,
+            Tensor.type,
             schedules.torch,
+            optimizer.torch,
+            clip_grads.torch,
+            utils.torch,
             random._CUDA_RNG_STATE_TRACKER,
             random._CUDA_RNG_STATE_TRACKER_INITIALIZED,
             vars(WrappedTorchNorm)["__new__"],

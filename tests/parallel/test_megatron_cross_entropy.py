@@ -28,6 +28,7 @@ from .megatron_cases import (
     outcome,
     shard,
     tokens,
+    whole,
 )
 
 FUNCTIONS = (
@@ -35,10 +36,6 @@ FUNCTIONS = (
     ours.fused_vocab_parallel_cross_entropy,
     ours.te_parallel_cross_entropy,
 )
-
-
-def _whole(ranks: list[Any], name: str) -> Tensor:
-    return torch.cat([rank[name]["grad"] for rank in ranks], -1)
 
 
 def _by_every_name(rank: dist.ProcessGroup, tp: int) -> dict[str, Outcome]:
@@ -102,7 +99,7 @@ def test_label_smoothing_by_both_formulas(pair: Pool, amount: float) -> None:
     assert error(one[0]["theirs"]["loss"], wants["megatron"].loss) < 1e-6
     for formula, want in wants.items():
         want.check(one[0][formula]["loss"], one[0][formula]["grad"])
-        want.check(two[0][formula]["loss"], _whole(two, formula))
+        want.check(two[0][formula]["loss"], whole(two, formula))
         assert torch.equal(two[0][formula]["loss"], two[1][formula]["loss"])
 
 
@@ -163,7 +160,7 @@ def test_padding_columns_take_no_part(pair: Pool, true_size: int, amount: float)
     want = exact(logits[..., :true_size], target % true_size, label_smoothing=smoothing)
     ranks = pair.run(_padded, 2, (true_size, amount, None))
     for name in ("size", "shard", "ignore"):
-        grad = _whole(ranks, name)
+        grad = whole(ranks, name)
         want.check(ranks[0][name]["loss"], grad[..., :true_size])
         assert bool((grad[..., true_size:] == 0).all())
 
@@ -182,10 +179,21 @@ def test_a_rank_of_nothing_but_padding_must_be_told(pair: Pool) -> None:
     ranks = pair.run(_padded, 2, (20, 0.0, None))
     logits, target = tokens()
     want = exact(logits[..., :20], target % 20)
-    want.check(ranks[0]["shard"]["loss"], _whole(ranks, "shard")[..., :20])
+    want.check(ranks[0]["shard"]["loss"], whole(ranks, "shard")[..., :20])
     for rank in ranks:
         assert "looks gathered" in rank["size"].problem
         assert "install(shard=VocabShard(start, stop, vocab_size))" in rank["size"].problem
+
+
+def _too_few(rank: dist.ProcessGroup) -> str:
+    with megatron(tp=2) as group, install(vocab_size=80):
+        logits, target = tokens()
+        return outcome(loss_named("unfused", group), shard(logits, group), target).problem
+
+
+def test_a_vocabulary_that_the_ranks_do_not_hold(pair: Pool) -> None:
+    for problem in pair.run(_too_few, 2):
+        assert "vocabulary ids [64, 80) of vocab_size=80 are on no rank" in problem
 
 
 def _one_rank_gathers(rank: dist.ProcessGroup, check: bool) -> str:
@@ -218,7 +226,7 @@ def test_z_loss_is_in_the_loss_and_beside_it(pair: Pool, inplace: bool) -> None:
     target[2, 1] = -100
     want = exact(logits, target, lse_square_scale=0.01)
     ranks = pair.run(_z, 2, (inplace,))
-    want.check(ranks[0]["z"]["loss"], _whole(ranks, "z"))
+    want.check(ranks[0]["z"]["loss"], whole(ranks, "z"))
     for rank in ranks:
         torch.testing.assert_close(
             rank["zloss"].double(), want.expected.exact.zloss.detach(), rtol=1e-6, atol=0
