@@ -42,6 +42,9 @@ class Device:
     """of a small all_reduce"""
     shared: bool = False
     """all ranks run on one machine: bandwidth and rates are of all of them together"""
+    write_allocates: bool = False
+    """a store to memory that is not in the cache reads it first, as on CPUs. ``bandwidth``, which
+    counts what a copy asks for, is then two thirds of what the memory moves"""
     first_touch: Figure | None = None
     """bytes a second at which the system hands out fresh pages; None: memory is kept and reused"""
     first_touch_from: int = 32 * MIB
@@ -138,6 +141,7 @@ DEVICES = {
             gather_latency=Figure(400 * US, "Gloo, measured there on two ranks"),
             reduce_latency=Figure(1000 * US, "Gloo, measured there on two ranks: 0.4 to 1.3 ms"),
             shared=True,
+            write_allocates=True,
             first_touch=Figure(5 * GB, "measured there: 512 MiB of 4 KiB pages in 106 to 122 ms"),
             rates={
                 "exp": Figure(2.4e9, "torch.exp in cache, measured there on two threads"),

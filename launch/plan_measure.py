@@ -61,6 +61,7 @@ def measured_device(run: dict[str, Any]) -> Device:
         gather_latency=Figure(found["gather_latency"], _MEASURED),
         reduce_latency=Figure(found["reduce_latency"], _MEASURED),
         shared=True,
+        write_allocates=True,
         first_touch=found["first_touch"] and Figure(found["first_touch"], _MEASURED),
         rates={name: Figure(rate, _MEASURED) for name, rate in found["rates"].items()},
     )

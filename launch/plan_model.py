@@ -5,6 +5,12 @@ A sweep over the E elements of a shard takes as long as the slower of memory and
 
     t = max((read + written) E / bandwidth, E / rate) + fresh E / first_touch
 
+``bandwidth`` is what a copy reaches, by the bytes it asks for. A CPU also reads the lines that a
+copy is about to overwrite: its memory moves half as much again, which sweeps in place and sweeps
+that only read have for themselves, and writing elsewhere costs that read there too:
+
+    t = max((read + written + fresh) E / (1.5 bandwidth), E / rate) + fresh E / first_touch
+
 Where ranks share one machine (CPU), all three are of the machine: each rank gets a W-th of them,
 however many cores there are. A collective over W ranks in which each contributes n bytes takes a
 latency and the bytes that a bandwidth-optimal algorithm sends over one rank's link (Thakur,
@@ -68,7 +74,10 @@ class Prediction:
 def sweep_seconds(sweep: Sweep, case: Case, device: Device) -> float:
     """See the module's formula."""
     elements = case.elements * (case.ranks if device.shared else 1)
-    seconds = (sweep.read + sweep.written) * elements / device.bandwidth.value
+    moved, bandwidth = sweep.read + sweep.written, device.bandwidth.value
+    if device.write_allocates:
+        moved, bandwidth = moved + sweep.fresh, 1.5 * bandwidth
+    seconds = moved * elements / bandwidth
     if sweep.rate in device.rates:
         seconds = max(seconds, elements / device.rates[sweep.rate].value)
     if device.first_touch and sweep.fresh * case.elements >= device.first_touch_from:
