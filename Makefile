@@ -3,6 +3,7 @@
 #                those of the CUDA engine in Triton's interpreter and compiler
 # make gate      fails where the loss got slower beside F.cross_entropy; what CI adds to the tests
 # make bench     the loss beside its peers on this machine; writes runs/bench
+# make ascend-triton   whether the Triton kernels fit an Ascend core; no part of the tests
 #
 # Options:  PYTHON=python3.11           the interpreter to build the environment from
 #           TORCH=torch==2.13.0         the torch to install
@@ -21,17 +22,19 @@ VENV_NPU ?= .venv-npu
 TRITON ?= yes
 TRITON_PACKAGE ?= triton==3.7.1
 VENV_TRITON ?= .venv-triton
+TRITON_ASCEND ?= triton-ascend==3.2.0 ascendnpu-ir==1.2.0
+VENV_TRITON_ASCEND ?= .venv-triton-ascend
 
 BIN := $(VENV)/bin
 BIN_NPU := $(VENV_NPU)/bin
 BIN_TRITON := $(VENV_TRITON)/bin
 TORCHRUN := $(BIN)/torchrun --standalone
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit unit-npu unit-triton gate bench clean
+.PHONY: help demo test lint types unit unit-npu unit-triton gate bench ascend-triton clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \?//p' Makefile | head -11
+	@sed -n 's/^# \?//p' Makefile | head -12
 
 # The stamp keeps the environment until what it was made from changes.
 $(VENV)/installed: pyproject.toml
@@ -83,6 +86,21 @@ $(VENV_TRITON)/installed: pyproject.toml
 	$(BIN_TRITON)/python -m pip install --quiet --disable-pip-version-check -e . pytest hypothesis && \
 	echo "== install: $$(( $$(date +%s) - start )) s"
 	@touch $@
+
+# A fourth one, for one target: triton-ascend brings a triton package of its own.
+$(VENV_TRITON_ASCEND)/installed: pyproject.toml
+	@echo "== install into $(VENV_TRITON_ASCEND) with $(PYTHON)"
+	@echo "   downloads: $(TORCH), $(TRITON_ASCEND) (about 220 MB, 700 MB installed), and pybind11"
+	@start=$$(date +%s); \
+	$(PYTHON) -m venv $(VENV_TRITON_ASCEND) && \
+	$(VENV_TRITON_ASCEND)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) $(TORCH) && \
+	$(VENV_TRITON_ASCEND)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    $(TRITON_ASCEND) pybind11 "numpy<2" && \
+	echo "== install: $$(( $$(date +%s) - start )) s"
+	@touch $@
+
+ascend-triton: $(VENV_TRITON_ASCEND)/installed
+	$(VENV_TRITON_ASCEND)/bin/python -m tests.triton.ascend
 
 demo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(TORCHRUN) --nproc-per-node 2 -m vocab_parallel_ce.launch.train \
@@ -142,4 +160,4 @@ bench: $(VENV)/installed
 	$(BIN)/python -m vocab_parallel_ce.launch.bench --out runs/bench
 
 clean:
-	rm -rf $(VENV) $(VENV_NPU) $(VENV_TRITON) runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV_NPU) $(VENV_TRITON) $(VENV_TRITON_ASCEND) runs build dist *.egg-info
