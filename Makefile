@@ -145,7 +145,8 @@ unit-triton:
 else
 unit-triton: $(VENV_TRITON)/installed
 	@start=$$(date +%s); echo "== tests of the CUDA engine: Triton's interpreter and compiler"; \
-	TRITON_INTERPRET=1 $(BIN_TRITON)/python -m pytest -q --durations=10 $(TESTS_TRITON) && \
+	TRITON_INTERPRET=1 $(BIN_TRITON)/python -m pytest -q --durations=10 -W ignore::RuntimeWarning \
+	    $(TESTS_TRITON) && \
 	echo "== tests of the CUDA engine: $$(( $$(date +%s) - start )) s"
 endif
 
