@@ -1,4 +1,5 @@
 # make demo      a virtual environment, the install, and a GPT trained on two CPU ranks
+# make demo-megatron  a GPTModel of megatron-core on two CPU ranks: Megatron's losses beside ours
 # make test      lint, types and every test, those of the Ascend engine on a stand-in included, and
 #                those of the CUDA engine in Triton's interpreter and compiler
 # make gate      fails where the loss got slower beside F.cross_entropy; what CI adds to the tests
@@ -19,6 +20,7 @@ NPU ?= yes
 TORCH_NPU ?= torch-npu==2.13.0
 TORCH_OF_NPU ?= torch==2.13.0
 VENV_NPU ?= .venv-npu
+MEGATRON ?= 0.12.1
 TRITON ?= yes
 TRITON_PACKAGE ?= triton==3.7.1
 VENV_TRITON ?= .venv-triton
@@ -28,13 +30,15 @@ VENV_TRITON_ASCEND ?= .venv-triton-ascend
 BIN := $(VENV)/bin
 BIN_NPU := $(VENV_NPU)/bin
 BIN_TRITON := $(VENV_TRITON)/bin
+MEGATRON_FOLDER := .megatron-$(MEGATRON)
 TORCHRUN := $(BIN)/torchrun --standalone
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit unit-npu unit-triton gate bench ascend-triton clean
+.PHONY: help demo demo-megatron test lint types unit unit-megatron unit-npu unit-triton gate bench \
+    ascend-triton clean
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n 's/^# \?//p' Makefile | head -12
+	@sed -n '/^#/!q; s/^# \?//p' Makefile
 
 # The stamp keeps the environment until what it was made from changes.
 $(VENV)/installed: pyproject.toml
@@ -106,7 +110,12 @@ demo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(TORCHRUN) --nproc-per-node 2 -m vocab_parallel_ce.launch.train \
 	    --tp 2 --device cpu --out runs/demo --resume never
 
-test: lint types unit unit-npu unit-triton
+# Two ranks compile Megatron's fused loss at its end: some seconds, and a C++ compiler if there is one.
+demo-megatron: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(TORCHRUN) --nproc-per-node 2 -m vocab_parallel_ce.launch.megatron_gpt \
+	    --tp 2 --sequence-parallel --compare --device cpu --out runs/megatron
+
+test: lint types unit unit-megatron unit-npu unit-triton
 
 lint: $(VENV)/installed
 	@start=$$(date +%s); echo "== lint"; \
@@ -121,6 +130,20 @@ unit: $(VENV)/installed
 	@start=$$(date +%s); echo "== tests"; \
 	$(BIN)/python -m pytest -q --durations=15 && \
 	echo "== tests: $$(( $$(date +%s) - start )) s"
+
+# The Megatron-core that MindSpeed builds on, before the one in the environment; a few MB.
+$(MEGATRON_FOLDER)/installed: $(VENV)/installed
+	@echo "== install megatron-core $(MEGATRON) into $(MEGATRON_FOLDER)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	    --target $(MEGATRON_FOLDER) megatron-core==$(MEGATRON)
+	@touch $@
+
+# The same tests as in `unit`, which runs them on the version in the environment.
+unit-megatron: $(MEGATRON_FOLDER)/installed
+	@start=$$(date +%s); echo "== tests on megatron-core $(MEGATRON)"; \
+	PYTHONPATH=$(CURDIR)/$(MEGATRON_FOLDER) VOCAB_PARALLEL_CE_TEST_MEGATRON=$(MEGATRON) \
+	    $(BIN)/python -m pytest -q --durations=5 tests/parallel/test_megatron*.py && \
+	echo "== tests on megatron-core $(MEGATRON): $$(( $$(date +%s) - start )) s"
 
 # What only an NPU has, and the tests of the loss that run on any device.
 TESTS_NPU := tests/npu tests/engines/test_contract.py tests/test_oracle.py tests/test_inplace.py \
@@ -161,4 +184,4 @@ bench: $(VENV)/installed
 	$(BIN)/python -m vocab_parallel_ce.launch.bench --out runs/bench
 
 clean:
-	rm -rf $(VENV) $(VENV_NPU) $(VENV_TRITON) $(VENV_TRITON_ASCEND) runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV_NPU) $(VENV_TRITON) $(VENV_TRITON_ASCEND) .megatron-* runs build dist *.egg-info

@@ -6,9 +6,11 @@ installed; what is not installed is listed as such. Under torchrun it measures t
 
     python -m vocab_parallel_ce.launch.bench                  1 process and 2 ranks, fp32 and bf16
     python -m vocab_parallel_ce.launch.bench --ranks 4 --dtype bf16 --rows 2048 --vocab 131072
+    python -m vocab_parallel_ce.launch.bench --device cuda    every shape of the grid, on one card
     torchrun --nproc-per-node 8 -m vocab_parallel_ce.launch.bench --device cuda
 
-It ends with the goals, and says plainly which are missed; bench.json holds every number. The exit
+It ends with the goals, and says plainly which are missed; bench.json holds every number, and
+--csv keeps the medians in a table from which the README's is made (``bench_table``). The exit
 status is 0 also when goals are missed, 1 when ranks died, and with --gate when a goal was missed by
 more than a third.
 """
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,11 +35,14 @@ import typer
 from rich.console import Console
 
 import vocab_parallel_ce
-from vocab_parallel_ce.launch import bench_report, measure
+from vocab_parallel_ce.launch import bench_csv, bench_goals, bench_report, measure
 from vocab_parallel_ce.launch.bench_rank import BACKENDS, DTYPES, Plan, run_plan, steps
 from vocab_parallel_ce.launch.peers import PEERS
 
 LABELS = {peer.name: peer.label for peer in PEERS}
+GRID_ROWS = (4096, 8192, 16384, 32768)
+GRID_VOCABS = (16384, 32768, 131072, 262144)
+BESIDE = ("numba", "triton", "torch_npu")  # what peers and engines are built on
 
 
 def default_device() -> str:
@@ -62,7 +68,7 @@ def environment(device: str) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    packages = ("vocab_parallel_ce", "torch", "numba", "megatron-core", "triton", "torch_npu")
+    packages = dict.fromkeys([*(peer.distribution for peer in PEERS), *BESIDE])
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -143,10 +149,23 @@ def _bad(option: str, message: str) -> typer.BadParameter:
     return typer.BadParameter(message, param_hint=option)
 
 
+def shapes_of(
+    device: str, rows: list[int] | None, vocabs: list[int] | None, quick: bool
+) -> tuple[tuple[int, int], ...]:
+    """Every pair of the rows and the vocabularies; by default one on a CPU, a grid on CUDA."""
+    default: tuple[Sequence[int], Sequence[int]]
+    if quick:
+        default = ([64], [1024])
+    elif device == "cuda":
+        default = (GRID_ROWS, GRID_VOCABS)
+    else:  # an NPU needs more work than a CPU before launches stop mattering
+        default = ([4096], [32768]) if device == "cpu" else ([8192], [131072])
+    return tuple((n, size) for n in rows or default[0] for size in vocabs or default[1])
+
+
 def _plan(
     device: str,
-    rows: int | None,
-    vocab: int | None,
+    shapes: tuple[tuple[int, int], ...],
     dtypes: list[str],
     repeats: int | None,
     peers: str,
@@ -156,22 +175,19 @@ def _plan(
     unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
     if unknown:
         raise _bad("--dtype", f"{unknown[0]!r} is none of {', '.join(DTYPES)}")
-    if device not in BACKENDS:
-        raise _bad("--device", f"{device!r} is none of {', '.join(BACKENDS)}")
-    names = [name.strip() for name in peers.split(",") if name.strip()] or list(LABELS)
+    names = [name.strip() for name in peers.split(",") if name.strip()]
+    names = names or [peer.name for peer in PEERS if peer.device in ("", device)]
     unknown = [name for name in names if name not in LABELS]
     if unknown:
         raise _bad("--peers", f"{unknown[0]!r} is none of {', '.join(LABELS)}")
-    # An accelerator needs more work than a CPU before launches stop mattering.
-    shape = (64, 1024) if quick else (4096, 32768) if device == "cpu" else (8192, 131072)
     return Plan(
-        rows=rows or shape[0],
-        vocab=vocab or shape[1],
+        shapes=shapes,
         dtypes=tuple(dtypes),
         device=device,
         repeats=repeats or (3 if quick else 11),
         peers=tuple(name for name in LABELS if name in names),
-        wait_idle=0.0 if quick else wait_idle,
+        # What a CPU does beside an accelerator's work does not slow it down.
+        wait_idle=0.0 if quick or device != "cpu" else wait_idle,
     )
 
 
@@ -180,9 +196,19 @@ def main(
         list[int] | None,
         typer.Option(min=1, help="Process counts to measure; repeatable. [default: 1 and 2]"),
     ] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="Tokens. [default: 4096 on CPU]")] = None,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1, help="Tokens; repeatable. [default: 4096 on CPU, 4096 to 32768 on CUDA]"
+        ),
+    ] = None,
     vocab: Annotated[
-        int | None, typer.Option(min=2, help="Vocabulary of all ranks. [default: 32768 on CPU]")
+        list[int] | None,
+        typer.Option(
+            min=2,
+            help="Vocabulary of all ranks; repeatable. [default: 32768 on CPU, 16384 to 262144 on "
+            "CUDA]",
+        ),
     ] = None,
     dtype: Annotated[
         list[str] | None,
@@ -193,8 +219,14 @@ def main(
         int | None, typer.Option(min=1, help="Timed runs of each. [default: 11]")
     ] = None,
     peers: Annotated[
-        str, typer.Option(help=f"Comma-separated, of: {', '.join(LABELS)}. [default: all]")
+        str,
+        typer.Option(
+            help=f"Comma-separated, of: {', '.join(LABELS)}. [default: all that the device can run]"
+        ),
     ] = "",
+    csv: Annotated[
+        Path | None, typer.Option(help="Also add the medians to this table, replacing older ones.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where bench.json and bench.png go.")] = Path(
         "runs/bench"
     ),
@@ -209,7 +241,12 @@ def main(
     """Time and memory of the sharded loss beside what one would otherwise use."""
     if gate and quick:
         raise _bad("--gate", "tiny shapes prove nothing: drop --quick")
-    plan = _plan(device, rows, vocab, dtype or ["fp32", "bf16"], repeats, peers, wait_idle, quick)
+    if csv is not None and quick:
+        raise _bad("--csv", "tiny shapes prove nothing: drop --quick")
+    if device not in BACKENDS:
+        raise _bad("--device", f"{device!r} is none of {', '.join(BACKENDS)}")
+    shapes = shapes_of(device, rows, vocab, quick)
+    plan = _plan(device, shapes, dtype or ["fp32", "bf16"], repeats, peers, wait_idle, quick)
     under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if under_torchrun:
         world = int(os.environ["WORLD_SIZE"])
@@ -221,8 +258,9 @@ def main(
         if not ranks and devices(device) == 1:
             counts = [1]
     for count in counts:
-        if plan.vocab % count:
-            raise _bad("--vocab", f"{plan.vocab} does not divide into {count} equal shards")
+        for _, size in shapes:
+            if size % count:
+                raise _bad("--vocab", f"{size} does not divide into {count} equal shards")
     first = not under_torchrun or os.environ["RANK"] == "0"
     if first:
         out.mkdir(parents=True, exist_ok=True)
@@ -238,24 +276,28 @@ def main(
             try:
                 runs += start_ranks(plan, count, out)
             except RuntimeError as failure:
-                problems.append(f"{bench_report.ranks_in_words(count)} not measured: {failure}")
+                problems.append(f"{bench_goals.ranks_in_words(count)} not measured: {failure}")
     # A terminal tells its width; a file or a pipe gets what the tables need.
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    judged = bench_report.judge(runs, LABELS)
+    judged = bench_goals.judge(runs, LABELS)
     bench_report.print_report(console, runs, judged)
     for problem in problems:
         console.print(f"[red]{problem}[/]")
+    here = environment(plan.device)
     report = {
-        "environment": environment(plan.device),
+        "environment": here,
         "runs": runs,
-        "goals": bench_report.as_json(judged),
+        "goals": bench_goals.as_json(judged),
         "not_run": problems,
     }
     (out / "bench.json").write_text(json.dumps(report, indent=1) + "\n")
     bench_report.draw(runs, out / "bench.png")
     console.print(f"Written to {out}")
+    if csv is not None:
+        bench_csv.add(csv, runs, here)
+        console.print(f"Medians added to {csv}")
     below = any(row.verdict == "below the gate" for row in judged)
-    if problems or (gate and (below or bench_report.failures(runs, ours_only=True))):
+    if problems or (gate and (below or bench_goals.failures(runs, ours_only=True))):
         raise typer.Exit(1)
 
 

@@ -1,10 +1,9 @@
-"""What one rank of the benchmark does: make logits, run every peer in turn, hand back numbers.
+"""What one rank of the benchmark does: every peer in turn on the same logits, numbers at the end.
 
-Idea: the peers run round robin on the same buffer, so that a slow minute of the machine falls on
-all of them. Before each timed run the buffer is restored from a master copy, outside the timed
-part and for every peer alike, because some peers overwrite it. That restore is itself timed: it
-is a copy of the same size in the same minute, hence the bandwidth the peers are compared with.
-A repetition takes as long as its slowest rank.
+Idea: the peers run round robin, so that a slow minute of the machine falls on all of them. Their
+logits are restored before each timed run (``bench_inputs.py``); that restore is itself timed: it is
+a copy of the same size in the same minute, hence the bandwidth the peers are compared with. A
+repetition takes as long as its slowest rank.
 """
 
 from __future__ import annotations
@@ -21,17 +20,19 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from vocab_parallel_ce.launch import measure
-from vocab_parallel_ce.launch.peers import BY_NAME, Head, Loss, Peer, Setting, Sink
+from vocab_parallel_ce.launch.bench_inputs import Inputs, fits, gather, make
+from vocab_parallel_ce.launch.bench_truth import Reference, check, reference
+from vocab_parallel_ce.launch.calibrate import calibrate
+from vocab_parallel_ce.launch.peers import BY_NAME, Loss, Peer, Setting
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
@@ -39,23 +40,29 @@ BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 WARM_UP = 2  # runs before anything is measured: compilation, caches, first touches
 MEMORY_RUNS = 3
 PARTIALS = 3  # k: floats a row that plain cross-entropy exchanges (max, sum, target logit)
-PASSES = 3  # over the logits, at least: read forward; read and write backward
-SAMPLED_ROWS = 16  # whose whole gradient is compared with fp64
+PASSES = {"forward": 1, "backward": 2, "both": 3}  # over the logits, at least: read; read, write
 SETTLE = 0.005  # seconds after the restore for OpenMP's threads to stop spinning
 TIMEOUT = datetime.timedelta(minutes=5)  # covers one rank compiling while the others wait
+NO_ROOM = "out of memory"
+
+Tell = Callable[[str, int], None]
+"""``tell(text, steps)``: what is being done, and how many of its steps are behind"""
 
 
 @dataclass(frozen=True)
 class Plan:
     """What every rank is told; the same on all of them."""
 
-    rows: int
-    vocab: int
+    shapes: tuple[tuple[int, int], ...]
+    """rows, and the vocabulary of all ranks"""
     dtypes: tuple[str, ...]
     device: str
     repeats: int
     peers: tuple[str, ...]
-    wait_idle: float  # seconds a timed run waits for a quiet machine, at most
+    wait_idle: float
+    """seconds a timed run waits for a quiet machine, at most"""
+    calibrate: bool = False
+    """also measure what the cost model needs of a CPU"""
 
     def dump(self) -> str:
         return json.dumps(asdict(self))
@@ -63,202 +70,51 @@ class Plan:
     @classmethod
     def load(cls, text: str) -> Plan:
         fields = json.loads(text)
+        fields["shapes"] = tuple((rows, vocab) for rows, vocab in fields["shapes"])
         fields["dtypes"], fields["peers"] = tuple(fields["dtypes"]), tuple(fields["peers"])
         return cls(**fields)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The truth, in fp64, from the logits as the peers get them (already rounded to dtype)."""
-
-    loss: float
-    gradient_norm: float
-    rows: Tensor  # ids of the sampled rows
-    softmax: Tensor  # this rank's part of their gradient, without the target's -1
-
-
-@dataclass
-class Bench:
-    """One rank, one dtype: the buffers, and the peers that are ready to run."""
-
-    plan: Plan
-    setting: Setting
-    rank: int
-    master: Tensor
-    buffer: Tensor
-    target: Tensor
-    anchor: Tensor
-    sink: Sink
-
-    @property
-    def first_column(self) -> int:
-        return self.rank * self.buffer.shape[1]
-
-    def restore(self) -> float:
-        """Undo what the last peer did to the logits; seconds the copy took."""
-        return measure.time_copy(self.buffer, self.master)
-
-    def logits(self) -> Tensor:
-        out: Tensor = Head.apply(self.anchor, self.buffer, self.sink)  # type: ignore[no-untyped-call]
-        return out
-
-    def run(self, peer: Peer, loss: Loss) -> measure.Pass:
-        logits = self.logits()
-        measure.synchronize(self.setting.device)
-        with peer.around():
-            return measure.time_pass(lambda: loss(logits, self.target), self.setting.device)
-
-
-def gather(value: Any) -> list[Any]:
-    """``value`` of every rank, in rank order."""
-    out: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(out, value)
-    return out
 
 
 def barrier(device: torch.device) -> None:
     dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
 
 
-# --- truth ----------------------------------------------------------------------------------
+@dataclass
+class Timed:
+    """What one rank measured: a list entry for every timed run, in the same order on all ranks."""
 
-
-def _fp64_device(device: torch.device) -> torch.device:
-    return torch.device("cpu") if device.type == "npu" else device  # NPUs have no fp64
-
-
-def _row_chunks(tensor: Tensor) -> list[slice]:
-    """Slices of rows whose fp64 copy takes about 64 MiB."""
-    step = max(1, (64 * measure.MIB) // (8 * max(1, tensor.shape[1])))
-    return [slice(i, i + step) for i in range(0, tensor.shape[0], step)]
-
-
-def reference(bench: Bench) -> Reference:
-    """Loss and gradient norm from each rank's fp64 sums, merged here and not by the library."""
-    where = _fp64_device(bench.setting.device)
-    target = bench.target.to(where) - bench.first_column
-    local = (target >= 0) & (target < bench.master.shape[1])
-    parts = []
-    for rows in _row_chunks(bench.master):
-        x = bench.master[rows].to(where, torch.float64)
-        column = target[rows].clamp(0, x.shape[1] - 1)
-        wanted = x.gather(1, column[:, None])[:, 0].masked_fill(~local[rows], -torch.inf)
-        top = x.amax(1)
-        e = x.sub_(top[:, None]).exp_()
-        total = e.sum(1)
-        parts.append(torch.stack([top, total, e.square_().sum(1), wanted]))
-    every = torch.stack(gather(torch.cat(parts, 1).cpu()))  # [world, 4, N]
-    tops, totals, squares, wanteds = every.unbind(1)
-    top = tops.amax(0)
-    shift = (tops - top).exp()
-    total, square = (totals * shift).sum(0), (squares * shift.square()).sum(0)
-    lse, wanted = top + total.log(), wanteds.amax(0)
-    n = len(lse)
-    # per row: sum of p^2 with the target's p replaced by p - 1
-    norm = (square / total.square() - 2 * (wanted - lse).exp() + 1).sum().sqrt() / n
-    sampled = torch.linspace(0, n - 1, min(n, SAMPLED_ROWS)).long()
-    sample = bench.master[sampled.to(bench.master.device)].to("cpu", torch.float64)
-    softmax = (sample - lse[sampled, None]).exp() / n
-    return Reference(float((lse - wanted).mean()), float(norm), sampled, softmax)
-
-
-def check(bench: Bench, peer: Peer, loss: Loss, truth: Reference) -> dict[str, Any]:
-    """Run once with the gradient kept; how far loss and gradient lie from the truth."""
-    bench.restore()
-    bench.sink.keep = True
-    try:
-        logits = bench.logits()
-        with peer.around():
-            value = loss(logits, bench.target)
-            value.backward()
-        gradient = bench.sink.gradient
-    finally:
-        bench.sink.keep, bench.sink.gradient = False, None
-    if gradient is None:
-        raise RuntimeError("no gradient reached the logits")
-    where = _fp64_device(bench.setting.device)
-    squares = sum(
-        float(gradient[rows].to(where, torch.float64).square().sum())
-        for rows in _row_chunks(gradient)
-    )
-    sample = gradient[truth.rows.to(gradient.device)].to("cpu", torch.float64)
-    columns = bench.target.cpu()[truth.rows] - bench.first_column
-    away = torch.ones_like(sample, dtype=torch.bool)  # all columns but the target's
-    for row, column in enumerate(columns.tolist()):
-        if 0 <= column < sample.shape[1]:
-            away[row, column] = False
-    off = float((sample - truth.softmax)[away].square().sum())
-    size = float(truth.softmax[away].square().sum())
-    sums = torch.tensor(gather([squares, off, size]), dtype=torch.float64).sum(0).tolist()
-    found, dtype = float(value), value.dtype
-    norm_error = abs(sums[0] ** 0.5 / truth.gradient_norm - 1)
-    softmax_error = (sums[1] / sums[2]) ** 0.5 if sums[2] else 0.0
-    loss_error = found - truth.loss
-    wrong = []
-    # Tolerances tell wrong from rounded, no more: the deviations themselves are in the table.
-    slack = max(1e-5, 4 * torch.finfo(dtype).eps) * abs(truth.loss)
-    if not abs(loss_error) <= slack:
-        wrong.append(f"loss {found:.6f} instead of {truth.loss:.6f}")
-    if not norm_error <= 0.03:
-        wrong.append(f"gradient norm off by {norm_error:.1%}")
-    # The mean's 1/N pushes probabilities under what fp16 can hold, for everybody.
-    if not softmax_error <= 0.2 and gradient.dtype != torch.float16:
-        wrong.append(f"softmax part of the gradient off by {softmax_error:.1%}")
-    if len(set(gather(found))) > 1:
-        wrong.append("ranks return different losses")
-    return {
-        "loss": found,
-        "loss_dtype": str(dtype).removeprefix("torch."),
-        "loss_error": loss_error,
-        "gradient_norm_error": norm_error,
-        "softmax_gradient_error": softmax_error,
-        "wrong": "; ".join(wrong),
-    }
-
-
-# --- one dtype ------------------------------------------------------------------------------
-
-
-def make(plan: Plan, setting: Setting, rank: int, dtype: torch.dtype) -> Bench:
-    """Logits like a trained head's first steps: normal, standard deviation 2."""
-    if setting.device.type != "cpu":
-        measure.device_module(setting.device).empty_cache()
-    columns = plan.vocab // setting.world
-    generator = torch.Generator().manual_seed(1000 + rank)
-    master = torch.empty(plan.rows, columns, dtype=dtype, device=setting.device)
-    for rows in _row_chunks(master):  # in pieces: no fp32 copy of the whole on the host
-        piece = torch.randn(len(master[rows]), columns, generator=generator).mul_(2)
-        master[rows] = piece.to(setting.device, dtype)
-    everywhere = torch.Generator().manual_seed(7)  # targets are the same on all ranks
-    target = torch.randint(plan.vocab, (plan.rows,), generator=everywhere).to(setting.device)
-    anchor = torch.zeros((), device=setting.device, requires_grad=True)
-    return Bench(plan, setting, rank, master, torch.clone(master), target, anchor, Sink())
+    times: dict[str, list[measure.Pass]] = field(default_factory=dict)
+    copies: list[float] = field(default_factory=list)
+    quiet: list[bool | None] = field(default_factory=list)
+    peaks: dict[str, list[int | None]] = field(default_factory=dict)
 
 
 def _prepare(
-    bench: Bench, peer: Peer, truth: Reference, loss_of: dict[str, Loss]
+    inputs: Inputs, peer: Peer, truth: Reference, loss_of: dict[str, Loss]
 ) -> dict[str, Any]:
     """Import, warm up, check and count. Any failure becomes the peer's status, on all ranks."""
     facts: dict[str, Any] = {}
     error = ""
-    device = bench.setting.device
+    device = inputs.setting.device
     try:
         started = time.perf_counter()
-        loss = peer.prepare(bench.setting)
+        loss = peer.prepare(inputs.setting)
         for run in range(WARM_UP):
-            bench.restore()
-            bench.run(peer, loss)
+            inputs.restore(only=0)
+            inputs.run(peer, loss)
             if run == 0:
                 facts["first_call_s"] = time.perf_counter() - started
-        facts.update(check(bench, peer, loss, truth))
-        bench.restore()
-        logits = bench.logits()
+        facts.update(check(inputs, peer, loss, truth))
+        inputs.restore(only=0)
+        logits = inputs.logits()
         with peer.around():
-            value, forward = measure.count_collectives(lambda: loss(logits, bench.target))
+            value, forward = measure.count_collectives(lambda: loss(logits, inputs.target))
             _, backward = measure.count_collectives(value.backward)
         facts["collectives"] = {"forward": forward, "backward": backward}
         measure.synchronize(device)
         loss_of[peer.name] = loss
+    except torch.OutOfMemoryError:  # says something about the peer, and nothing against it
+        error = NO_ROOM
     except Exception as failure:  # a broken peer must not take the others' rows with it
         text = str(failure).strip().splitlines()
         error = f"failed: {type(failure).__name__}: {text[0][:300] if text else ''}"
@@ -267,7 +123,54 @@ def _prepare(
     if errors:
         loss_of.pop(peer.name, None)
         facts["status"] = errors[0]
+        gc.collect()
+        if device.type != "cpu":
+            measure.device_module(device).empty_cache()
     return facts
+
+
+def _time(
+    inputs: Inputs, ready: list[Peer], loss_of: dict[str, Loss], plan: Plan, tell: Tell
+) -> Timed:
+    """Round robin; the start moves on, so that nobody always follows the same neighbour."""
+    device = inputs.setting.device
+    timed = Timed({peer.name: [] for peer in ready})
+    for repeat in range(plan.repeats):
+        text = f"timing, repetition {repeat + 1} of {plan.repeats}"
+        for place in range(len(ready)):
+            peer = ready[(repeat + place) % len(ready)]
+            tell(text, 0)
+            gc.collect()
+            if inputs.rank == 0:  # the others wait at the barrier, asleep
+                timed.quiet.append(measure.wait_until_idle(plan.wait_idle))
+            barrier(device)
+            timed.copies += inputs.restore()
+            time.sleep(SETTLE)
+            for turn in range(len(inputs.buffers)):
+                barrier(device)
+                measure.synchronize(device)
+                timed.times[peer.name].append(inputs.run(peer, loss_of[peer.name], turn))
+            tell(text, 1)
+    return timed
+
+
+def _weigh(
+    inputs: Inputs, ready: list[Peer], loss_of: dict[str, Loss], timed: Timed, tell: Tell
+) -> None:
+    """Peaks of memory, after the times: they need another setting of malloc than times do."""
+    device = inputs.setting.device
+    measure.settle_malloc(strict=True)
+    for peer in ready:
+        tell(f"memory of {peer.label}", 0)
+        timed.peaks[peer.name] = []
+        for run in range(MEMORY_RUNS + 1):
+            inputs.restore(only=0)
+            barrier(device)
+            peak = measure.peak_extra(partial(inputs.run, peer, loss_of[peer.name]), device)
+            if run:  # the first one warms up under the new setting
+                timed.peaks[peer.name].append(peak)
+        tell(f"memory of {peer.label}", 1)
+    measure.settle_malloc(strict=False)
 
 
 def _summary(values: list[float]) -> dict[str, Any]:
@@ -280,117 +183,119 @@ def budget(ours: str, rows: int, gradient: int, world: int) -> int:
     return small if ours == "in place" else gradient + small
 
 
-def run_dtype(
-    plan: Plan, setting: Setting, rank: int, dtype: str, tell: Callable[[str, int], None]
+def _merge(every: list[Timed], peer: Peer, rows: int, size: int, speed: float) -> dict[str, Any]:
+    """One peer's numbers of all ranks as one; ``size`` is the logits' bytes a rank."""
+    world = len(every)
+    passes = list(zip(*(timed.times[peer.name] for timed in every), strict=True))  # [run][rank]
+    facts: dict[str, Any] = {
+        "forward_s": _summary([max(p.forward for p in ranks) for ranks in passes]),
+        "backward_s": _summary([max(p.backward for p in ranks) for ranks in passes]),
+        "total_s": _summary([max(p.total for p in ranks) for ranks in passes]),
+        "faults": statistics.median(max(p.faults for p in ranks) for ranks in passes),
+    }
+    ideal = PASSES["both"] * size * world
+    facts["ideal_bytes"] = ideal
+    facts["bandwidth_share"] = ideal / facts["total_s"]["median"] / speed
+    seen = [timed.peaks[peer.name] for timed in every]
+    known = [[peak for peak in ranks if peak is not None] for ranks in zip(*seen, strict=True)]
+    if all(len(ranks) == world for ranks in known):
+        runs = [max(ranks) for ranks in known]
+        facts["peak_bytes"], facts["peak_bytes_all"] = int(statistics.median(runs)), runs
+    if peer.ours:
+        facts["bytes_moved"] = ideal  # one read forward, one read and one write backward
+        facts["budget_bytes"] = budget(peer.ours, rows, size, world)
+    return facts
+
+
+def run_case(
+    plan: Plan, shape: tuple[int, int], dtype: str, setting: Setting, rank: int, tell: Tell
 ) -> dict[str, Any]:
-    """All peers on one dtype; the numbers of all ranks, merged (the same on every rank).
-
-    ``tell(text, steps)`` is told what is being done and how many of its steps are behind.
-    """
+    """All peers on one shape and dtype; the numbers of all ranks, merged (alike on every rank)."""
     device, world = setting.device, setting.world
-    bench = make(plan, setting, rank, DTYPES[dtype])
-    tell(f"{dtype}: the fp64 reference", 0)
-    truth = reference(bench)
+    rows, vocab = shape
+    name = dtype if len(plan.shapes) == 1 else f"[{rows}, {vocab}] {dtype}"
+
+    def say(text: str, steps: int) -> None:
+        tell(f"{name}: {text}", steps)
+
     peers = [BY_NAME[name] for name in plan.peers]
-    loss_of: dict[str, Loss] = {}
-    result: dict[str, dict[str, Any]] = {}
-    for peer in peers:
-        facts: dict[str, Any] = {"name": peer.name, "label": peer.label}
-        facts.update(ours=peer.ours, status=peer.status(world))
-        tell(f"{dtype}: preparing {peer.label}", 0)
-        if not facts["status"]:
-            facts.update(_prepare(bench, peer, truth, loss_of))
-        result[peer.name] = facts
-        tell(f"{dtype}: prepared {peer.label}", 1)
-    ready = [peer for peer in peers if peer.name in loss_of]
-
-    gc.collect()
-    gc.freeze()  # what the libraries left behind is not searched again before every timed run
-
-    # Times, round robin; the start moves on, so that nobody always follows the same neighbour.
-    times: dict[str, list[measure.Pass]] = {peer.name: [] for peer in ready}
-    copies: list[float] = []
-    quiet: list[bool | None] = []
-    for repeat in range(plan.repeats):
-        for turn in range(len(ready)):
-            peer = ready[(repeat + turn) % len(ready)]
-            tell(f"{dtype}: timing, repetition {repeat + 1} of {plan.repeats}", 0)
-            gc.collect()
-            if rank == 0:  # the others wait at the barrier, asleep
-                quiet.append(measure.wait_until_idle(plan.wait_idle))
-            barrier(device)
-            copies.append(bench.restore())
-            time.sleep(SETTLE)
-            barrier(device)
-            measure.synchronize(device)
-            times[peer.name].append(bench.run(peer, loss_of[peer.name]))
-            tell(f"{dtype}: timing, repetition {repeat + 1} of {plan.repeats}", 1)
-
-    # Peaks afterwards: they need another setting of malloc than times do.
-    peaks: dict[str, list[int | None]] = {peer.name: [] for peer in ready}
-    measure.settle_malloc(strict=True)
-    for peer in ready:
-        tell(f"{dtype}: memory of {peer.label}", 0)
-        for run in range(MEMORY_RUNS + 1):
-            bench.restore()
-            barrier(device)
-            peak = measure.peak_extra(partial(bench.run, peer, loss_of[peer.name]), device)
-            if run:  # the first one warms up under the new setting
-                peaks[peer.name].append(peak)
-        tell(f"{dtype}: memory of {peer.label}", 1)
-    measure.settle_malloc(strict=False)
-    gc.unfreeze()
-
-    every = gather((times, copies, peaks))
-    size = bench.buffer.nbytes
-    bandwidth = [
-        2 * size * world / max(ranks) for ranks in zip(*(e[1] for e in every), strict=True)
-    ]
-    speed = statistics.median(bandwidth) if bandwidth else 0.0
-    for peer in ready:
-        facts = result[peer.name]
-        passes = list(zip(*(e[0][peer.name] for e in every), strict=True))  # [repeat][rank]
-        facts["forward_s"] = _summary([max(p.forward for p in ranks) for ranks in passes])
-        facts["backward_s"] = _summary([max(p.backward for p in ranks) for ranks in passes])
-        facts["total_s"] = _summary([max(p.total for p in ranks) for ranks in passes])
-        facts["faults"] = statistics.median(max(p.faults for p in ranks) for ranks in passes)
-        ideal = PASSES * size * world
-        facts["ideal_bytes"] = ideal
-        facts["bandwidth_share"] = ideal / facts["total_s"]["median"] / speed
-        seen = [e[2][peer.name] for e in every]
-        if all(peak is not None for rank_peaks in seen for peak in rank_peaks):
-            runs = [max(ranks) for ranks in zip(*seen, strict=True)]
-            facts["peak_bytes"], facts["peak_bytes_all"] = int(statistics.median(runs)), runs
-        if peer.ours:
-            facts["bytes_moved"] = ideal  # one read forward, one read and one write backward
-            facts["budget_bytes"] = budget(peer.ours, plan.rows, size, world)
-    return {
+    result: dict[str, dict[str, Any]] = {
+        peer.name: {
+            "name": peer.name,
+            "label": peer.label,
+            "ours": peer.ours,
+            "status": peer.status(world, device.type),
+        }
+        for peer in peers
+    }
+    size = rows * (vocab // world) * DTYPES[dtype].itemsize
+    run = {
         "ranks": world,
         "dtype": dtype,
-        "rows": plan.rows,
-        "vocab": plan.vocab,
+        "rows": rows,
+        "vocab": vocab,
         "device": device.type,
         "threads_per_rank": torch.get_num_threads(),
         "repeats": plan.repeats,
         "logits_bytes_per_rank": size,
-        "copy_bandwidth": _summary(bandwidth) if bandwidth else None,
-        "timed_runs": len(quiet),
-        "busy_runs": sum(state is False for state in quiet),
-        "idle_checked": any(state is not None for state in quiet),
-        "reference": {"loss": truth.loss, "gradient_norm": truth.gradient_norm},
         "peers": [result[name] for name in plan.peers],
+    }
+    nothing = {"copy_bandwidth": None, "timed_runs": 0, "busy_runs": 0, "idle_checked": False}
+    if not all(gather(fits(rows, vocab // world, DTYPES[dtype], device))):
+        for facts in result.values():
+            facts["status"] = facts["status"] or f"{NO_ROOM}: the logits alone"
+        say("no room", len(peers) * (plan.repeats + 2))
+        return run | nothing
+
+    if "torch._dynamo" in sys.modules:
+        # Compiled peers meet each shape as a fresh process would: static, and never beyond the
+        # number of recompilations after which they would run uncompiled.
+        importlib.import_module("torch._dynamo").reset()
+    inputs = make(rows, vocab, setting, rank, DTYPES[dtype])
+    run["buffers"] = len(inputs.buffers)
+    say("the fp64 reference", 0)
+    truth = reference(inputs)
+    run["reference"] = {"loss": truth.loss, "gradient_norm": truth.gradient_norm}
+    loss_of: dict[str, Loss] = {}
+    for peer in peers:
+        say(f"preparing {peer.label}", 0)
+        if not result[peer.name]["status"]:
+            result[peer.name].update(_prepare(inputs, peer, truth, loss_of))
+        say(f"prepared {peer.label}", 1)
+    ready = [peer for peer in peers if peer.name in loss_of]
+
+    gc.collect()
+    gc.freeze()  # what the libraries left behind is not searched again before every timed run
+    timed = _time(inputs, ready, loss_of, plan, say)
+    _weigh(inputs, ready, loss_of, timed, say)
+    gc.unfreeze()
+    if plan.calibrate:
+        say("calibrating", 0)
+        run["calibration"] = asdict(calibrate(setting.group, DTYPES[dtype], plan.repeats, gather))
+
+    every: list[Timed] = gather(timed)
+    if not timed.copies:
+        return run | nothing
+    copies = zip(*(other.copies for other in every), strict=True)
+    bandwidth = [2 * size * world / max(ranks) for ranks in copies]
+    for peer in ready:
+        speed = statistics.median(bandwidth)
+        result[peer.name].update(_merge(every, peer, rows, size, speed))
+    return run | {
+        "copy_bandwidth": _summary(bandwidth),
+        "timed_runs": len(every[0].quiet),
+        "busy_runs": sum(state is False for state in every[0].quiet),
+        "idle_checked": any(state is not None for state in every[0].quiet),
     }
 
 
 def steps(plan: Plan) -> int:
     """How many steps ``tell`` will count at most, for a progress bar."""
-    return len(plan.dtypes) * len(plan.peers) * (plan.repeats + 2)
+    return len(plan.shapes) * len(plan.dtypes) * len(plan.peers) * (plan.repeats + 2)
 
 
-def run_plan(
-    plan: Plan, tell: Callable[[str, int], None], init_method: str | None = None
-) -> list[dict[str, Any]]:
-    """Join the other ranks and run every dtype. RANK, WORLD_SIZE and LOCAL_RANK say who we are."""
+def run_plan(plan: Plan, tell: Tell, init_method: str | None = None) -> list[dict[str, Any]]:
+    """Join the other ranks and run every case. RANK, WORLD_SIZE and LOCAL_RANK say who we are."""
     warnings.filterwarnings("ignore")  # peers announce their deprecations on every rank
     logging.disable(logging.WARNING)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -412,7 +317,11 @@ def run_plan(
         group = dist.group.WORLD
         assert group is not None
         setting = Setting(group, world, device)
-        return [run_dtype(plan, setting, rank, dtype, tell) for dtype in plan.dtypes]
+        return [
+            run_case(plan, shape, dtype, setting, rank, tell)
+            for shape in plan.shapes
+            for dtype in plan.dtypes
+        ]
     finally:
         dist.destroy_process_group()
 

@@ -1,178 +1,30 @@
-"""From measured runs to words: the goals and how far they were met, the table, the picture.
-
-Idea: a goal is data (what, against whom, how much), judged by one function. A ratio is one of
-medians taken in the same run. The regression gate sits at two thirds of the goal: below it
-something broke; between the two it is a miss, and is called one.
-"""
+"""Measured runs on the terminal, and as a picture."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-MIB = 1 << 20
-GATE = 2 / 3
-SHAPE = (4096, 32768)  # the shape the CPU goals are stated for
-
-Run = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Our median must be ``goal`` times shorter than the other's, forward and backward together."""
-
-    ranks: int
-    dtype: str
-    ours: str
-    against: str
-    goal: float
-
-
-RATIOS = (
-    Ratio(1, "fp32", "ours-inplace", "torch", 12),
-    Ratio(1, "fp32", "ours-inplace", "torch-compile", 5),
-    Ratio(1, "fp32", "ours-inplace", "megatron", 4),
-    Ratio(1, "bf16", "ours-inplace", "torch", 8),
-    Ratio(1, "fp32", "ours", "torch", 2.8),
-    Ratio(2, "fp32", "ours-inplace", "megatron", 5),
-    Ratio(2, "fp32", "ours-inplace", "megatron-fused", 5),
-    Ratio(2, "bf16", "ours-inplace", "megatron", 12),
-    Ratio(2, "bf16", "ours-inplace", "megatron-fused", 12),
-    Ratio(2, "bf16", "ours", "megatron", 4),
-    Ratio(2, "bf16", "ours", "megatron-fused", 4),
-    Ratio(2, "fp32", "ours-inplace", "loss-parallel", 25),
-    Ratio(2, "bf16", "ours-inplace", "loss-parallel", 25),
+from vocab_parallel_ce.launch.bench_goals import (
+    MIB,
+    SHAPE,
+    VERDICTS,
+    Judged,
+    Run,
+    failures,
+    peer_of,
+    ranks_in_words,
+    times,
+    where_of,
 )
-COLLECTIVES = 1  # in forward, on more than one rank, by the default path
-BANDWIDTH_SHARE = 0.85  # on CUDA in bf16, in place, of the copy bandwidth at three passes
 
-Verdict = Literal["met", "MISSED", "below the gate", "not measured"]
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One goal as it came out. ``measured`` is in the goal's own unit."""
-
-    what: str
-    goal: str
-    gate: str
-    measured: str
-    verdict: Verdict
-    words: str
-
-
-def _judge(
-    what: str, value: float, goal: float, gate: float, show: Callable[[float], str], more: bool
-) -> Judged:
-    """``more``: whether larger is better. Equal to the goal is met."""
-
-    def better(one: float, other: float) -> bool:
-        return one >= other if more else one <= other
-
-    apart = abs(value / goal - 1) if goal else 0.0
-    if better(value, goal):
-        verdict: Verdict = "met"
-        words = "met exactly" if value == goal else f"met, with {apart:.0%} to spare"
-    elif better(value, gate):
-        verdict, words = "MISSED", f"MISSED by {apart:.0%}, above the regression gate"
-    else:
-        verdict, words = "below the gate", f"MISSED by {apart:.0%}, below the regression gate"
-    return Judged(what, show(goal), show(gate), show(value), verdict, words)
-
-
-def _peer(run: Run, name: str) -> dict[str, Any] | None:
-    return next((peer for peer in run["peers"] if peer["name"] == name), None)
-
-
-def _times(count: float) -> str:
-    return f"{count:.2f}x"
-
-
-def _mib(size: float) -> str:
-    return f"{size / MIB:.2f} MiB"
-
-
-def ranks_in_words(ranks: int) -> str:
-    return "1 process" if ranks == 1 else f"{ranks} ranks"
-
-
-def _where(run: Run) -> str:
-    return f"{ranks_in_words(run['ranks'])}, [{run['rows']}, {run['vocab']}] {run['dtype']}"
-
-
-def _judge_ratio(ratio: Ratio, runs: list[Run], labels: dict[str, str]) -> Judged:
-    where = f"{ranks_in_words(ratio.ranks)}, {ratio.dtype}"
-    what = f"{where}: {labels[ratio.ours]} against {labels[ratio.against]}"
-    reason = "not among the runs"
-    for run in runs:
-        if (run["ranks"], run["dtype"], run["device"]) != (ratio.ranks, ratio.dtype, "cpu"):
-            continue
-        ours, theirs = _peer(run, ratio.ours), _peer(run, ratio.against)
-        lacking = [
-            f"{labels[name]}: {peer['status'].split(':')[0] if peer else 'not asked for'}"
-            for name, peer in ((ratio.ours, ours), (ratio.against, theirs))
-            if peer is None or peer["status"]
-        ]
-        if lacking or ours is None or theirs is None:
-            reason = "; ".join(lacking)
-            break
-        value = theirs["total_s"]["median"] / ours["total_s"]["median"]
-        return _judge(what, value, ratio.goal, ratio.goal * GATE, _times, more=True)
-    goal, gate = _times(ratio.goal), _times(ratio.goal * GATE)
-    return Judged(what, goal, gate, "", "not measured", f"not measured: {reason}")
-
-
-def judge(runs: list[Run], labels: dict[str, str]) -> list[Judged]:
-    """Every goal: the CPU ratios always, memory, collectives and bandwidth for what was run."""
-    out = [_judge_ratio(ratio, runs, labels) for ratio in RATIOS]
-    for run in runs:
-        for name in ("ours-inplace", "ours"):
-            peer = _peer(run, name)
-            if peer is None or peer["status"]:
-                continue
-            where = f"{_where(run)}: {labels[name]}"
-            what = f"{where}: extra memory at peak"
-            size = peer["budget_bytes"]
-            if "peak_bytes" in peer:
-                out.append(_judge(what, peer["peak_bytes"], size, size / GATE, _mib, more=False))
-            else:
-                words = "not measured: this system does not tell"
-                out.append(Judged(what, _mib(size), _mib(size / GATE), "", "not measured", words))
-            count = peer["collectives"]["forward"]
-            if run["ranks"] > 1 and count is not None:
-                what = f"{where}: collectives in forward"
-                out.append(_judge(what, count, COLLECTIVES, COLLECTIVES, "{:.0f}".format, False))
-            if (name, run["device"], run["dtype"]) == ("ours-inplace", "cuda", "bf16"):
-                what = f"{where}: share of the copy bandwidth"
-                share, goal = peer["bandwidth_share"], BANDWIDTH_SHARE
-                out.append(_judge(what, share, goal, goal * GATE, "{:.0%}".format, more=True))
-    if not any((run["device"], run["dtype"]) == ("cuda", "bf16") for run in runs):
-        what = f"cuda, bf16: {labels['ours-inplace']}, share of the copy bandwidth"
-        aim, floor = f"{BANDWIDTH_SHARE:.0%}", f"{BANDWIDTH_SHARE * GATE:.0%}"
-        out.append(Judged(what, aim, floor, "", "not measured", "not measured: not among the runs"))
-    return out
-
-
-def failures(runs: list[Run], ours_only: bool = False) -> list[str]:
-    """Peers whose results are wrong or that failed: what makes numbers worthless."""
-    out = []
-    for run in runs:
-        for peer in run["peers"]:
-            if ours_only and not peer["ours"]:
-                continue
-            if peer["status"].startswith("failed"):
-                out.append(f"{_where(run)}: {peer['label']} {peer['status']}")
-            elif peer.get("wrong"):
-                out.append(f"{_where(run)}: {peer['label']} is WRONG: {peer['wrong']}")
-    return out
-
+PANELS = 8  # of the picture
 
 # --- terminal -------------------------------------------------------------------------------
 
@@ -206,7 +58,7 @@ def _milliseconds(summary: dict[str, Any]) -> str:
 def run_table(run: Run) -> Table:
     """One run: a row for each peer, those that could not run included."""
     threads = run["threads_per_rank"]
-    title = f"{_where(run)}, {threads} thread{'s' if threads > 1 else ''} each"
+    title = f"{where_of(run)}, {threads} thread{'s' if threads > 1 else ''} each"
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("implementation")
     for column in (
@@ -218,18 +70,20 @@ def run_table(run: Run) -> Table:
         "peak +\nMiB",
         "faults",
         "share of\ncopy bw",
+        "bytes an\nelement",
         "collect.\nf + b",
         "loss -\nfp64",
         "grad norm\nrel. error",
     ):
         table.add_column(column, justify="right")
-    base = _peer(run, "ours-inplace")
+    base = peer_of(run, "ours-inplace")
+    itemsize = run["logits_bytes_per_rank"] * run["ranks"] / (run["rows"] * run["vocab"])
     unit = base["total_s"]["median"] if base and not base["status"] else None
     for peer in run["peers"]:
         if peer["status"]:
             if peer["status"].startswith(("not installed", "failed")):
                 short = peer["status"].split(":")[0]
-                table.add_row(f"[dim]{peer['label']}: {short}[/]", *[""] * 11)
+                table.add_row(f"[dim]{peer['label']}: {short}[/]", *[""] * 12)
             continue
         total = peer["total_s"]
         counts = [peer["collectives"][way] for way in ("forward", "backward")]
@@ -239,10 +93,11 @@ def run_table(run: Run) -> Table:
             _milliseconds(peer["backward_s"]),
             _milliseconds(total),
             f"{total['min'] * 1e3:.2f}",
-            _times(total["median"] / unit) if unit else "",
+            times(total["median"] / unit) if unit else "",
             f"{peer['peak_bytes'] / MIB:.1f}" if "peak_bytes" in peer else "?",
             f"{peer['faults']:.0f}",
             f"{peer['bandwidth_share']:.0%}",
+            f"{3 * itemsize / peer['bandwidth_share']:.1f}",
             " + ".join("?" if count is None else str(count) for count in counts),
             f"{peer['loss_error']:+.0e}",
             f"[red]WRONG[/] {peer['gradient_norm_error']:.0e}"
@@ -253,11 +108,22 @@ def run_table(run: Run) -> Table:
     return table
 
 
+def _by_status(run: Run) -> dict[str, list[str]]:
+    """Why peers did not run -> their labels."""
+    found: dict[str, list[str]] = {}
+    for peer in run["peers"]:
+        if peer["status"]:
+            found.setdefault(peer["status"], []).append(peer["label"])
+    return found
+
+
 def _caption(run: Run) -> str:
-    lines = [f"{peer['label']}: {peer['status']}" for peer in run["peers"] if peer["status"]]
+    lines = [f"{', '.join(labels)}: {status}" for status, labels in _by_status(run).items()]
     speed = run["copy_bandwidth"]
     if speed:
         moved = next((p["bytes_moved"] for p in run["peers"] if "bytes_moved" in p), None)
+        if run.get("buffers", 1) > 1:
+            lines.append(f"{run['buffers']} buffers used in turn, so that no cache answers")
         lines.append(
             f"copy bandwidth in this run: {speed['median'] / 1e9:.1f} GB/s median, "
             f"{max(speed['all']) / 1e9:.1f} best, all ranks together (read + written bytes)"
@@ -265,7 +131,8 @@ def _caption(run: Run) -> str:
         if moved is not None:
             lines.append(
                 f"bytes ours moves: {moved / 1e6:.0f} MB = 3 passes over the logits (read; read, "
-                "write). Share = those bytes / time / copy bandwidth, for every implementation"
+                "write). Share = those bytes / time / copy bandwidth, for every implementation; "
+                "bytes an element = what a copy would have moved in that time"
             )
         if run["device"] == "cpu":
             lines.append(
@@ -304,7 +171,7 @@ def print_report(console: Console, runs: list[Run], judged: list[Judged]) -> Non
         console.print(goals_table(judged, (runs[0]["rows"], runs[0]["vocab"])))
     for line in failures(runs):
         console.print(f"[red]{line}[/]")
-    count = {verdict: sum(j.verdict == verdict for j in judged) for verdict in _VERDICTS}
+    count = {verdict: sum(j.verdict == verdict for j in judged) for verdict in VERDICTS}
     busy, timed = (sum(run[key] for run in runs) for key in ("busy_runs", "timed_runs"))
     if 4 * busy > timed:
         console.print(
@@ -317,25 +184,18 @@ def print_report(console: Console, runs: list[Run], judged: list[Judged]) -> Non
     )
 
 
-_VERDICTS: tuple[Verdict, ...] = ("met", "MISSED", "below the gate", "not measured")
-
-
-def as_json(judged: list[Judged]) -> list[dict[str, str]]:
-    return [asdict(row) for row in judged]
-
-
 # --- picture --------------------------------------------------------------------------------
 
 
 def draw(runs: list[Run], path: Path) -> None:
-    """Median times of every peer, one panel a run, on a logarithmic axis."""
+    """Median times of every peer, one panel a run (of the first few), on a logarithmic axis."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
     kept = [(run, [peer for peer in run["peers"] if not peer["status"]]) for run in runs]
-    kept = [(run, peers) for run, peers in kept if peers]
+    kept = [(run, peers) for run, peers in kept if peers][:PANELS]
     if not kept:
         return
     heights = [len(peers) + 1.2 for _, peers in kept]
@@ -349,9 +209,11 @@ def draw(runs: list[Run], path: Path) -> None:
         layout="constrained",
     )
     for axis, (run, peers) in zip(axes[:, 0], kept, strict=True):
-        times = [peer["total_s"]["median"] * 1e3 for peer in peers]
-        base = next((t for t, p in zip(times, peers, strict=True) if p["ours"] == "in place"), None)
-        for row, (peer, milliseconds) in enumerate(zip(peers, times, strict=True)):
+        medians = [peer["total_s"]["median"] * 1e3 for peer in peers]
+        base = next(
+            (t for t, p in zip(medians, peers, strict=True) if p["ours"] == "in place"), None
+        )
+        for row, (peer, milliseconds) in enumerate(zip(peers, medians, strict=True)):
             colour = "#1b7f5c" if peer["ours"] else "#5b6673"
             # Dots, not bars: a bar's length means nothing on an axis without a zero.
             axis.plot(milliseconds, row, "o", color=colour, markersize=8)
@@ -363,7 +225,7 @@ def draw(runs: list[Run], path: Path) -> None:
         axis.set_yticks(range(len(peers)), [peer["label"] for peer in peers])
         axis.set_ylim(len(peers) - 0.4, -0.6)
         axis.set_xscale("log")
-        axis.set_title(_where(run), loc="left", fontsize=10)
+        axis.set_title(where_of(run), loc="left", fontsize=10)
         axis.grid(axis="x", which="major", alpha=0.4)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1, 0].xaxis.set_major_formatter(ticker.LogFormatter())  # 100, not 10^2

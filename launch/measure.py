@@ -28,6 +28,9 @@ MIB = 1 << 20
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 
+_HOLD_CYCLES = 4_000_000
+_CACHE_GUESS = 192 * MIB  # an Ascend 910B's; more than any card of NVIDIA has
+
 _STEADY_MMAP = 32 * MIB  # where glibc's own growing threshold ends in any long-running process
 _STRICT_MMAP = 64 << 10  # small enough that every buffer worth counting is returned when freed
 
@@ -55,6 +58,24 @@ def synchronize(device: torch.device) -> None:
         device_module(device).synchronize(device)
 
 
+def hold(device: torch.device) -> None:
+    """Keep a CUDA stream busy for about 2 ms, while the host queues what is to be timed behind it.
+
+    In a training step the host runs ahead of the device; without this, events would time how fast
+    it can launch. What waits for the device inside the timed part still pays for that.
+    """
+    if device.type == "cuda" and hasattr(torch.cuda, "_sleep"):
+        torch.cuda._sleep(_HOLD_CYCLES)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last cache before an accelerator's memory; a generous guess where it is not told."""
+    told = 0
+    if device.type == "cuda":
+        told = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+    return told or _CACHE_GUESS
+
+
 def time_pass(forward: Callable[[], Tensor], device: torch.device) -> Pass:
     """Time ``forward()`` and ``.backward()`` of what it returns.
 
@@ -74,6 +95,7 @@ def time_pass(forward: Callable[[], Tensor], device: torch.device) -> Pass:
         else:
             module = device_module(device)
             events = [module.Event(enable_timing=True) for _ in range(3)]
+            hold(device)
             events[0].record()
             loss = forward()
             events[1].record()
@@ -100,6 +122,7 @@ def time_copy(destination: Tensor, source: Tensor) -> float:
         return time.perf_counter() - started
     module = device_module(device)
     start, stop = (module.Event(enable_timing=True) for _ in range(2))
+    hold(device)
     start.record()
     destination.copy_(source)
     stop.record()

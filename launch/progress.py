@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypeVar, overload
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -87,20 +89,26 @@ class TrainingLog:
         self.file.close()
 
 
-def read_metrics(path: Path) -> list[StepMetrics]:
+M = TypeVar("M", bound=StepMetrics)
+
+
+@overload
+def read_metrics(path: Path) -> list[StepMetrics]: ...
+@overload
+def read_metrics(path: Path, kind: type[M]) -> list[M]: ...
+def read_metrics(path: Path, kind: type[StepMetrics] = StepMetrics) -> list[Any]:
     """All complete lines; none if there is no file. A last line cut short by a kill is dropped."""
     if not path.exists():
         return []
     lines = path.read_text().splitlines(keepends=True)
-    return [StepMetrics(**json.loads(line)) for line in lines if line.endswith("\n")]
+    return [kind(**json.loads(line)) for line in lines if line.endswith("\n")]
 
 
-def draw_curve(metrics: Path, picture: Path) -> None:
+def draw_curve(lines: Sequence[StepMetrics], picture: Path) -> None:
     """The loss over the steps as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = read_metrics(metrics)
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

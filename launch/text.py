@@ -94,17 +94,22 @@ class Corpus:
     """Holds tokenizer.json, for whoever wants to read the tokens."""
 
 
+def require_vocab_size(vocab_size: int) -> None:
+    """ValueError where no byte-level vocabulary is that small."""
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ValueError(
+            f"vocab_size={vocab_size} is smaller than {SMALLEST_VOCABULARY}, "
+            "the 256 bytes and the end of text"
+        )
+
+
 def load_corpus(paths: Sequence[Path], vocab_size: int, cache: Path) -> Corpus:
     """The corpus of these files, from the cache or made now.
 
     Safe to call from many processes at once: each would build in a folder of its own and the first
     to finish gives it the final name. To not do the work twice, let one rank of a host go first.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise ValueError(
-            f"vocab_size={vocab_size} is smaller than {SMALLEST_VOCABULARY}, "
-            "the 256 bytes and the end of text"
-        )
+    require_vocab_size(vocab_size)
     documents = [path.read_bytes() for path in text_files(paths)]
     folder = cache / _cache_key(documents, vocab_size)
     if not (folder / "corpus.json").exists():

@@ -25,7 +25,7 @@ import torch.distributed as dist
 import typer
 
 from vocab_parallel_ce.launch.gpt import GPTShape
-from vocab_parallel_ce.launch.progress import TrainingLog, draw_curve
+from vocab_parallel_ce.launch.progress import TrainingLog, draw_curve, read_metrics
 from vocab_parallel_ce.launch.selfcheck import (
     check_against_reference,
     compare_cost,
@@ -150,7 +150,7 @@ def train_and_check(trainer: Trainer, check: bool) -> bool:
     with log or nullcontext():
         trainer.train(log)
     if groups.rank == 0:
-        draw_curve(options.metrics, options.out / "loss.png")
+        draw_curve(read_metrics(options.metrics), options.out / "loss.png")
     say(groups, f"Metrics, curve and checkpoints are in {options.out}.")
     return check_and_compare(trainer) if check else True
 

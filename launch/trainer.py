@@ -8,6 +8,7 @@ change the curve.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass, field
@@ -74,6 +75,23 @@ class TrainOptions:
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
 
+    def lr_at(self, done: int) -> float:
+        """The learning rate of the step after `done` steps."""
+        return self.lr * min(1.0, (done + 1) / max(1, self.warmup))
+
+    def micro_batches(self, dp: int, dp_rank: int) -> list[slice]:
+        """One rank's rows of the global batch, one slice a micro-batch."""
+        pieces = dp * self.accumulate
+        if self.batch % pieces:
+            raise ValueError(
+                f"--batch {self.batch} cannot be divided among dp={dp} ranks times "
+                f"--accumulate {self.accumulate}; make it a multiple of {pieces}"
+            )
+        size = self.batch // pieces
+        first = dp_rank * self.accumulate * size
+        starts = [first + i * size for i in range(self.accumulate)]
+        return [slice(start, start + size) for start in starts]
+
     def identity(self, corpus: Corpus) -> dict[str, Any]:
         """What makes two runs the same curve. How it is split, how long it runs and where it lies
         are left out: those may change when a run is resumed."""
@@ -104,18 +122,18 @@ def sum_of_squares(values: Tensor) -> Tensor:
     return squares
 
 
+def require_finite(loss: float, step: int, rank: int, way_out: str) -> None:
+    """RuntimeError where the loss is NaN or infinite: no later step would mean anything."""
+    if not math.isfinite(loss):
+        raise RuntimeError(f"the loss is {loss} at step {step} on rank {rank}; {way_out}")
+
+
 class Trainer:
     """The state of a run on this rank."""
 
     def __init__(self, options: TrainOptions, groups: ParallelGroups, corpus: Corpus) -> None:
-        pieces = groups.dp * options.accumulate
-        if options.batch % pieces:
-            raise ValueError(
-                f"--batch {options.batch} cannot be divided among dp={groups.dp} ranks times "
-                f"--accumulate {options.accumulate}; make it a multiple of {pieces}"
-            )
         self.options, self.groups = options, groups
-        self.micro_batch = options.batch // pieces
+        self.micro_batches = options.micro_batches(groups.dp, groups.dp_rank)
         self.shard = VocabShard.even(options.shape.vocab_size, groups.tp_group)
         self.batches = Batches(corpus, options.shape.context, options.seed)
         # Dropout draws from the global generator: alike on the ranks of one model copy, whose
@@ -173,11 +191,11 @@ class Trainer:
         normalizer = (target != IGNORE_INDEX).sum().float().to(device)
         loss = torch.zeros((), device=device)
         self.optimizer.zero_grad(set_to_none=True)
-        for rows in self._micro_batches():
+        for rows in self.micro_batches:
             loss += self._forward_backward(ids[rows], target[rows], normalizer)
         self._sum_over_data_parallel(loss)
         norm = self._clip()
-        lr = options.lr * min(1.0, (self.state.step + 1) / max(1, options.warmup))
+        lr = options.lr_at(self.state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
@@ -186,12 +204,13 @@ class Trainer:
         loss_seconds = self.timer.take()  # waits for the device, so the clock below is honest
         seconds = time.perf_counter() - begin
         value = loss.item()
-        if value != value or abs(value) == float("inf"):
-            raise RuntimeError(
-                f"the loss is {value} at step {self.state.step} on rank {self.groups.rank}; "
-                f"continue from the last checkpoint with a lower --lr (now {options.lr}) "
-                "in another --out"
-            )
+        require_finite(
+            value,
+            self.state.step,
+            self.groups.rank,
+            f"continue from the last checkpoint with a lower --lr (now {options.lr}) "
+            "in another --out",
+        )
         return StepMetrics(
             step=self.state.step,
             loss=value,
@@ -201,12 +220,6 @@ class Trainer:
             tokens_per_second=target.numel() / seconds,
             loss_share=loss_seconds / seconds,
         )
-
-    def _micro_batches(self) -> list[slice]:
-        """This rank's rows of the global batch, one slice a micro-batch."""
-        first = self.groups.dp_rank * self.options.accumulate * self.micro_batch
-        starts = [first + i * self.micro_batch for i in range(self.options.accumulate)]
-        return [slice(start, start + self.micro_batch) for start in starts]
 
     def _logits(self, ids: Tensor) -> Tensor:
         """[B, T] -> [B * T, C_r]; for bfloat16, autocast over fp32 weights."""
@@ -264,7 +277,7 @@ class Trainer:
         """The loss on this rank's last micro-batch under the present weights."""
         position = max(0, self.state.position - self.options.batch)
         ids, target = self.batches.read(position, self.options.batch)
-        rows = self._micro_batches()[-1]
+        rows = self.micro_batches[-1]
         self.model.eval()
         with torch.no_grad():
             logits = self._logits(ids[rows])

@@ -6,11 +6,13 @@ Everything is rebuilt from a seed on every rank, so that a case needs no tensors
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import profile
 
 from vocab_parallel_ce import VocabShard
 from vocab_parallel_ce.reference import ReferenceLoss
@@ -239,6 +241,13 @@ def expected(
         if options.get("reduction") == "sum":
             error *= target.numel()
     return Expected(exact, tuple(replicas(options)), error, x, x_naive)
+
+
+def gloo_events(work: Callable[[], object]) -> list[str]:
+    """The collectives that ``work`` runs on this rank, as the profiler saw them in Gloo."""
+    with profile() as events:
+        work()
+    return sorted(e.name for e in events.events() or [] if e.name.startswith("gloo:"))
 
 
 class Findings:

@@ -13,14 +13,17 @@ or kill a rank belong in ``run_fresh``, which starts processes of its own and en
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import signal
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 WORLDS = (1, 2, 3, 4)
@@ -51,6 +54,9 @@ def _serve(
     import torch
     import torch.distributed as dist
 
+    # Where a rank hangs is asked by a signal: see Pool._stacks.
+    stacks = open(_stack_file(store, rank), "w")  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=timeout)
     if device_type != "cpu":
@@ -74,6 +80,10 @@ def _serve(
     dist.destroy_process_group()
 
 
+def _stack_file(store: str, rank: int) -> str:
+    return f"{store}.stacks{rank}"
+
+
 class Pool:
     """``size`` processes that wait for cases."""
 
@@ -87,7 +97,7 @@ class Pool:
     def start(self) -> Pool:
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
-        store = os.path.join(self._folder.name, "store")
+        self._store = store = os.path.join(self._folder.name, "store")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -117,19 +127,35 @@ class Pool:
 
     def _receive(self, ranks: range, timeout: float) -> list[Outcome]:
         deadline = time.monotonic() + timeout
-        outcomes: list[Outcome] = []
-        for rank in ranks:
+        outcomes: dict[int, Outcome] = {}
+        silent: dict[int, str] = {}
+        for rank in ranks:  # all of them: a rank that failed early is why another one waits
             pipe = self._pipes[rank]
             try:
                 if pipe.poll(max(0.0, deadline - time.monotonic())):
-                    outcomes.append(pipe.recv())
-                    continue
-                reason = f"gave no answer within {timeout:.0f} s"
+                    outcomes[rank] = pipe.recv()
+                else:
+                    silent[rank] = f"gave no answer within {timeout:.0f} s"
             except (EOFError, OSError):
-                reason = "died"
-            self.stop()
-            raise HungError(f"rank {rank} {reason}; other ranks said {outcomes}")
-        return outcomes
+                silent[rank] = "died"
+        if not silent:
+            return list(outcomes.values())
+        words = [f"rank {rank} {reason}" for rank, reason in silent.items()]
+        words += [f"rank {r} said {o.trace or o.value!r}" for r, o in outcomes.items()]
+        words.append(self._stacks())
+        self.stop()
+        raise HungError("\n".join(words))
+
+    def _stacks(self) -> str:
+        """Where every rank that lives is now: what to read when one has hung."""
+        listening = [os.path.exists(_stack_file(self._store, r)) for r in range(self.size)]
+        alive = [r for r, process in enumerate(self._processes) if process.is_alive()]
+        alive = [rank for rank in alive if listening[rank]]
+        for rank in alive:
+            os.kill(self._processes[rank].pid, signal.SIGUSR1)
+        time.sleep(1)
+        texts = [Path(_stack_file(self._store, rank)).read_text() for rank in alive]
+        return "\n".join(f"rank {r} is in\n{text}" for r, text in zip(alive, texts, strict=True))
 
     def outcomes(
         self,

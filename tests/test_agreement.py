@@ -9,11 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import profile
 
 from vocab_parallel_ce import cross_entropy, cross_entropy_loss, token_statistics
 
-from .cases import Batch, Findings, batch, check_gradient, even, expected
+from .cases import Batch, Findings, batch, check_gradient, even, expected, gloo_events
 from .ranks import Pool
 from .tolerance import assert_close
 
@@ -88,12 +87,6 @@ def test_auto_has_the_bits_of_a_gather_while_it_is_small(pool: Pool) -> None:
 # Collectives, counted by the profiler in the real backend
 
 
-def _gloo_events(work: Callable[[], object]) -> list[str]:
-    with profile() as events:
-        work()
-    return sorted(e.name for e in events.events() or [] if e.name.startswith("gloo:"))
-
-
 def _count(group: dist.ProcessGroup, collective: str, check: bool) -> list[list[str]]:
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     x = even(VOCAB, world).local(batch(5, VOCAB, torch.float32).logits, rank).requires_grad_()
@@ -103,8 +96,8 @@ def _count(group: dist.ProcessGroup, collective: str, check: bool) -> list[list[
 
     def forward_and_backward(forward: Callable[[], Tensor]) -> None:
         loss: list[Tensor] = []
-        out.append(_gloo_events(lambda: loss.append(forward())))
-        out.append(_gloo_events(loss[0].backward))
+        out.append(gloo_events(lambda: loss.append(forward())))
+        out.append(gloo_events(loss[0].backward))
 
     forward_and_backward(
         lambda: cross_entropy(
@@ -151,7 +144,7 @@ def test_one_rank_communicates_nothing(pool: Pool, collective: str) -> None:
 def _count_big(group: dist.ProcessGroup, rows: int, argmax: bool) -> list[str]:
     x, target = torch.zeros(rows, 2), torch.zeros(rows, dtype=torch.int64)
     x += dist.get_rank(group)
-    return _gloo_events(lambda: token_statistics(x, target, argmax=argmax, group=group))
+    return gloo_events(lambda: token_statistics(x, target, argmax=argmax, group=group))
 
 
 def test_auto_reduces_when_the_gather_would_be_large_but_argmax_always_gathers(

@@ -294,8 +294,16 @@ def _imports(path: Path, package: str) -> Iterator[str]:
             yield base
             yield from (f"{base}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            name = ast.literal_eval(node.args[0])
+            name = _literal_head(node.args[0])
             yield package + name if name.startswith(".") else name
+
+
+def _literal_head(argument: ast.expr) -> str:
+    """A module's name as written; of an f-string the package in front of what is filled in."""
+    if isinstance(argument, ast.JoinedStr):
+        package, _, _ = ast.literal_eval(argument.values[0]).rpartition(".")
+        return str(package)
+    return str(ast.literal_eval(argument))
 
 
 def _all_imports(folder: str, package: str) -> Iterator[tuple[str, str]]:
@@ -362,6 +370,7 @@ def test_the_import_reader_sees_every_form(tmp_path: Path) -> None:
     file.write_text(
         "import a.b\nfrom c import d\nfrom .e import f\nfrom .. import g\n"
         "def late():\n    from . import h\n    importlib.import_module('.i', __package__)\n"
+        "    importlib.import_module(f'j.k.{late}')\n"
     )
     seen = set(_imports(file, "p.q"))
-    assert {"a.b", "c.d", "p.q.e", "p.g", "p.q.h", "p.q.i"} <= seen
+    assert {"a.b", "c.d", "p.q.e", "p.g", "p.q.h", "p.q.i", "j.k"} <= seen

@@ -66,10 +66,15 @@ def prepare(
         select(options.engine, input)
         return request
     except (TypeError, ValueError, RuntimeError) as problem:
-        group = options.group
-        if check_is_on(_check_word(options.check)) and isinstance(group, dist.ProcessGroup):
-            preflight(problem, communication_device(group), group)
+        tell_other_ranks(problem, options)
         raise
+
+
+def tell_other_ranks(problem: Exception, options: Options) -> None:
+    """With ``check`` on, every rank of the group learns of this rank's error and raises as well."""
+    group = options.group
+    if check_is_on(_check_word(options.check)) and isinstance(group, dist.ProcessGroup):
+        preflight(problem, communication_device(group), group)
 
 
 def _check_word(check: bool | None) -> str:
@@ -82,7 +87,7 @@ def _prepare(
     _check_group(options.group)
     rank, world = group_rank_and_size(options.group)
     where = f" (rank {rank} of the group)" if world > 1 else ""
-    _check_numbers(options, where)
+    check_numbers(options, where)
     _check_tensors(input, target, weight, where)
     if options.group is not None and world > 1 and not torch.compiler.is_compiling():
         # A compiled call learns of a wrong group when it runs, before it sends anything.
@@ -126,7 +131,8 @@ def _check_group(group: object) -> None:
         )
 
 
-def _check_numbers(options: Options, where: str) -> None:
+def check_numbers(options: Options, where: str = "") -> None:
+    """Raise for an option whose value alone is wrong, whatever the tensors."""
     if options.reduction not in REDUCTIONS:
         raise ValueError(
             f"reduction must be one of {', '.join(REDUCTIONS)}, got {options.reduction!r}{where}"

@@ -154,7 +154,7 @@ def raise_on_problems(headers: list[Header], target: Tensor, constant_rows: bool
     so equal contents mean nothing.
     """
     first = headers[0]
-    # Options first: a target may be out of range only because ignore_index differs.
+    # Values last: a target may be out of range only because ignore_index or vocab_size differs.
     for rank, header in enumerate(headers[1:], start=1):
         for name, value in header.options.items():
             if value != first.options[name]:
@@ -163,8 +163,6 @@ def raise_on_problems(headers: list[Header], target: Tensor, constant_rows: bool
                     f"{first.options[name]!r}, rank {rank} passed {value!r}; "
                     "pass the same options on every rank"
                 )
-    for rank, header in enumerate(headers):
-        _raise_on_values(rank, header)
     for rank, header in enumerate(headers[1:], start=1):
         if header.vocab_size != first.vocab_size:
             raise ValueError(
@@ -174,6 +172,8 @@ def raise_on_problems(headers: list[Header], target: Tensor, constant_rows: bool
                 "must have equal columns, uneven ones need shard=VocabShard(start, stop, "
                 "vocab_size) or VocabShard.from_group(local_size, group)"
             )
+    for rank, header in enumerate(headers):
+        _raise_on_values(rank, header)
     _raise_on_coverage(headers)
     for rank, header in enumerate(headers[1:], start=1):
         for name in ("target", "weight"):

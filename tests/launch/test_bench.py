@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from vocab_parallel_ce.launch import bench_report, measure, peers
+from vocab_parallel_ce.launch import bench_goals, measure, peers
 
 ROOT = Path(__file__).parents[2]
 LABELS = {peer.name: peer.label for peer in peers.PEERS}
@@ -136,8 +136,8 @@ def test_two_ranks_agree_and_count_collectives(two: tuple[dict[str, Any], str]) 
 def test_every_goal_has_a_row(two: tuple[dict[str, Any], str]) -> None:
     report, text = two
     rows = [row["what"] for row in report["goals"]]
-    for ratio in bench_report.RATIOS:
-        where = bench_report.ranks_in_words(ratio.ranks)
+    for ratio in bench_goals.RATIOS:
+        where = bench_goals.ranks_in_words(ratio.ranks)
         expected = f"{where}, {ratio.dtype}: {LABELS[ratio.ours]} against {LABELS[ratio.against]}"
         assert rows.count(expected) == 1
     assert sum("extra memory at peak" in row for row in rows) == 2
@@ -152,6 +152,8 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         (["--dtype", "fp8"], "--dtype"),
         (["--ranks", "3"], "--vocab"),
         (["--gate"], "--gate"),
+        (["--device", "tpu"], "--device"),
+        (["--csv", "bench.csv"], "--csv"),
     ):
         from typer.testing import CliRunner
 
@@ -180,9 +182,10 @@ def run_of(times: dict[str, float], **changes: Any) -> dict[str, Any]:
             "name": name,
             "label": LABELS[name],
             "status": "",
+            "wrong": "",
             "total_s": summary,
         }
-        peer |= {"ours": "in place" if name == "ours-inplace" else ""}
+        peer |= {"ours": peers.BY_NAME[name].ours}
         peer |= {"peak_bytes": 100, "budget_bytes": 200, "bandwidth_share": 0.5}
         peer |= {"collectives": {"forward": 1, "backward": 0}}
         found.append(peer)
@@ -201,7 +204,7 @@ def run_of(times: dict[str, float], **changes: Any) -> dict[str, Any]:
     ],
 )
 def test_a_ratio_is_judged(theirs: float, verdict: str, words: str) -> None:
-    judged = bench_report.judge([run_of({"ours-inplace": 1.0, "torch": theirs})], LABELS)
+    judged = bench_goals.judge([run_of({"ours-inplace": 1.0, "torch": theirs})], LABELS)
     (row,) = (j for j in judged if j.what.startswith("1 process, fp32: ours, in place against F."))
     assert (row.verdict, row.words, row.measured) == (verdict, words, f"{theirs:.2f}x")
 
@@ -210,16 +213,60 @@ def test_memory_over_budget_is_missed() -> None:
     run = run_of({"ours-inplace": 1.0})
     for used, verdict in ((200, "met"), (250, "MISSED"), (400, "below the gate")):
         run["peers"][0]["peak_bytes"] = used
-        judged = bench_report.judge([run], LABELS)
+        judged = bench_goals.judge([run], LABELS)
         assert [j.verdict for j in judged if "memory" in j.what] == [verdict]
+
+
+def cuda_run(times: dict[str, float], **changes: Any) -> dict[str, Any]:
+    run = run_of(times, device="cuda", dtype="bf16", rows=8192, vocab=131072)
+    return run | changes
+
+
+def goals_of(run: dict[str, Any], what: str) -> list[bench_goals.Judged]:
+    return [row for row in bench_goals.judge([run], LABELS) if what in row.what]
+
+
+@pytest.mark.parametrize(("theirs", "verdict"), [(1.2, "met"), (0.9, "MISSED")])
+def test_on_cuda_every_shape_must_beat_every_peer(theirs: float, verdict: str) -> None:
+    """The fastest one is named, where we are faster and where we are not."""
+    run = cuda_run({"ours-inplace": 1.0, "ours": 0.5, "torch": 3.0, "quack": theirs})
+    (row,) = goals_of(run, "faster than every peer")
+    assert row.what == (
+        "1 process, [8192, 131072] bf16: ours, in place, faster than every peer (quack, in place)"
+    )
+    assert (row.verdict, row.measured) == (verdict, f"{theirs:.2f}x")
+
+
+def test_a_wrong_or_missing_peer_is_not_the_one_to_beat() -> None:
+    run = cuda_run({"ours-inplace": 1.0, "torch": 0.1, "quack": 0.2, "liger": 2.0})
+    run["peers"][1]["wrong"] = "loss 1 instead of 2"
+    run["peers"][2]["status"] = "out of memory"
+    (row,) = goals_of(run, "faster than every peer")
+    assert row.what.endswith("(Liger)")
+    assert goals_of(cuda_run({"ours-inplace": 1.0}), "faster than every peer") == []
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(0.85, "met"), (0.84, "MISSED")])
+def test_on_cuda_bf16_must_reach_a_share_of_the_copy_bandwidth(share: float, verdict: str) -> None:
+    run = cuda_run({"ours-inplace": 1.0})
+    run["peers"][0]["bandwidth_share"] = share
+    (row,) = goals_of(run, "share of the copy bandwidth")
+    assert row.verdict == verdict
+    # fp32 has no such goal, and then it says that it was not measured.
+    (row,) = goals_of(cuda_run({"ours-inplace": 1.0}, dtype="fp32"), "share of the copy bandwidth")
+    assert row.verdict == "not measured"
+
+
+def test_a_cards_goals_are_not_a_cpus() -> None:
+    assert goals_of(cuda_run({"ours-inplace": 1.0}), "against F.cross_entropy") == []
 
 
 def test_a_wrong_peer_is_named() -> None:
     run = run_of({"torch": 1.0})
     run["peers"][0]["wrong"] = "loss 1 instead of 2"
-    (line,) = bench_report.failures([run])
+    (line,) = bench_goals.failures([run])
     assert "F.cross_entropy is WRONG: loss 1 instead of 2" in line
-    assert bench_report.failures([run], ours_only=True) == []
+    assert bench_goals.failures([run], ours_only=True) == []
 
 
 def test_peak_memory_sees_a_buffer_and_its_absence() -> None:

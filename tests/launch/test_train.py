@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -40,19 +39,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 513
 STEPS = 12
 SHAPE = GPTShape(VOCAB_SIZE, context=32, width=32, layers=1, heads=2)
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text of many short files, and the tokens that the first test makes of it.
-
-    Each file ends in a target that is ignored, so the windows have different numbers of targets.
-    """
-    folder = tmp_path_factory.mktemp("cache")
-    (folder / "text").mkdir()
-    for number, part in enumerate(Path(textwrap.__file__).read_text().split("\n\n")):
-        (folder / "text" / f"{number:03}.txt").write_text(part)
-    return folder
 
 
 def _options(out: Path, **changes: Any) -> TrainOptions:

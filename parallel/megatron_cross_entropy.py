@@ -1,0 +1,190 @@
+"""One call of Megatron's cross-entropy: its arguments and ``install``'s options -> loss per token.
+
+Here Megatron's ways are put into this library's words: its group, its padded vocabulary, its
+label smoothing, its labels that only a loss mask leaves out. Nothing here imports Megatron.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vocab_parallel_ce import VocabShard
+from vocab_parallel_ce.checks import Options, Outputs, check_numbers, prepare, tell_other_ranks
+from vocab_parallel_ce.primitive import row_statistics
+from vocab_parallel_ce.reduction import reduce_rows, row_losses
+from vocab_parallel_ce.shard import group_rank_and_size
+
+INVALID_TARGET = ("error", "ignore")
+SMOOTHING_FORMULAS = ("megatron", "pytorch")
+
+# What an error of the library says -> what mends it in a Megatron run.
+_WAYS_OUT = {
+    "target is out of range": "install(invalid_target='ignore') where loss_mask alone marks them",
+    "looks gathered": "in Megatron: GPTModel(parallel_output=True)",
+}
+
+
+@dataclass(frozen=True)
+class MegatronOptions:
+    """The arguments of ``install``, where they are documented; checked when made."""
+
+    vocab_size: int | None = None
+    shard: VocabShard | None = None
+    ignore_index: int = -100
+    invalid_target: str = "error"
+    lse_square_scale: float = 0.0
+    inplace_backward: bool = False
+    smoothing_formula: str = "megatron"
+    engine: str = "auto"
+    collective: str = "auto"
+    check: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("invalid_target", INVALID_TARGET),
+            ("smoothing_formula", SMOOTHING_FORMULAS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        size = self.vocab_size
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ValueError(
+                "vocab_size must be the number of ids without Megatron's padding, an int of at "
+                f"least 1, or None, got {size!r}"
+            )
+        if self.shard is not None and not isinstance(self.shard, VocabShard):
+            raise TypeError(f"shard must be a VocabShard or None, got {type(self.shard).__name__}")
+        if self.shard is not None and size not in (None, self.shard.vocab_size):
+            raise ValueError(
+                f"vocab_size={size} and shard={self.shard} disagree; pass one of them: the shard "
+                "tells the size as well"
+            )
+        check_numbers(self.for_group(None))
+
+    def for_group(self, group: dist.ProcessGroup | None) -> Options:
+        """In the words of the library, but for what follows from the logits."""
+        return Options(
+            ignore_index=self.ignore_index,
+            lse_square_scale=self.lse_square_scale,
+            group=group,
+            inplace_backward=self.inplace_backward,
+            engine=self.engine,
+            collective=self.collective,
+            check=self.check,
+        )
+
+
+def tensor_parallel_group() -> dist.ProcessGroup | None:
+    """Megatron's tensor-parallel group; None, one rank, where Megatron has made no groups."""
+    state: Any = sys.modules.get("megatron.core.parallel_state")
+    if state is None:
+        return None
+    group: dist.ProcessGroup | None = state.get_tensor_model_parallel_group(check_initialized=False)
+    return group
+
+
+def per_token_loss(
+    logits: Tensor,
+    target: Tensor,
+    label_smoothing: float,
+    tp_group: dist.ProcessGroup | None,
+    options: MegatronOptions,
+) -> tuple[Tensor, Tensor | None]:
+    """Logits [*, v/tp] and target [*] -> loss [*] with z, and the z part of it where it is on.
+
+    fp32, fp64 for fp64 logits; the same on every rank. One or two collectives, none in backward.
+    """
+    group = tensor_parallel_group() if tp_group is None else tp_group
+    call = options.for_group(group)
+    try:
+        shard = _shard(logits, call, options)
+        classes = shard.vocab_size if shard is not None else _columns(logits) * _world(group)
+        smoothing = _pytorch_smoothing(label_smoothing, classes, options.smoothing_formula)
+    except ValueError as problem:
+        tell_other_ranks(problem, call)
+        raise
+    if options.invalid_target == "ignore":
+        target = _without_invalid(target, classes, options.ignore_index)
+    # Beyond 1 it is still a distribution (see below), but the library's own argument ends there.
+    call = call._replace(shard=shard, label_smoothing=min(smoothing, 1.0))
+    try:
+        request = prepare(logits, target, None, call, Outputs())
+        request = replace(request, label_smoothing=smoothing)
+        stats, _, _, _ = row_statistics(
+            logits, target, None, request, group, options.inplace_backward
+        )
+    except ValueError as problem:
+        for sign, way_out in _WAYS_OUT.items():
+            if sign in str(problem):
+                raise ValueError(f"{problem}; {way_out}") from problem
+        raise
+    loss, zloss = reduce_rows(row_losses(stats, target.reshape(-1), None, request), "none")
+    shape = target.shape
+    return loss.view(shape), zloss.view(shape) if options.lse_square_scale else None
+
+
+def _columns(logits: Tensor) -> int:
+    # What is no tensor, or has no dimension, is left for ``prepare`` to refuse.
+    return logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() else 1
+
+
+def _world(group: dist.ProcessGroup | None) -> int:
+    return group_rank_and_size(group)[1]
+
+
+def _shard(logits: Tensor, call: Options, options: MegatronOptions) -> VocabShard | None:
+    """The ids of this rank: as told, or Megatron's equal shards cut to the true vocabulary.
+
+    None where nothing is known of the vocabulary: the library then infers equal shards, and looks
+    for gathered logits by their contents.
+    """
+    size = options.vocab_size
+    if options.shard is not None or size is None:
+        return options.shard
+    rank, world = group_rank_and_size(call.group)
+    columns = _columns(logits)
+    if world > 1 and columns >= size:
+        raise ValueError(
+            f"input looks gathered: it has {columns} columns on rank {rank} of the {world} of the "
+            f"group, and vocab_size={size} fits into one rank; pass this rank's shard (in Megatron:"
+            " GPTModel(parallel_output=True)), or, for a vocabulary so small that whole ranks are "
+            "padding, install(shard=VocabShard(start, stop, vocab_size))"
+        )
+    return VocabShard(rank * columns, (rank + 1) * columns, size)
+
+
+def _pytorch_smoothing(label_smoothing: float, classes: int, formula: str) -> float:
+    """PyTorch's label_smoothing that gives what ``formula`` means by it.
+
+    PyTorch spreads s over all K classes, the target included. Megatron (after NeMo's
+    SmoothedCrossEntropyLoss) spreads it over the K - 1 others, which is PyTorch's formula at
+    s K / (K - 1): above 1 for s > (K - 1) / K, where the target gets less than any other class.
+    """
+    if formula == "pytorch":
+        check_numbers(Options(label_smoothing=label_smoothing))
+        return label_smoothing
+    if not isinstance(label_smoothing, (int, float)) or not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing!r}")
+    if label_smoothing == 0:
+        return 0.0
+    if classes < 2:
+        raise ValueError(
+            f"label_smoothing={label_smoothing!r} needs at least two classes to spread over, got "
+            f"{classes}; use smoothing_formula='pytorch', or no smoothing"
+        )
+    return label_smoothing * classes / (classes - 1)
+
+
+def _without_invalid(target: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """Labels that are no class become ``ignore_index``; nothing is read on the host."""
+    if not isinstance(target, Tensor):
+        return target  # for ``prepare`` to refuse, like a target of a wrong dtype
+    return torch.where((target >= 0) & (target < classes), target, ignore_index)
