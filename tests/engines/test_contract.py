@@ -38,6 +38,7 @@ class Moved:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.LEAVES_LOG_PROB = engine.LEAVES_LOG_PROB
+        self.ROW_FUNCTIONS = engine.ROW_FUNCTIONS
 
     def supports(self, logits: Tensor) -> bool:
         return self.engine.supports(move(logits))
