@@ -4,6 +4,7 @@
 #                those of the CUDA engine in Triton's interpreter and compiler
 # make gate      fails where the loss got slower beside F.cross_entropy; what CI adds to the tests
 # make bench     the loss beside its peers on this machine; writes runs/bench
+# make ascend-triton   whether the Triton kernels fit an Ascend core; no part of the tests
 #
 # Options:  PYTHON=python3.11           the interpreter to build the environment from
 #           TORCH=torch==2.13.0         the torch to install
@@ -23,6 +24,8 @@ MEGATRON ?= 0.12.1
 TRITON ?= yes
 TRITON_PACKAGE ?= triton==3.7.1
 VENV_TRITON ?= .venv-triton
+TRITON_ASCEND ?= triton-ascend==3.2.0 ascendnpu-ir==1.2.0
+VENV_TRITON_ASCEND ?= .venv-triton-ascend
 
 BIN := $(VENV)/bin
 BIN_NPU := $(VENV_NPU)/bin
@@ -31,7 +34,7 @@ MEGATRON_FOLDER := .megatron-$(MEGATRON)
 TORCHRUN := $(BIN)/torchrun --standalone
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-megatron test lint types unit unit-megatron unit-npu unit-triton gate bench \
-    clean
+    ascend-triton clean
 .DELETE_ON_ERROR:
 
 help:
@@ -87,6 +90,21 @@ $(VENV_TRITON)/installed: pyproject.toml
 	$(BIN_TRITON)/python -m pip install --quiet --disable-pip-version-check -e . pytest hypothesis && \
 	echo "== install: $$(( $$(date +%s) - start )) s"
 	@touch $@
+
+# A fourth one, for one target: triton-ascend brings a triton package of its own.
+$(VENV_TRITON_ASCEND)/installed: pyproject.toml
+	@echo "== install into $(VENV_TRITON_ASCEND) with $(PYTHON)"
+	@echo "   downloads: $(TORCH), $(TRITON_ASCEND) (about 220 MB, 700 MB installed), and pybind11"
+	@start=$$(date +%s); \
+	$(PYTHON) -m venv $(VENV_TRITON_ASCEND) && \
+	$(VENV_TRITON_ASCEND)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) $(TORCH) && \
+	$(VENV_TRITON_ASCEND)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    $(TRITON_ASCEND) pybind11 "numpy<2" && \
+	echo "== install: $$(( $$(date +%s) - start )) s"
+	@touch $@
+
+ascend-triton: $(VENV_TRITON_ASCEND)/installed
+	$(VENV_TRITON_ASCEND)/bin/python -m tests.triton.ascend
 
 demo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(TORCHRUN) --nproc-per-node 2 -m vocab_parallel_ce.launch.train \
@@ -150,7 +168,8 @@ unit-triton:
 else
 unit-triton: $(VENV_TRITON)/installed
 	@start=$$(date +%s); echo "== tests of the CUDA engine: Triton's interpreter and compiler"; \
-	TRITON_INTERPRET=1 $(BIN_TRITON)/python -m pytest -q --durations=10 $(TESTS_TRITON) && \
+	TRITON_INTERPRET=1 $(BIN_TRITON)/python -m pytest -q --durations=10 -W ignore::RuntimeWarning \
+	    $(TESTS_TRITON) && \
 	echo "== tests of the CUDA engine: $$(( $$(date +%s) - start )) s"
 endif
 
@@ -165,4 +184,4 @@ bench: $(VENV)/installed
 	$(BIN)/python -m vocab_parallel_ce.launch.bench --out runs/bench
 
 clean:
-	rm -rf $(VENV) $(VENV_NPU) $(VENV_TRITON) .megatron-* runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV_NPU) $(VENV_TRITON) $(VENV_TRITON_ASCEND) .megatron-* runs build dist *.egg-info

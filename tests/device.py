@@ -19,9 +19,16 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OWN_ENGINE = "triton" if INTERPRETED or DEVICE == "cuda" else DEVICE
 # Neither HCCL nor most kernels of Ascend A2 and A3 carry it, and the triton engine leaves it out.
 HAS_FP64 = OWN_ENGINE not in ("npu", "triton")
-# The one that serves any device, and the device's own. Python runs kernels slowly: no other then.
-ENGINES = ("triton",) if INTERPRETED else ("eager", OWN_ENGINE)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, *([torch.float64] if HAS_FP64 else []))
+# The one that serves any device, and the device's own.
+ENGINES: tuple[str, ...] = ("eager", OWN_ENGINE)
+DTYPES: tuple[torch.dtype, ...] = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    *([torch.float64] if HAS_FP64 else []),
+)
+if INTERPRETED:  # Python runs kernels slowly: what says nothing about them is left out
+    ENGINES, DTYPES = ("triton",), (torch.float32, torch.bfloat16)
 
 
 def move(tensor: Tensor) -> Tensor:

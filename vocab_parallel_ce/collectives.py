@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .engines.contract import Wanted
+from .engines.contract import Gathered, Wanted
 from .header import HEADER_INTS
-from .statistics import Merged, merge, rescale_
+from .statistics import rescale_
 
 COLLECTIVES = ("auto", "all_gather", "all_reduce")
 GATHER_LIMIT_BYTES = 6_000_000
@@ -61,19 +61,10 @@ class Payload:
         )
 
 
-@dataclass(frozen=True)
-class Exchanged:
-    """The outcome of an exchange, the same on every rank."""
-
-    headers: Tensor
-    """[W, HEADER_INTS] int32"""
-    merged: Merged
-
-
 def exchange(
     payload: Payload, wanted: Wanted, collective: str, group: dist.ProcessGroup
-) -> Exchanged:
-    """Merge every rank's payload; communicates over ``group``, once or twice."""
+) -> Gathered:
+    """Every rank's payload, the same on every rank; communicates over ``group``, once or twice."""
     check_backend_dtype(check_group_serves(payload.buffer.device.type, group), payload.parts.dtype)
     k, rows = payload.parts.shape
     world = dist.get_world_size(group)
@@ -84,24 +75,23 @@ def exchange(
     return (_by_gather if gather else _by_reduce)(payload, wanted, group, world)
 
 
-def _by_gather(payload: Payload, wanted: Wanted, group: dist.ProcessGroup, world: int) -> Exchanged:
+def _by_gather(payload: Payload, wanted: Wanted, group: dist.ProcessGroup, world: int) -> Gathered:
     k, rows = payload.parts.shape
     received = payload.buffer.new_empty(world * payload.buffer.numel())
     all_gather_flat(received, payload.buffer, group)
     all_ranks = Payload.view(received.view(world, -1), k, rows, payload.parts.dtype)
-    starts = all_ranks.header[:, 0]
-    merged = merge(all_ranks.parts, wanted, all_ranks.shard_weight[:, 0], starts)
-    return Exchanged(all_ranks.header, merged)
+    return Gathered(
+        all_ranks.parts, all_ranks.shard_weight[:, 0], all_ranks.header[:, 0], all_ranks.header
+    )
 
 
-def _by_reduce(payload: Payload, wanted: Wanted, group: dist.ProcessGroup, world: int) -> Exchanged:
-    rows = payload.parts.shape[1]
-    names = wanted.rows[1:]
-    m = payload.parts[0].clone()
+def _by_reduce(payload: Payload, wanted: Wanted, group: dist.ProcessGroup, world: int) -> Gathered:
+    k, rows = payload.parts.shape
+    packed = payload.parts.new_zeros(k * rows + world * 2 * HEADER_INTS)
+    m, sums, slots = packed.split([rows, (k - 1) * rows, world * 2 * HEADER_INTS])
+    m.copy_(payload.parts[0])
     dist.all_reduce(m, dist.ReduceOp.MAX, group=group)
-    packed = m.new_zeros(len(names) * rows + world * 2 * HEADER_INTS)
-    sums, slots = packed.split([len(names) * rows, world * 2 * HEADER_INTS])
-    named = dict(zip(names, sums.view(len(names), rows).unbind(0), strict=True))
+    named = dict(zip(wanted.rows[1:], sums.view(k - 1, rows).unbind(0), strict=True))
     sums.copy_(payload.parts[1:].flatten())
     rescale_({"m": payload.parts[0].clone(), **named}, m, payload.shard_weight)
     # Each rank fills its own slots and adds 0 to the others': the sum gathers the headers. Halves
@@ -109,9 +99,10 @@ def _by_reduce(payload: Payload, wanted: Wanted, group: dist.ProcessGroup, world
     halves = slots.view(world, 2, HEADER_INTS)
     halves[dist.get_rank(group), 0] = payload.header & 0xFFFF
     halves[dist.get_rank(group), 1] = payload.header >> 16
-    dist.all_reduce(packed, dist.ReduceOp.SUM, group=group)
+    dist.all_reduce(packed[rows:], dist.ReduceOp.SUM, group=group)
     low, high = halves.to(torch.int32).unbind(1)
-    return Exchanged(high << 16 | low, Merged(m, **named))
+    one = packed[: k * rows].view(1, k, rows)  # merged by the sum: as if one rank held it all
+    return Gathered(one, payload.shard_weight, payload.header[:1], high << 16 | low)
 
 
 def all_gather_flat(out: Tensor, mine: Tensor, group: dist.ProcessGroup | None) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .engines.contract import HeaderLayout
 from .request import RowRequest
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -41,8 +42,26 @@ HEADER_INTS = STATIC_INTS + 2 * len(_DYNAMIC)
 _START, _STOP, _VOCAB, _OPTIONS = 0, 1, 2, slice(3, STATIC_INTS)
 _CHECKSUMS = {name: STATIC_INTS + 2 * i for i, name in enumerate(_DYNAMIC)}
 _NONE = -1
+_COMPARED = (
+    _VOCAB,
+    *range(STATIC_INTS)[_OPTIONS],
+    *(_CHECKSUMS[name] + half for name in ("target", "weight") for half in (0, 1)),
+)
 
 _FLAGS = ("smooth", "entropy", "argmax", "ignored_rows", "implicit_shard")
+
+
+HEADER_LAYOUT = HeaderLayout(
+    ints=HEADER_INTS,
+    static=STATIC_INTS,
+    compared=sum(1 << slot for slot in _COMPARED),
+    start=_START,
+    stop=_STOP,
+    vocab_size=_VOCAB,
+    flags=3,
+    implicit_bit=_FLAGS.index("implicit_shard"),
+    content=_CHECKSUMS["content"],
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +110,11 @@ def float_checksum(values: Tensor) -> Tensor:
     return checksum(values.float().view(torch.int32))
 
 
+def write_static(out: Tensor, request: RowRequest) -> None:
+    """Fill what follows from the options alone."""
+    out[:STATIC_INTS] = _static_tensor(request, out.device)
+
+
 def write_header(
     out: Tensor,
     request: RowRequest,
@@ -104,7 +128,7 @@ def write_header(
     ``content`` are this rank's (m, s) partials: ranks that hold the same ones in every row were
     handed the same logits. It is left out where shards were told explicitly.
     """
-    out[:STATIC_INTS] = _static_tensor(request, out.device)
+    write_static(out, request)
     zero = torch.zeros((), dtype=torch.int64, device=out.device)
     dynamic = torch.stack(
         [

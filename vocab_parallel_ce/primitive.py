@@ -24,20 +24,11 @@ from torch import Tensor
 
 from .collectives import Payload, exchange
 from .engines import select
-from .engines.contract import Coefficients, arithmetic_dtype
-from .header import (
-    ValueProblems,
-    disagreement,
-    looks_gathered,
-    raise_on_own_values,
-    raise_on_problems,
-    read_headers,
-    write_header,
-)
+from .engines.contract import Coefficients, Engine, Gathered, arithmetic_dtype
 from .preflight import Plan, preflight
 from .request import RowRequest
-from .statistics import finish, merge_single, stat_names
-from .targets import find_problems, locate
+from .row_steps import row_steps
+from .statistics import stat_names
 
 
 @dataclass
@@ -105,48 +96,28 @@ def compute_statistics(
         preflight(Plan(request, logits, target), logits.device, group)
 
     target = target.reshape(-1)
-    located = locate(target, request)
-    ignored = located.ignored
-    problems = find_problems(target, located.allowed, weight) if on_host else ValueProblems()
-    if world == 1 and on_host:
-        raise_on_own_values(problems, request)
+    engine = select(request.engine, logits)
+    alone = group is None or world == 1
+    steps = row_steps(engine, target, weight, request, on_host, alone)
 
     dtype = arithmetic_dtype(logits.dtype)
     wanted, rows = request.wanted, target.shape[0]
     payload = Payload.allocate(len(wanted.rows), rows, dtype, logits.device)
-    _fill_partials(payload.parts, logits, located.local_target, weight, request, log_prob_out)
-
-    poison = None if on_host else ~located.allowed
-    if group is None or world == 1:
-        merged = merge_single(payload.parts, wanted)
+    _fill_partials(engine, payload.parts, logits, steps.local_target, weight, request, log_prob_out)
+    if group is None or alone:
+        gathered = Gathered(payload.parts[None], payload.shard_weight, payload.header[:1], None)
     else:
         payload.shard_weight[0] = _shard_total(weight, request, dtype)
-        content = payload.parts[:2] if request.implicit_shard else None
-        write_header(payload.header, request, target, content, weight, problems)
-        exchanged = exchange(payload, wanted, request.collective, group)
-        merged = exchanged.merged
-        if poison is None:
-            headers = read_headers(exchanged.headers)
-            excused = looks_gathered(headers) and bool(_constant_rows(payload, ignored, request))
-            raise_on_problems(headers, target, excused)
-        else:
-            constant_rows = _constant_rows(payload, ignored, request)
-            poison |= disagreement(exchanged.headers, target, constant_rows)
-    if poison is not None:
-        # One NaN here makes the loss and the whole gradient of the row NaN, on every rank.
-        merged.s = merged.s.masked_fill(poison, torch.nan)
-    stats = finish(merged, wanted, _total_weight(weight, request, dtype), ignored)
-    argmax = merged.argmax if merged.argmax is not None else located.local_target.new_empty(0)
-    return RowResult(stats, merged.m, merged.s, located.local_target, argmax)
-
-
-def _constant_rows(payload: Payload, ignored: Tensor, request: RowRequest) -> Tensor:
-    """0-d: every kept row of this shard holds one value, so that s counts its columns."""
-    s = payload.parts[1]
-    return ((s == request.size) | ignored).all()
+        steps.write_header(payload)
+        gathered = exchange(payload, wanted, request.collective, group)
+    stats, m, s, argmax = steps.conclude(gathered, payload, _total_weight(weight, request, dtype))
+    if argmax is None:
+        argmax = steps.local_target.new_empty(0)
+    return RowResult(stats, m, s, steps.local_target, argmax)
 
 
 def _fill_partials(
+    engine: Engine,
     parts: Tensor,
     logits: Tensor,
     local_target: Tensor,
@@ -159,7 +130,6 @@ def _fill_partials(
         parts.zero_()
         parts[0].fill_(-torch.inf)
         return
-    engine = select(request.engine, logits)
     shard_weight = _shard_weight(weight, request, parts.dtype)
     flat = None if log_prob_out is None else _flat(log_prob_out, size)
     for rows, block in _numbered(row_blocks(logits[..., :size])):
@@ -188,17 +158,21 @@ def compute_gradient(
         out[..., size:].zero_()
     if size == 0 or result.m.numel() == 0:
         return
+
+    def scaled(g: Tensor) -> Tensor:
+        return g if request.scale == 1 else g * request.scale
+
     g = dict(zip(stat_names(request.wanted), grad_stats.unbind(0), strict=True))
     softmax = g["nll"] + g["lse"]
     smooth = entropy = None
     if request.smooth:
         softmax = softmax + g["smooth"] * _total_weight(weight, request, softmax.dtype)
-        smooth = g["smooth"] * request.scale
+        smooth = scaled(g["smooth"])
     if request.entropy:
         h = result.stats[stat_names(request.wanted).index("entropy")]
         softmax = softmax - g["entropy"] * h
-        entropy = g["entropy"] * request.scale
-    softmax, target_part = softmax * request.scale, g["nll"] * request.scale
+        entropy = scaled(g["entropy"])
+    softmax, target_part = scaled(softmax), scaled(g["nll"])
     engine = select(request.engine, logits)
     shard_weight = _shard_weight(weight, request, softmax.dtype)
     flat = None if out is logits else _flat(out, size)

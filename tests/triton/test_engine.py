@@ -107,21 +107,18 @@ def test_a_grid_smaller_than_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("apart", [False, True], ids=["rows", "columns"])
 def test_offsets_beyond_32_bits(apart: bool) -> None:
-    """4 GiB of addresses, of which only the pages of two rows are ever touched."""
-    far = 2**31 + 2**20
-    memory = torch.empty(far + 2**12, dtype=torch.bfloat16)
-    size, stride = ((40, 2), (1, far)) if apart else ((2, 40), (far, 1))
-    logits = memory.as_strided((2, 40), (far, 1))
-    logits.copy_(torch.randn(2, 40))
-    target = torch.tensor([3, 39])
-    dense = logits.clone()
-    want = _results(dense, target)
-    if not apart:
-        assert _same(want, [*_results(logits, target)[:1], *want[1:]])
-        _check_in_place(logits, dense, target)
-        return
-    logits = memory.as_strided(size, stride)
-    dense, target = logits.clone(), torch.arange(40) % 2
+    """Strides fit 32 bits and offsets do not: 4.8 GB of addresses, a few pages of them in use."""
+    far = 1_200_000_000
+    memory = torch.empty(2 * far + 40, dtype=torch.bfloat16)
+    logits = memory.as_strided((3, 40), (far, 1))
+    logits.copy_(torch.randn(3, 40))
+    if apart:
+        logits = logits.t()
+    dense, target = logits.clone(), torch.arange(len(logits)) % 3
+    out, _, _ = _results(dense, target)
+    wanted = [torch.empty_like(out)]
+    triton.partials(logits, target, torch.linspace(0.5, 1.5, logits.shape[1]), 1.2, ALL, wanted[0])
+    assert _same(wanted, [out])
     _check_in_place(logits, dense, target)
 
 

@@ -1,5 +1,7 @@
 """What an engine is: three functions on one device's 2-D tensors, and the words they share.
 
+It may have ``RowFunctions`` besides: its own versions of the arithmetic on [N] vectors.
+
 An engine knows nothing of groups, reductions, padding or options. It sees one rank's shard
 
     x = logits * scale                       [N, C_r], fp32 arithmetic (fp64 for fp64 logits)
@@ -67,6 +69,84 @@ class Coefficients(NamedTuple):
     entropy: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """The partials of a row that W ranks hold, still apart, and the ranks' headers."""
+
+    parts: Tensor
+    """[W, k, N], rows named by ``Wanted.rows``; W = 1 where there is nothing left to merge"""
+    shard_weight: Tensor
+    """[W] sums of the ranks' class weights"""
+    starts: Tensor
+    """[W] int32: the vocabulary id of each rank's column 0; used where W > 1"""
+    headers: Tensor | None
+    """[ranks, ints] int32, or None where one rank is alone"""
+
+
+class HeaderLayout(NamedTuple):
+    """What a kernel that judges headers must know of them; the header's own module says it."""
+
+    ints: int
+    static: int
+    """ints that follow from the options alone; those after them hold int64 values"""
+    compared: int
+    """a bit for each int that all ranks must have the same"""
+    start: int
+    stop: int
+    vocab_size: int
+    flags: int
+    implicit_bit: int
+    """in the flags: the shard was not told but follows from the rank"""
+    content: int
+    """the checksum that tells whether ranks hold the same logits"""
+
+
+class RowFunctions(Protocol):
+    """An engine's own versions of the arithmetic on [N] vectors around its three functions.
+
+    ``row_steps`` uses them on accelerators, where plain torch would launch a hundred kernels for
+    it. The same numbers as the torch functions that each stands for, without looking at any.
+    """
+
+    def locate(self, target: Tensor, start: int, stop: int, ignore_index: int) -> Tensor:
+        """``targets.locate``: the local_target of ``target`` [N]."""
+        ...
+
+    def sign(
+        self,
+        slots: Tensor,
+        target: Tensor,
+        content: Tensor | None,
+        weight_checksum: Tensor | None,
+        size: int,
+        ignore_index: int,
+    ) -> Tensor:
+        """``header.write_header``: the int64 values of a header, into ``slots``.
+
+        ``content`` are the m and s [2, N] of a shard of ``size`` columns. Returns a 0-d int32: 1 if
+        rows that all ranks hold alike are no sign of gathered logits, because every kept row is
+        constant or some target lies beyond the shard.
+        """
+        ...
+
+    def conclude(
+        self,
+        gathered: Gathered,
+        wanted: Wanted,
+        target: Tensor,
+        vocab_size: int,
+        ignore_index: int,
+        total_weight: Tensor | float,
+        layout: HeaderLayout,
+        excuse: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """``statistics.merge`` and ``finish`` and ``header.disagreement``: stats, m, s, argmax.
+
+        ``excuse`` is what ``sign`` returned.
+        """
+        ...
+
+
 class Engine(Protocol):
     """The three functions of an engine module. All run without autograd.
 
@@ -74,6 +154,9 @@ class Engine(Protocol):
     ``weight`` is this shard's slice [C_r] of the class weights in the arithmetic dtype, or None.
     No function allocates anything of size [N, C_r] or keeps a reference to its arguments.
     """
+
+    ROW_FUNCTIONS: RowFunctions | None
+    """None: plain torch does that"""
 
     LEAVES_LOG_PROB: bool
     """The kernel of ``partials`` writes log-probabilities anyway, and ``log_prob_out`` gets them"""

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .contract import IGNORED, Coefficients, Wanted, arithmetic_dtype
+from .contract import IGNORED, Coefficients, RowFunctions, Wanted, arithmetic_dtype
 
+ROW_FUNCTIONS: RowFunctions | None = None
 LEAVES_LOG_PROB = False
 _BLOCK_ELEMENTS = {"cpu": 1 << 18}
 _BLOCK_ELEMENTS_ACCELERATOR = 1 << 24

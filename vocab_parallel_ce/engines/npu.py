@@ -46,8 +46,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import IGNORED, Coefficients, Wanted
+from .contract import IGNORED, Coefficients, RowFunctions, Wanted
 
+ROW_FUNCTIONS: RowFunctions | None = None
 LEAVES_LOG_PROB = True
 MAX_ROWS = 199_999  # the operator keeps a few floats a row on chip, for fewer than 200,000 rows
 SCRATCH_VARIABLE = "VOCAB_PARALLEL_CE_NPU_SCRATCH_MIB"

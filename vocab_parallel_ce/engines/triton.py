@@ -17,7 +17,6 @@ Under TRITON_INTERPRET=1 the engine serves CPU tensors as well, slowly: how the 
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module, metadata
 from typing import Any, NamedTuple
@@ -25,8 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .contract import Coefficients, Wanted
+from . import triton_rows
+from .contract import Coefficients, RowFunctions, Wanted
+from .triton_rows import on_device_of
 
+ROW_FUNCTIONS: RowFunctions | None = triton_rows
 LEAVES_LOG_PROB = False
 MINIMUM_TRITON = (3, 1)
 MINIMUM_CAPABILITY = (8, 0)
@@ -100,7 +102,7 @@ def partials(
     rows, columns = logits.shape
     shape = _shape(columns, logits.dtype, _WARPS_OF_A_ROW)
     weight = weight.contiguous() if wanted.smooth and weight is not None else None
-    with _on_device_of(logits):
+    with on_device_of(logits):
         _kernels().row_partials[(min(rows, _LARGEST_GRID),)](
             logits, _phase(logits), *logits.stride(), _vector(local_target, torch.int64), weight,
             out, out.view(torch.int32), out.stride(0), rows, columns, float(scale),
@@ -146,7 +148,7 @@ def _elementwise(
     part = min(columns, shape.block * _PART_BLOCKS)
     apart = _apart(logits) or _apart(out)
     aligned = not apart and _words_begin_together(logits, out, shape.word)
-    with _on_device_of(logits):
+    with on_device_of(logits):
         kernel[(min(rows, _LARGEST_GRID), -(-columns // part))](
             logits, _phase(logits), *logits.stride(), _vector(m, torch.float32),
             _vector(s, torch.float32), *row_values, out, *out.stride(), rows, columns, part,
@@ -176,11 +178,6 @@ def _shape(columns: int, dtype: torch.dtype, most_warps: int) -> _Shape:
 @cache
 def _kernels() -> Any:
     return import_module("vocab_parallel_ce.engines.triton_kernels")
-
-
-def _on_device_of(logits: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever its tensors are on."""
-    return torch.cuda.device(logits.device) if logits.is_cuda else nullcontext()
 
 
 def _vector(values: Tensor, dtype: torch.dtype) -> Tensor:

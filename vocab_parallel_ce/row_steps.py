@@ -1,0 +1,182 @@
+"""What a forward pass does with [N] vectors around its kernels, in three steps.
+
+    local_target     where each row's target lives
+    write_header     what this rank tells the others about itself
+    conclude         partials of all ranks -> the statistics of every row; NaN where ranks disagree
+
+``TorchSteps`` is made of the functions of ``targets``, ``header`` and ``statistics``: the one to
+read, and the one that raises where values may be looked at. On an accelerator those are a hundred
+launches of small kernels; an engine that has ``ROW_FUNCTIONS`` does the same with three.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .collectives import Payload
+from .engines.contract import Engine, Gathered, RowFunctions
+from .header import (
+    HEADER_LAYOUT,
+    ValueProblems,
+    disagreement,
+    float_checksum,
+    looks_gathered,
+    raise_on_own_values,
+    raise_on_problems,
+    read_headers,
+    write_header,
+    write_static,
+)
+from .request import RowRequest
+from .statistics import finish, merge, merge_single
+from .targets import find_problems, locate
+
+
+class Concluded(NamedTuple):
+    """The statistics of N rows over the whole vocabulary."""
+
+    stats: Tensor
+    """[j, N], rows named by ``statistics.stat_names``; exactly 0 on ignored rows"""
+    m: Tensor
+    s: Tensor
+    """[N]; NaN in rows that must not look plausible"""
+    argmax: Tensor | None
+
+
+class RowSteps(Protocol):
+    """The steps of one call, for this rank's target [N]."""
+
+    local_target: Tensor
+    """[N] int64 column of this shard, ELSEWHERE or IGNORED"""
+
+    def write_header(self, payload: Payload) -> None:
+        """Fill the header of a payload whose partials are there."""
+        ...
+
+    def conclude(
+        self, gathered: Gathered, payload: Payload, total_weight: Tensor | float
+    ) -> Concluded:
+        """Merge, judge and finish; ``gathered`` is used up as scratch."""
+        ...
+
+
+class TorchSteps:
+    """Plain torch. ``on_host``: values are looked at, and what is wrong with them raises."""
+
+    def __init__(
+        self,
+        target: Tensor,
+        weight: Tensor | None,
+        request: RowRequest,
+        on_host: bool,
+        alone: bool,
+    ) -> None:
+        self._target, self._weight, self._request = target, weight, request
+        self._on_host = on_host
+        self._located = locate(target, request)
+        self.local_target = self._located.local_target
+        self._problems = (
+            find_problems(target, self._located.allowed, weight) if on_host else ValueProblems()
+        )
+        if alone:  # several ranks raise together, after the exchange
+            raise_on_own_values(self._problems, request)
+
+    def write_header(self, payload: Payload) -> None:
+        """See ``RowSteps``."""
+        content = payload.parts[:2] if self._request.implicit_shard else None
+        write_header(
+            payload.header, self._request, self._target, content, self._weight, self._problems
+        )
+
+    def conclude(
+        self, gathered: Gathered, payload: Payload, total_weight: Tensor | float
+    ) -> Concluded:
+        """See ``RowSteps``."""
+        wanted, ignored = self._request.wanted, self._located.ignored
+        if gathered.parts.shape[0] == 1:
+            merged = merge_single(gathered.parts[0], wanted)
+        else:
+            merged = merge(gathered.parts, wanted, gathered.shard_weight, gathered.starts)
+        if self._on_host:
+            if gathered.headers is not None:
+                self._raise(gathered.headers, payload)
+        else:
+            poison = ~self._located.allowed
+            if gathered.headers is not None:
+                poison |= disagreement(gathered.headers, self._target, self._constant_rows(payload))
+            # One NaN here makes the loss and the whole gradient of the row NaN, on every rank.
+            merged.s = merged.s.masked_fill(poison, torch.nan)
+        return Concluded(
+            finish(merged, wanted, total_weight, ignored), merged.m, merged.s, merged.argmax
+        )
+
+    def _raise(self, headers: Tensor, payload: Payload) -> None:
+        read = read_headers(headers)
+        excused = looks_gathered(read) and bool(self._constant_rows(payload))
+        raise_on_problems(read, self._target, excused)
+
+    def _constant_rows(self, payload: Payload) -> Tensor:
+        """0-d: every kept row of this shard holds one value, so that s counts its columns."""
+        s = payload.parts[1]
+        return ((s == self._request.size) | self._located.ignored).all()
+
+
+class FusedSteps:
+    """An engine's own kernels; nothing is looked at on the host."""
+
+    def __init__(
+        self,
+        functions: RowFunctions,
+        target: Tensor,
+        weight: Tensor | None,
+        request: RowRequest,
+    ) -> None:
+        self._functions, self._target, self._weight = functions, target, weight
+        self._request = request
+        self._excuse: Tensor | None = None
+        self.local_target = functions.locate(
+            target, request.start, request.stop, request.ignore_index
+        )
+
+    def write_header(self, payload: Payload) -> None:
+        """See ``RowSteps``."""
+        request, weight = self._request, self._weight
+        write_static(payload.header, request)
+        self._excuse = self._functions.sign(
+            payload.header[HEADER_LAYOUT.static :].view(torch.int64),
+            self._target,
+            payload.parts[:2] if request.implicit_shard else None,
+            None if weight is None else float_checksum(weight),
+            request.size,
+            request.ignore_index,
+        )
+
+    def conclude(
+        self, gathered: Gathered, payload: Payload, total_weight: Tensor | float
+    ) -> Concluded:
+        """See ``RowSteps``."""
+        request = self._request
+        return Concluded(
+            *self._functions.conclude(
+                gathered, request.wanted, self._target, request.vocab_size, request.ignore_index,
+                total_weight, HEADER_LAYOUT, self._excuse,
+            )
+        )  # fmt: skip
+
+
+def row_steps(
+    engine: Engine,
+    target: Tensor,
+    weight: Tensor | None,
+    request: RowRequest,
+    on_host: bool,
+    alone: bool,
+) -> RowSteps:
+    """The steps of a call that ``engine`` serves; ``alone``: there are no other ranks."""
+    functions = engine.ROW_FUNCTIONS
+    if functions is None or on_host or target.numel() == 0:
+        return TorchSteps(target, weight, request, on_host, alone)
+    return FusedSteps(functions, target, weight, request)
