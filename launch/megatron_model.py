@@ -111,6 +111,8 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"megatron\.")
+            # Its sequence parallelism calls what torch 2.13 has given other names.
+            warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
             yield
     finally:
         logger.setLevel(level)
