@@ -20,7 +20,8 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -80,6 +81,21 @@ def _serve(
     dist.destroy_process_group()
 
 
+@contextmanager
+def no_group_stays() -> Iterator[None]:
+    """Ends, on this rank, the process groups that were made inside and are still there.
+
+    Who only forgets a Gloo group leaves its threads behind, and they poll.
+    """
+    import torch.distributed as dist
+
+    groups = dist.distributed_c10d._world.pg_map
+    known = {group.group_name for group in groups}  # names: who holds a group keeps it alive
+    yield
+    for group in [group for group in groups if group.group_name not in known]:
+        dist.destroy_process_group(group)
+
+
 def _stack_file(store: str, rank: int) -> str:
     return f"{store}.stacks{rank}"
 
@@ -112,14 +128,15 @@ class Pool:
         self._receive(range(self.size), 120.0)
         return self
 
-    def stop(self) -> None:
+    def stop(self, patience: float = 5.0) -> None:
+        """End the processes; those that have not left after so many seconds each are killed."""
         for pipe in self._pipes:
             try:
                 pipe.send(None)
             except OSError:
                 continue
         for process in self._processes:
-            process.join(5)
+            process.join(patience)
             if process.is_alive():
                 process.kill()
         self._pipes, self._processes = [], []
@@ -143,7 +160,7 @@ class Pool:
         words = [f"rank {rank} {reason}" for rank, reason in silent.items()]
         words += [f"rank {r} said {o.trace or o.value!r}" for r, o in outcomes.items()]
         words.append(self._stacks())
-        self.stop()
+        self.stop(patience=0.1)
         raise HungError("\n".join(words))
 
     def _stacks(self) -> str:

@@ -38,7 +38,7 @@ from vocab_parallel_ce.launch.progress import read_metrics
 from vocab_parallel_ce.launch.text import IGNORE_INDEX
 from vocab_parallel_ce.parallel.groups import ParallelGroups
 
-from ..ranks import Pool
+from ..ranks import Pool, no_group_stays
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VOCAB_SIZE = 512
@@ -73,18 +73,9 @@ def ranks() -> Iterator[Pool]:
 
 
 @contextmanager
-def _no_group_stays() -> Iterator[None]:
-    """Megatron drops its groups without ending them, and their threads would go on polling."""
-    known = set(dist.distributed_c10d._world.pg_map)
-    yield
-    for group in set(dist.distributed_c10d._world.pg_map) - known:
-        dist.destroy_process_group(group)
-
-
-@contextmanager
 def _trainer(cache: Path, options: MegatronTrainOptions, tp: int) -> Iterator[MegatronTrainer]:
     with (
-        _no_group_stays(),
+        no_group_stays(),
         ParallelGroups.open("cpu", tp=tp) as groups,
         megatron(groups, options.seed),
     ):
@@ -243,7 +234,7 @@ def test_the_comparison_is_about_the_next_step(ranks: Pool, cache: Path, tmp_pat
 
 def _refusals(group: dist.ProcessGroup, arguments: list[list[str]]) -> list[tuple[int, str]]:
     os.environ["RANK"] = str(dist.get_rank())  # as torchrun sets it
-    with _no_group_stays():
+    with no_group_stays():
         results = [CliRunner().invoke(app, extra) for extra in arguments]
     del os.environ["RANK"]
     return [(result.exit_code, result.stderr) for result in results]

@@ -1,13 +1,13 @@
 """What the tests against megatron-core share: its groups, its two losses, and one way to measure.
 
 Everything runs on ranks that are all of the process group (the fixture ``pair``), with Megatron's
-own groups over them, made once a layout and kept: each set costs a dozen communicators.
+own groups over them, kept until another layout is asked for: each set costs a dozen communicators.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from vocab_parallel_ce.parallel import megatron as ours
 from vocab_parallel_ce.parallel.megatron_cpu import run_megatron_on_cpu
 
 from ..cases import Expected, expected
+from ..ranks import no_group_stays
 from ..tolerance import assert_close
 
 Loss = Callable[..., Tensor]
@@ -26,6 +27,7 @@ VOCAB = 64
 THEIRS = ("unfused", "fused")
 LOSSES = (*THEIRS, "ours")
 _layout: list[tuple[int, int, int]] = []
+_groups_of_layout = ExitStack()
 
 
 @contextmanager
@@ -35,7 +37,9 @@ def megatron(tp: int = 1, pp: int = 1, cp: int = 1) -> Iterator[dist.ProcessGrou
         from megatron.core import parallel_state
 
         if _layout != [(tp, pp, cp)]:
-            parallel_state.destroy_model_parallel()
+            parallel_state.destroy_model_parallel()  # forgets its groups
+            _groups_of_layout.close()
+            _groups_of_layout.enter_context(no_group_stays())
             # 0.12.1 leaves these, and takes a rank for a member of a group that it is not in.
             parallel_state._EMBEDDING_GLOBAL_RANKS = None
             parallel_state._POSITION_EMBEDDING_GLOBAL_RANKS = None
