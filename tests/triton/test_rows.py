@@ -34,19 +34,21 @@ def _target(world: int) -> Tensor:
 
 
 def _fill(parts: Tensor, request: RowRequest) -> None:
-    """Partials as an engine may leave them: an all -inf shard, a NaN, a tie of maxima besides."""
+    """Partials as an engine may leave them: -inf on one rank or on all, a NaN, ties of maxima."""
     parts.copy_(3 * torch.randn(parts.shape))
     parts[1].exp_()
-    parts[0, 5::11], parts[1, 5::11] = -torch.inf, 0.0
     parts[0, 8::13] = 2.0
     parts[1, 9] = torch.nan
-    if request.smooth:
-        parts[3, 5::11] = -torch.inf
-    if request.entropy:
-        row = 3 + request.smooth
-        parts[row, 5::11] = 0.0
+    named = dict(zip(request.wanted.rows, parts.unbind(0), strict=True))
+    for first in (5, 6) if request.start == 0 else (5,):
+        empty = slice(first, None, 11)
+        named["m"][empty], named["s"][empty] = -torch.inf, 0.0
+        if request.smooth:
+            named["u"][empty] = -torch.inf
+        if request.entropy:
+            named["t"][empty] = 0.0
     if request.argmax:
-        parts[-1].view(torch.int32).copy_(torch.randint(SIZE, (parts.shape[1],)))
+        named["argmax"].view(torch.int32).copy_(torch.randint(SIZE, (parts.shape[1],)))
 
 
 def _steps(fused: bool, target: Tensor, weight: Tensor | None, request: RowRequest) -> RowSteps:
