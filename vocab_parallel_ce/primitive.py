@@ -78,6 +78,11 @@ def _total_weight(weight: Tensor | None, request: RowRequest, dtype: torch.dtype
     return float(request.vocab_size) if weight is None else weight.to(dtype).sum()
 
 
+def _on_host(logits: Tensor, request: RowRequest) -> bool:
+    """Whether values of tensors may be looked at; on an accelerator that means to wait for it."""
+    return logits.device.type == "cpu" or request.checking
+
+
 def compute_statistics(
     logits: Tensor,
     target: Tensor,
@@ -91,7 +96,7 @@ def compute_statistics(
     ``log_prob_out``: see ``log_prob_space``.
     """
     world = 1 if group is None else dist.get_world_size(group)
-    on_host = logits.device.type == "cpu" or request.checking
+    on_host = _on_host(logits, request)
     if request.checking and group is not None and world > 1:
         preflight(Plan(request, logits, target), logits.device, group)
 

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from vocab_parallel_ce.engines import triton as engine
-from vocab_parallel_ce.engines.contract import Coefficients, Wanted
+from vocab_parallel_ce.engines.contract import Coefficients, Gathered, Wanted
+from vocab_parallel_ce.header import HEADER_LAYOUT
 
 CAPABILITIES = (90, 80)
 DTYPES = ("bfloat16", "float32", "float16")
@@ -122,12 +123,29 @@ def _call_engine(v: Variant) -> None:
     wanted = Wanted(v.smooth, v.entropy, v.argmax, v.ignored_rows)
     row = torch.ones(ROWS)
     engine.partials(logits, target, weight, 1.0, wanted, torch.empty(len(wanted.rows), ROWS))
+    if v.dtype == DTYPES[0] and v.columns == COLUMNS[0]:
+        _call_row_functions(v, target, wanted)
     if v.ignored_rows or (v.argmax and not v.entropy):
         return  # the other kernels know nothing of these
     parts = Coefficients(row, row, row if v.smooth else None, row if v.entropy else None)
     engine.gradient(logits, row, row, target, parts, weight, 1.0, logits)
     if not v.smooth and not v.entropy:
         engine.log_prob(logits, row, row, 1.0, logits)
+
+
+def _call_row_functions(v: Variant, target: torch.Tensor, wanted: Wanted) -> None:
+    """As on rank 0 of two."""
+    rows = engine.ROW_FUNCTIONS
+    assert rows is not None
+    rows.locate(target, 0, v.columns, -100)
+    headers = torch.zeros(2, HEADER_LAYOUT.ints, dtype=torch.int32)
+    slots = headers[0, HEADER_LAYOUT.static :].view(torch.int64)
+    checksum = torch.zeros((), dtype=torch.int64) if v.weight else None
+    excuse = rows.sign(slots, target, torch.ones(2, ROWS), checksum, v.columns, -100)
+    parts, shares = torch.ones(2, len(wanted.rows), ROWS), torch.ones(2)
+    gathered = Gathered(parts, shares, headers[:, 0], headers)
+    total = torch.ones(()) if v.weight else float(2 * v.columns)
+    rows.conclude(gathered, wanted, target, 2 * v.columns, -100, total, HEADER_LAYOUT, excuse)
 
 
 def _report(kernel: str, made: Any, variant: Variant, assembler: Path) -> Compiled:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vocab_parallel_ce import cross_entropy, cross_entropy_loss, token_statistics
+from vocab_parallel_ce import (
+    cross_entropy,
+    cross_entropy_loss,
+    primitive,
+    row_steps,
+    token_statistics,
+)
 
 from ..cases import Findings, Sharding, batch, check_gradient, even, expected, sized
 from ..ranks import Pool
@@ -22,7 +29,12 @@ ONE_RANK = sized("padded", (61,), (6,))
 TWO_RANKS = (even(48, 2), sized("uneven", (37, 24), (3, 0)), sized("empty", (40, 0), (0, 2)))
 
 
-def _losses_match(group: dist.ProcessGroup | None, sharding: Sharding, names: list[str]) -> int:
+def _losses_match(
+    group: dist.ProcessGroup | None,
+    sharding: Sharding,
+    names: list[str],
+    collective: str = "auto",
+) -> int:
     """Loss and gradient under these options, every reduction in turn, out of place and in place."""
     rank, done, findings = 0 if group is None else dist.get_rank(group), 0, Findings()
     for turn, name in enumerate(names):
@@ -39,7 +51,8 @@ def _losses_match(group: dist.ProcessGroup | None, sharding: Sharding, names: li
             leaf = sharding.local(data.logits, rank).requires_grad_()
             loss = cross_entropy(
                 leaf * 1, data.target, weight, reduction, group=group, engine="triton",
-                shard=sharding.shard(rank), inplace_backward=in_place, **chosen,
+                shard=sharding.shard(rank), inplace_backward=in_place, collective=collective,
+                **chosen,
             )  # fmt: skip
             (grad,) = torch.autograd.grad(loss, leaf, up)
             what = f"{name}, {reduction}, {dtype}{', in place' if in_place else ''}"
@@ -61,6 +74,25 @@ def test_cross_entropy_of_one_rank() -> None:
 def test_cross_entropy_of_two_ranks(pair: Pool, sharding: Sharding) -> None:
     names = ["plain", "all", "z-loss"]
     assert pair.run(_losses_match, 2, (sharding, names)) == [2 * len(names)] * 2
+
+
+def _losses_match_as_on_a_card(group: dist.ProcessGroup | None, *args: Any) -> int:
+    """Nothing is looked at on the host, and the engine's own row functions serve."""
+    with (
+        patch.object(primitive, "_on_host", return_value=False),
+        patch.object(row_steps, "TorchSteps", None),
+    ):
+        return _losses_match(group, *args)
+
+
+@pytest.mark.parametrize("collective", ["all_gather", "all_reduce"])
+def test_as_on_two_cards(pair: Pool, collective: str) -> None:
+    args = (TWO_RANKS[0], ["all", "weight"], collective)
+    assert pair.run(_losses_match_as_on_a_card, 2, args) == [4, 4]
+
+
+def test_as_on_one_card() -> None:
+    assert _losses_match_as_on_a_card(None, ONE_RANK, ["all", "plain"]) == 4
 
 
 def _statistics_match(group: dist.ProcessGroup, sharding: Sharding) -> None:

@@ -138,7 +138,8 @@ def conclude_rows(
         s += s_part
         x_y += tl.load(at + 2 * stat_stride, mask=inside, other=0.0)
         if SMOOTH:
-            w = tl.load(shard_weight + part * weight_stride)
+            # What is merged already is shifted by 0, and a rank alone has not told its weight.
+            w = tl.load(shard_weight + part * weight_stride, mask=n_parts > 1, other=0.0)
             u += tl.load(at + 3 * stat_stride, mask=inside, other=0.0) + w * shift
         if ENTROPY:
             # After s: shift * s may overflow where keep is 0.
