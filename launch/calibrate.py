@@ -21,7 +21,8 @@ from vocab_parallel_ce.engines.contract import Coefficients, Wanted
 from vocab_parallel_ce.launch import measure
 
 FIRST_TOUCH_BYTES = 64 * measure.MIB  # above what malloc keeps, see measure.settle_malloc
-IN_CACHE = (64, 4096)  # 1 MiB of fp32: the second level of a server core's cache
+IN_CACHE = (64, 256)  # rows of COLUMNS: 1 and 4 MiB of fp32, within a server's caches
+COLUMNS = 4096
 CALLS = 50  # of a rate: long enough for ranks that share a core to take turns
 LINK_BYTES = 4 * measure.MIB
 
@@ -60,21 +61,12 @@ def _first_touch(barrier: Callable[[], None], repeats: int) -> float:
     return max(fresh - touched, 0.0) / FIRST_TOUCH_BYTES
 
 
-def _elements(run: Callable[[], object], barrier: Callable[[], None], repeats: int) -> float:
-    """Elements a second."""
-
-    def many() -> None:
-        for _ in range(CALLS):
-            run()
-
-    rows, columns = IN_CACHE
-    return CALLS * rows * columns / _median(many, barrier, repeats)
-
-
-def _rates(dtype: torch.dtype, barrier: Callable[[], None], repeats: int) -> dict[str, float]:
-    """torch's exp and max in fp32, and the engine's two functions on logits of ``dtype``."""
-    rows, columns = IN_CACHE
-    wide = torch.randn(rows, columns)
+def _seconds(
+    rows: int, dtype: torch.dtype, barrier: Callable[[], None], repeats: int
+) -> dict[str, float]:
+    """CALLS calls on [rows, COLUMNS] each: torch's exp and max in fp32, and the engine's two
+    functions on logits of ``dtype``."""
+    wide = torch.randn(rows, COLUMNS)
     out = torch.empty_like(wide)
     logits = wide.to(dtype)
     engine = select("auto", logits)
@@ -94,7 +86,23 @@ def _rates(dtype: torch.dtype, barrier: Callable[[], None], repeats: int) -> dic
         "partials": lambda: engine.partials(logits, target, None, 1.0, Wanted(), parts),
         "gradient": backward,
     }
-    return {name: _elements(call, barrier, repeats) for name, call in calls.items()}
+
+    def many(call: Callable[[], object]) -> None:
+        for _ in range(CALLS):
+            call()
+
+    return {name: _median(lambda c=call: many(c), barrier, repeats) for name, call in calls.items()}  # type: ignore[misc]
+
+
+def _rates(dtype: torch.dtype, barrier: Callable[[], None], repeats: int) -> dict[str, float]:
+    """Elements a second of each of them, from what more rows add.
+
+    A call's own cost is left out: waking threads takes as long as this work, and the loss of real
+    logits does it once.
+    """
+    few, many = (_seconds(rows, dtype, barrier, repeats) for rows in IN_CACHE)
+    added = CALLS * (IN_CACHE[1] - IN_CACHE[0]) * COLUMNS
+    return {name: added / max(many[name] - few[name], 1e-9) for name in many}
 
 
 def _collectives(

@@ -86,7 +86,9 @@ def sweep_seconds(sweep: Sweep, case: Case, device: Device) -> float:
 
 
 def collective_seconds(collective: Collective, ranks: int, device: Device) -> float:
-    """See the module's formula."""
+    """See the module's formula; nothing for a rank alone, which waits for nobody."""
+    if ranks == 1:
+        return 0.0
     if collective.kind == "all_gather":
         latency, passes = device.gather_latency, ranks - 1.0
     else:

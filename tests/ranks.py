@@ -61,6 +61,7 @@ def _serve(
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=timeout)
     if device_type != "cpu":
+        os.environ["LOCAL_RANK"] = str(rank)  # what a case opens takes this device, not device 0
         torch.get_device_module(device_type).set_device(rank)
     dist.init_process_group(
         BACKENDS[device_type],

@@ -105,6 +105,7 @@ def _sums(group: dist.ProcessGroup, tp: int) -> dict[str, Any]:
             "total": total.tolist(),
             "backends": [dist.get_backend(g) for g in (groups.tp_group, groups.dp_group)],
             "control": dist.get_backend(groups.control),
+            "device": groups.device.index,
             "opened": opened,
             "used": _communicators() - before if new else None,
         }
@@ -113,7 +114,8 @@ def _sums(group: dist.ProcessGroup, tp: int) -> dict[str, Any]:
 
 
 def test_a_grid_of_hccl_groups(npu_pool: Pool) -> None:
-    for seen in npu_pool.run(_sums, 4, args=(2,)):
+    for rank, seen in enumerate(npu_pool.run(_sums, 4, args=(2,))):
+        assert seen["device"] == rank
         assert seen["total"] == [4.0] * 3
         assert seen["backends"] == ["hccl", "hccl"]
         assert seen["control"] == "gloo"
