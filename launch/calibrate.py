@@ -21,7 +21,7 @@ from vocab_parallel_ce.engines.contract import Coefficients, Wanted
 from vocab_parallel_ce.launch import measure
 
 FIRST_TOUCH_BYTES = 64 * measure.MIB  # above what malloc keeps, see measure.settle_malloc
-IN_CACHE = (64, 256)  # rows of COLUMNS: 1 and 4 MiB of fp32, within a server's caches
+IN_CACHE = (64, 256)  # rows of COLUMNS a thread: 1 and 4 MiB of fp32, within a server's caches
 COLUMNS = 4096
 CALLS = 50  # of a rate: long enough for ranks that share a core to take turns
 LINK_BYTES = 4 * measure.MIB
@@ -100,8 +100,10 @@ def _rates(dtype: torch.dtype, barrier: Callable[[], None], repeats: int) -> dic
     A call's own cost is left out: waking threads takes as long as this work, and the loss of real
     logits does it once.
     """
-    few, many = (_seconds(rows, dtype, barrier, repeats) for rows in IN_CACHE)
-    added = CALLS * (IN_CACHE[1] - IN_CACHE[0]) * COLUMNS
+    few_rows, many_rows = (rows * torch.get_num_threads() for rows in IN_CACHE)
+    few = _seconds(few_rows, dtype, barrier, repeats)
+    many = _seconds(many_rows, dtype, barrier, repeats)
+    added = CALLS * (many_rows - few_rows) * COLUMNS
     return {name: added / max(many[name] - few[name], 1e-9) for name in many}
 
 
