@@ -4,7 +4,7 @@
 #                those of the CUDA engine in Triton's interpreter and compiler
 # make gate      fails where the loss got slower beside F.cross_entropy; what CI adds to the tests
 # make bench     the loss beside its peers on this machine; writes runs/bench
-# make ascend-triton   whether the Triton kernels fit an Ascend core; no part of the tests
+# make ascend-triton   whether the Triton kernels fit an Ascend core; CI adds this to the tests too
 #
 # Options:  PYTHON=python3.11           the interpreter to build the environment from
 #           TORCH=torch==2.13.0         the torch to install
@@ -104,7 +104,9 @@ $(VENV_TRITON_ASCEND)/installed: pyproject.toml
 	@touch $@
 
 ascend-triton: $(VENV_TRITON_ASCEND)/installed
-	$(VENV_TRITON_ASCEND)/bin/python -m tests.triton.ascend
+	@start=$$(date +%s); echo "== Triton kernels for Ascend, without CANN"; \
+	$(VENV_TRITON_ASCEND)/bin/python -m tests.triton.ascend && \
+	echo "== Triton kernels for Ascend: $$(( $$(date +%s) - start )) s"
 
 demo: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(TORCHRUN) --nproc-per-node 2 -m vocab_parallel_ce.launch.train \

@@ -94,6 +94,7 @@ def main() -> int:
         return 2
     optimizer = Path(next(iter(spec.submodule_search_locations))) / "bin" / "bishengir-opt"
     optimizer.chmod(0o755)
+    print("(triton-ascend asks for CANN's compiler as it goes, and says 'Invalid bishengir path'.)")
     failed = 0
     for name in BLOCKS:
         for dtype in ("bf16", "fp32"):
