@@ -10,7 +10,7 @@
 #           TORCH=torch==2.13.0         the torch to install
 #           PIP_OPTIONS="--index-url …" pip's own options for torch, to choose a CPU or CUDA build
 #           NPU=no                      leaves out what needs torch-npu: the tests in tests/npu
-#           TRITON=no                   leaves out what needs Triton: the tests in tests/triton
+#           TRITON=no                   leaves out what needs Triton: the tests in tests/engines/triton
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
@@ -105,7 +105,7 @@ $(VENV_TRITON_ASCEND)/installed: pyproject.toml
 
 ascend-triton: $(VENV_TRITON_ASCEND)/installed
 	@start=$$(date +%s); echo "== Triton kernels for Ascend, without CANN"; \
-	$(VENV_TRITON_ASCEND)/bin/python -m tests.triton.ascend && \
+	$(VENV_TRITON_ASCEND)/bin/python -m tests.engines.triton.ascend && \
 	echo "== Triton kernels for Ascend: $$(( $$(date +%s) - start )) s"
 
 demo: $(VENV)/installed
@@ -144,7 +144,7 @@ $(MEGATRON_FOLDER)/installed: $(VENV)/installed
 unit-megatron: $(MEGATRON_FOLDER)/installed
 	@start=$$(date +%s); echo "== tests on megatron-core $(MEGATRON)"; \
 	PYTHONPATH=$(CURDIR)/$(MEGATRON_FOLDER) VOCAB_PARALLEL_CE_TEST_MEGATRON=$(MEGATRON) \
-	    $(BIN)/python -m pytest -q --durations=5 tests/parallel/test_megatron*.py && \
+	    $(BIN)/python -m pytest -q --durations=5 tests/parallel/megatron && \
 	echo "== tests on megatron-core $(MEGATRON): $$(( $$(date +%s) - start )) s"
 
 # What only an NPU has, and the tests of the loss that run on any device.
@@ -161,8 +161,8 @@ unit-npu: $(VENV_NPU)/installed
 	echo "== tests of the Ascend engine: $$(( $$(date +%s) - start )) s"
 endif
 
-# The engine's contract and its own tests; tests/triton compiles the kernels as well.
-TESTS_TRITON := tests/triton tests/engines/test_contract.py
+# The engine's contract and its own tests; tests/engines/triton compiles the kernels as well.
+TESTS_TRITON := tests/engines/triton tests/engines/test_contract.py
 
 ifeq ($(TRITON),no)
 unit-triton:

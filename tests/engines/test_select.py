@@ -20,14 +20,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vocab_parallel_ce import cross_entropy, cross_entropy_loss, engines, token_statistics
-from vocab_parallel_ce.engines import (
-    ENGINES,
-    eager,
-    engine_of_device,
-    select,
-    triton,
-    why_not,
-)
+from vocab_parallel_ce.engines import ENGINES, eager, engine_of_device, select, why_not
+from vocab_parallel_ce.engines.triton import engine as triton
 
 ROOT = Path(__file__).resolve().parents[2]
 

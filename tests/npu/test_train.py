@@ -1,4 +1,4 @@
-"""The training job on npu, two ranks, as one types it: through launch/ascend.sh."""
+"""The training job on npu, two ranks, as one types it: through launch/ascend/run.sh."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vocab_parallel_ce.launch.gpt import GPTShape
-from vocab_parallel_ce.launch.progress import read_metrics
-from vocab_parallel_ce.launch.train import Resume, prepare, train_and_check
-from vocab_parallel_ce.launch.trainer import TrainOptions
+from vocab_parallel_ce.launch.train.command import Resume, prepare, train_and_check
+from vocab_parallel_ce.launch.train.gpt import GPTShape
+from vocab_parallel_ce.launch.train.progress import read_metrics
+from vocab_parallel_ce.launch.train.trainer import TrainOptions
 from vocab_parallel_ce.parallel.groups import ParallelGroups
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -31,7 +31,7 @@ def _train(folder: Path, out: str, *extra: str, ranks: int = 2) -> subprocess.Co
         f"--text text --cache cache --out {out}"
     )
     return subprocess.run(
-        [str(REPOSITORY / "launch" / "ascend.sh"), *fixed.split(), *extra],
+        [str(REPOSITORY / "launch" / "ascend" / "run.sh"), *fixed.split(), *extra],
         env=os.environ | {"PYTHON": sys.executable, "NPROC": str(ranks)},
         cwd=folder,
         capture_output=True,

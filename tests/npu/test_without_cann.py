@@ -44,8 +44,8 @@ def test_torch_itself_cannot_be_imported() -> None:
     [
         [sys.executable, "-m", "vocab_parallel_ce.launch.train"],
         [sys.executable, "-m", "vocab_parallel_ce.launch.doctor"],
-        [str(REPOSITORY / "launch" / "ascend.sh"), "--tp", "2"],
-        [str(REPOSITORY / "launch" / "ascend.sh"), "--device", "cpu"],
+        [str(REPOSITORY / "launch" / "ascend" / "run.sh"), "--tp", "2"],
+        [str(REPOSITORY / "launch" / "ascend" / "run.sh"), "--device", "cpu"],
     ],
     ids=["train", "doctor", "script", "script on cpu"],
 )

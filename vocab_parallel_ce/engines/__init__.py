@@ -7,8 +7,10 @@ import warnings
 
 from torch import Tensor
 
-from . import cpu, eager, npu, triton
+from . import eager, npu
 from .contract import Engine
+from .cpu import engine as cpu
+from .triton import engine as triton
 
 ENGINES = ("auto", "cpu", "npu", "triton", "eager")
 

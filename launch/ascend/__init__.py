@@ -1,0 +1,1 @@
+"""Starts a job on one Ascend machine or several."""

@@ -1,0 +1,1 @@
+"""The loss beside what one would otherwise use: time, memory, exactness."""

@@ -1,0 +1,1 @@
+"""Time, memory, bandwidth, collectives: the one place where anything is measured."""

@@ -1,0 +1,1 @@
+"""Trains a GPTModel of megatron-core with either loss."""

@@ -1,0 +1,228 @@
+"""Trains a small GPT with the vocabulary split across ranks; the library's main job.
+
+    python -m vocab_parallel_ce.launch.train
+    torchrun --nproc-per-node 2 -m vocab_parallel_ce.launch.train --tp 2
+
+The vocabulary is byte-level BPE of 32,768 tokens, trained on the spot on the sources of Python's
+standard library, or on `--text`. Leaves in --out: metrics.jsonl, loss.png and sharded checkpoints,
+from which the same command continues; so a run survives the loss of a rank under
+`torchrun --max-restarts`. At its end it compares its loss and gradient with an unsharded fp64
+reference and fails if they are off.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import torch.distributed as dist
+import typer
+
+from vocab_parallel_ce.launch.train.gpt import GPTShape
+from vocab_parallel_ce.launch.train.progress import TrainingLog, draw_curve, read_metrics
+from vocab_parallel_ce.launch.train.selfcheck import (
+    check_against_reference,
+    compare_cost,
+    replicas_agree,
+)
+from vocab_parallel_ce.launch.train.text import Corpus, default_cache, load_corpus
+from vocab_parallel_ce.launch.train.trainer import Trainer, TrainOptions
+from vocab_parallel_ce.parallel.groups import ParallelGroups
+
+USAGE_ERROR = 2
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class Resume(str, enum.Enum):
+    """auto: continue if --out has a checkpoint; never: start over; must: refuse to start over."""
+
+    auto = "auto"
+    never = "never"
+    must = "must"
+
+
+def say(groups: ParallelGroups, text: str) -> None:
+    """Prints on rank 0."""
+    if groups.rank == 0:
+        print(text, flush=True)
+
+
+def shared_corpus(
+    groups: ParallelGroups, paths: list[Path], vocab_size: int, cache: Path
+) -> Corpus:
+    """The corpus, made by one rank of each host while the others wait, and compared among all."""
+    goes_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    corpus = load_corpus(paths, vocab_size, cache) if goes_first else None
+    groups.barrier()
+    corpus = corpus or load_corpus(paths, vocab_size, cache)
+    fingerprints: list[str] = [""] * groups.world_size
+    dist.all_gather_object(fingerprints, corpus.fingerprint, group=groups.control)
+    if len(set(fingerprints)) > 1:
+        raise ValueError(
+            f"the text differs between ranks (fingerprints {fingerprints}); "
+            "give all hosts the same files with --text"
+        )
+    return corpus
+
+
+def prepare_folder(trainer: Trainer, resume: Resume) -> None:
+    """Continues, or clears the run's folder, as asked."""
+    # A restart continues what this command began. Hosts count restarts apart, so all are asked.
+    restarts = [0] * trainer.groups.world_size
+    mine = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    dist.all_gather_object(restarts, mine, group=trainer.groups.control)
+    if resume is Resume.never and not any(restarts):
+        trainer.checkpoints.clear()
+        if trainer.groups.rank == 0:
+            trainer.options.metrics.unlink(missing_ok=True)
+        trainer.groups.barrier()
+    if resume is Resume.must and trainer.checkpoints.latest() is None:
+        raise ValueError(f"--resume must, but {trainer.options.out} has no checkpoint")
+    trainer.resume()
+
+
+def check_and_compare(trainer: Trainer) -> bool:
+    """Prints what the run proves of itself; False if something is off."""
+    groups = trainer.groups
+    call = trainer.last_loss_call()
+    errors = check_against_reference(call, groups)
+    agree = replicas_agree(trainer.model, groups)
+    verdicts: list[bool] = [False] * groups.world_size
+    dist.all_gather_object(verdicts, errors.within and agree, group=groups.control)
+    say(
+        groups,
+        f"Last batch against the unsharded fp64 reference, {len(call.target)} rows of "
+        f"{call.shard.vocab_size}:\n"
+        f"  loss      {errors.loss:.7f}, reference {errors.reference:.7f}, "
+        f"relative error {errors.loss_error:.1e}\n"
+        f"  gradient  largest error {errors.gradient_error:.1e} of the largest element "
+        f"(F.cross_entropy in fp32: {errors.plain_gradient_error:.1e})\n"
+        f"  replicated parameters are {'' if agree else 'NOT '}equal on all ranks, bit for bit",
+    )
+    say(groups, "Forward and backward of that batch, medians of rank 0:")
+    for cost in compare_cost(call, groups):
+        say(groups, cost.line())
+    ok = all(verdicts)
+    failed = [rank for rank, verdict in enumerate(verdicts) if not verdict]
+    say(groups, "Check passed." if ok else f"CHECK FAILED on ranks {failed}.")
+    return ok
+
+
+def prepare(
+    groups: ParallelGroups, options: TrainOptions, paths: list[Path], cache: Path, resume: Resume
+) -> Trainer:
+    """Everything before the first step. A ValueError from here is about what the user asked for."""
+    begin = time.perf_counter()
+    corpus = shared_corpus(groups, paths, options.shape.vocab_size, cache)
+    say(groups, f"{len(corpus.tokens):,} tokens of text ({time.perf_counter() - begin:.1f} s)")
+    trainer = Trainer(options, groups, corpus)
+    options.out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(trainer, resume)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    say(
+        groups,
+        f"{parameters:,} parameters on each of {groups.world_size} {groups.device.type} ranks "
+        f"(tp {groups.tp}, dp {groups.dp}); rank 0 owns ids {trainer.shard.start} to "
+        f"{trainer.shard.stop - 1} of {trainer.shard.vocab_size}",
+    )
+    begin = time.perf_counter()
+    trainer.warm_up()
+    groups.barrier()
+    say(groups, f"The loss is ready to run ({time.perf_counter() - begin:.1f} s).")
+    if trainer.state.step:
+        say(groups, f"Continuing {options.out} after step {trainer.state.step}.")
+    return trainer
+
+
+def train_and_check(trainer: Trainer, check: bool) -> bool:
+    """The job itself; False if the self-check failed."""
+    groups, options = trainer.groups, trainer.options
+    log = None
+    if groups.rank == 0:
+        log = TrainingLog(options.metrics, trainer.state.step, options.steps, options.log_every)
+    with log or nullcontext():
+        trainer.train(log)
+    if groups.rank == 0:
+        draw_curve(read_metrics(options.metrics), options.out / "loss.png")
+    say(groups, f"Metrics, curve and checkpoints are in {options.out}.")
+    return check_and_compare(trainer) if check else True
+
+
+def refuse(error: ValueError) -> NoReturn:
+    """Ends this rank with the message and no traceback: the user can act on it."""
+    print(f"rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
+    raise typer.Exit(USAGE_ERROR)
+
+
+@app.command()
+def main(
+    steps: Annotated[int, typer.Option(help="Train up to this step.")] = 120,
+    batch: Annotated[int, typer.Option(help="Sequences a step, over all ranks.")] = 16,
+    context: Annotated[int, typer.Option(help="Tokens a sequence.")] = 128,
+    accumulate: Annotated[int, typer.Option(help="Micro-batches a step.")] = 1,
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-3,
+    warmup: Annotated[int, typer.Option(help="Steps over which lr rises.")] = 10,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm; 0: no limit.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of weights, order of the text, dropout.")] = 0,
+    tp: Annotated[int | None, typer.Option(help="Ranks that split the vocabulary.")] = None,
+    dp: Annotated[int | None, typer.Option(help="Copies of the model.")] = None,
+    vocab_size: Annotated[int, typer.Option(help="Size of the BPE vocabulary.")] = 32768,
+    width: Annotated[int, typer.Option(help="Width of the model.")] = 128,
+    layers: Annotated[int, typer.Option(help="Transformer blocks.")] = 2,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
+    dropout: Annotated[float, typer.Option(help="Dropped part of each block's output.")] = 0.0,
+    tied: Annotated[bool, typer.Option(help="One weight for embedding and head.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 by autocast.")] = "float32",
+    label_smoothing: Annotated[float, typer.Option(help="In [0, 1].")] = 0.0,
+    z_loss: Annotated[float, typer.Option(help="Adds this times lse squared.")] = 0.0,
+    inplace: Annotated[bool, typer.Option(help="Gradient overwrites the logits.")] = True,
+    text: Annotated[list[Path] | None, typer.Option(help="Files or folders to train on.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Keeps the tokens between runs.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/train"),
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    resume: Annotated[Resume, typer.Option(help="If --out has a checkpoint.")] = Resume.auto,
+    check: Annotated[bool, typer.Option(help="Compare with the reference at the end.")] = True,
+    log_every: Annotated[int, typer.Option(help="Steps between lines off a terminal.")] = 10,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or npu; else the best.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds a rank waits for others.")] = 600.0,
+    die_at_step: Annotated[int, typer.Option(hidden=True)] = 0,
+) -> None:
+    """Trains a GPT whose vocabulary is split across tensor-parallel ranks."""
+    begin = time.perf_counter()
+    try:
+        options = TrainOptions(
+            shape=GPTShape(vocab_size, context, width, layers, heads, dropout, tied),
+            steps=steps,
+            batch=batch,
+            accumulate=accumulate,
+            lr=lr,
+            warmup=warmup,
+            clip=clip,
+            seed=seed,
+            dtype=dtype,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            inplace=inplace,
+            out=out,
+            checkpoint_every=checkpoint_every,
+            log_every=log_every,
+            die_at_step=die_at_step,
+        )
+        groups = ParallelGroups.open(device, tp=tp, dp=dp, timeout_seconds=timeout)
+    except ValueError as error:
+        refuse(error)
+    with groups:
+        try:
+            trainer = prepare(groups, options, text or [], cache or default_cache(), resume)
+        except ValueError as error:
+            refuse(error)
+        ok = train_and_check(trainer, check)
+        say(groups, f"{time.perf_counter() - begin:.0f} s in all.")
+    if not ok:
+        raise typer.Exit(1)

@@ -1,0 +1,264 @@
+"""What a run proves of itself at its end: the loss is right, and what it costs.
+
+Right: the logits of the last batch are gathered, some rows at a time, and the loss and its gradient
+are compared with the unsharded fp64 reference. Cost: our loss and torch's F.cross_entropy on
+gathered logits take turns on the same batch. Only here do logits ever leave their rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vocab_parallel_ce import VocabShard, cross_entropy
+from vocab_parallel_ce.launch.measuring.stopwatch import PeakMemory
+from vocab_parallel_ce.parallel.groups import ParallelGroups
+from vocab_parallel_ce.parallel.layers import vocab_parallel_parameters
+from vocab_parallel_ce.reference import cross_entropy as reference_cross_entropy
+
+ROWS_AT_A_TIME = 128
+# Relative to the loss, and to the largest element of the gradient. In fp32 the loss and each
+# element carry a few roundings of 6e-8; a bf16 gradient is rounded once more, by up to 2^-9. Twice
+# what F.cross_entropy in fp32 is off by comes on top: large logits cost any fp32 formula digits.
+LOSS_TOLERANCE = 2e-6
+GRADIENT_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8}
+
+
+@dataclass(frozen=True)
+class LossCall:
+    """One use of the loss on this rank: its shard of the logits and all it is called with."""
+
+    logits: Tensor
+    """[N, C_r]"""
+    target: Tensor
+    """[N] global ids"""
+    shard: VocabShard
+    normalizer: Tensor
+    label_smoothing: float
+    z_loss: float
+    inplace: bool
+
+    def loss(self, logits: Tensor, groups: ParallelGroups) -> Tensor:
+        return cross_entropy(
+            logits,
+            self.target,
+            label_smoothing=self.label_smoothing,
+            lse_square_scale=self.z_loss,
+            group=groups.tp_group,
+            shard=self.shard,
+            inplace_backward=self.inplace,
+            normalizer=self.normalizer,
+        )
+
+
+class _Produced(torch.autograd.Function):
+    """A buffer as if a layer had just produced it: not a leaf, and its gradient goes nowhere."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, buffer: Tensor) -> Tensor:
+        return buffer.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def produced(buffer: Tensor) -> Tensor:
+    """A non-leaf that shares storage with `buffer`."""
+    result: Tensor = _Produced.apply(torch.zeros((), requires_grad=True), buffer)  # type: ignore[no-untyped-call]
+    return result
+
+
+def gather_columns(part: Tensor, groups: ParallelGroups, shard: VocabShard) -> Tensor:
+    """[n, C_r] on each tensor-parallel rank -> [n, vocab_size] on all of them."""
+    shards = [_shard_of(rank, groups.tp, shard.vocab_size) for rank in range(groups.tp)]
+    widest = max(other.size for other in shards)
+    padded = F.pad(part, (0, widest - part.shape[1])).contiguous()
+    received = [torch.empty_like(padded) for _ in shards]
+    dist.all_gather(received, padded, group=groups.tp_group)
+    return torch.cat([r[:, : s.size] for r, s in zip(received, shards, strict=True)], dim=1)
+
+
+def _shard_of(rank: int, ranks: int, vocab_size: int) -> VocabShard:
+    size = -(-vocab_size // ranks)
+    start = min(rank * size, vocab_size)
+    return VocabShard(start, min(start + size, vocab_size), vocab_size)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Against fp64; the gradient's is relative to its largest element."""
+
+    loss: float
+    """Our loss."""
+    reference: float
+    loss_error: float
+    """|loss - reference| / |reference|"""
+    gradient_error: float
+    plain_gradient_error: float
+    """The same of F.cross_entropy on the gathered logits in fp32: what rounding alone does."""
+    within: bool
+
+
+def check_against_reference(call: LossCall, groups: ParallelGroups) -> Errors:
+    """Every rank of a tensor-parallel group takes part and gets the same answer."""
+    buffer = call.logits.clone()
+    logits = produced(buffer)
+    captured: list[Tensor] = []
+    logits.register_hook(lambda gradient: captured.append(gradient))
+    loss = call.loss(logits, groups)
+    loss.backward()
+    ours = captured.pop()
+
+    denominator = float(call.normalizer)
+    reference, largest, worst, plain_worst = 0.0, 0.0, 0.0, 0.0
+    for begin in range(0, len(call.target), ROWS_AT_A_TIME):
+        rows = slice(begin, begin + ROWS_AT_A_TIME)
+        full = gather_columns(call.logits[rows], groups, call.shard).cpu()
+        full_gradient = gather_columns(ours[rows], groups, call.shard).cpu()
+        if groups.tp_rank != 0:
+            continue
+        target = call.target[rows].cpu()
+        exact_logits = full.double().requires_grad_()
+        part = reference_cross_entropy(
+            exact_logits,
+            target,
+            label_smoothing=call.label_smoothing,
+            lse_square_scale=call.z_loss,
+            normalizer=denominator,
+        ).loss
+        (exact,) = torch.autograd.grad(part, exact_logits)
+        plain = _plain_gradient(full.float(), target, call, denominator)
+        reference += float(part.detach())
+        largest = max(largest, float(exact.abs().max()))
+        worst = _worse(worst, full_gradient, exact)
+        plain_worst = _worse(plain_worst, plain, exact)
+    scale = max(largest, 1e-300)
+    loss_error = abs(float(loss.detach()) - reference) / max(abs(reference), 1e-300)
+    allowed = GRADIENT_TOLERANCE[call.logits.dtype] + 2 * plain_worst / scale
+    within = loss_error <= LOSS_TOLERANCE and worst / scale <= allowed
+    errors = Errors(
+        float(loss.detach()), reference, loss_error, worst / scale, plain_worst / scale, within
+    )
+    return _from_first_rank(errors, groups)
+
+
+def _plain_gradient(logits: Tensor, target: Tensor, call: LossCall, denominator: float) -> Tensor:
+    logits.requires_grad_()
+    loss = F.cross_entropy(
+        logits, target, reduction="sum", label_smoothing=call.label_smoothing, ignore_index=-100
+    )
+    if call.z_loss:
+        squares = logits.logsumexp(-1).square().masked_fill(target == -100, 0.0)
+        loss = loss + call.z_loss * squares.sum()
+    (gradient,) = torch.autograd.grad(loss / denominator, logits)
+    return gradient
+
+
+def _worse(worst: float, gradient: Tensor, exact: Tensor) -> float:
+    difference = float((gradient.double() - exact).abs().max())
+    return difference if difference > worst or difference != difference else worst
+
+
+def _from_first_rank(errors: Errors, groups: ParallelGroups) -> Errors:
+    """The numbers of the group's first rank, the only one that computed them."""
+    everyone: list[Any] = [None] * groups.world_size
+    dist.all_gather_object(everyone, errors, group=groups.control)
+    first: Errors = everyone[groups.dp_rank * groups.tp]
+    return first
+
+
+def replicas_agree(model: nn.Module, groups: ParallelGroups) -> bool:
+    """Whether every rank holds, bit for bit, the same parameters where it should."""
+    split = vocab_parallel_parameters(model)
+    whole, rows = hashlib.sha256(), hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest = rows if name in split else whole
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    everyone: list[Any] = [None] * groups.world_size
+    mine = (groups.tp_rank, whole.hexdigest(), rows.hexdigest())
+    dist.all_gather_object(everyone, mine, group=groups.control)
+    wholes = {entry[1] for entry in everyone}
+    rows_of_shard = {(entry[0], entry[2]) for entry in everyone}
+    return len(wholes) == 1 and len(rows_of_shard) == groups.tp
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Medians of one rank for one batch, forward and backward."""
+
+    name: str
+    milliseconds: float
+    peak_bytes: int | None
+    """Beyond what was allocated before; None where the system does not tell."""
+
+    def line(self) -> str:
+        peak = "not measurable here"
+        if self.peak_bytes is not None:
+            peak = f"{self.peak_bytes / 2**20:9.1f} MiB"
+        return f"  {self.name:<38} {self.milliseconds:9.1f} ms   peak extra memory {peak}"
+
+
+def compare_cost(call: LossCall, groups: ParallelGroups, rounds: int = 5) -> list[Cost]:
+    """Our loss, F.cross_entropy on gathered logits, and gathering them, in turns."""
+    work = call.logits.clone()
+    whole = gather_columns(call.logits, groups, call.shard)
+
+    def ours() -> None:
+        call.loss(produced(work), groups).backward()
+
+    def gathered() -> None:
+        logits = produced(whole)
+        loss = F.cross_entropy(
+            logits, call.target, reduction="sum", label_smoothing=call.label_smoothing
+        )
+        (loss / call.normalizer).backward()
+
+    def gather() -> None:
+        gather_columns(call.logits, groups, call.shard)
+
+    contenders: list[tuple[str, Callable[[], None]]] = [
+        ("vocab-parallel loss on the shard", ours),
+        ("F.cross_entropy on gathered logits", gathered),
+    ]
+    if groups.tp > 1:
+        contenders.append(("gathering them (comes on top)", gather))
+    times: dict[str, list[float]] = {name: [] for name, _ in contenders}
+    peaks: dict[str, list[int | None]] = {name: [] for name, _ in contenders}
+    for measured in [False] + [True] * rounds:  # the first round warms up
+        for name, run in contenders:
+            work.copy_(call.logits)  # in place, the loss has overwritten it
+            seconds, peak = _measure(run, groups)
+            if measured:
+                times[name].append(seconds)
+                peaks[name].append(peak)
+    return [
+        Cost(name, 1000 * statistics.median(times[name]), _median(peaks[name]))
+        for name, _ in contenders
+    ]
+
+
+def _measure(run: Callable[[], None], groups: ParallelGroups) -> tuple[float, int | None]:
+    memory = PeakMemory(groups.device)
+    groups.barrier()
+    memory.start()
+    begin = time.perf_counter()
+    run()
+    peak = memory.stop()
+    if groups.device.type != "cpu":
+        torch.get_device_module(groups.device.type).synchronize()
+    return time.perf_counter() - begin, peak
+
+
+def _median(values: list[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return int(statistics.median(known)) if known else None

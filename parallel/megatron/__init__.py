@@ -1,0 +1,90 @@
+"""The loss of Megatron-core models: in place of Megatron's own, or called by its names.
+
+    from vocab_parallel_ce.parallel.megatron import install
+
+    install(vocab_size=50257)        # on every rank, before or after the model is built
+
+From then on every model of the process computes its loss here, whichever of Megatron's losses its
+configuration asks for. ``uninstall()`` goes back. Importing this module imports no Megatron;
+megatron-core 0.12.1 (which MindSpeed builds on) and 0.16.1 are tested.
+
+The three functions below have Megatron's names and signatures and can also be called by hand. They
+take the options that ``install`` has by default. Errors call the logits ``input`` and the labels
+``target``, as ``vocab_parallel_ce.cross_entropy`` does, whose rules they follow.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+from .cross_entropy import MegatronOptions, per_token_loss
+from .installation import Installation, install, uninstall
+from .loss_func import logits_loss_func, loss_func
+
+__all__ = [
+    "Installation",
+    "fused_vocab_parallel_cross_entropy",
+    "install",
+    "logits_loss_func",
+    "loss_func",
+    "te_parallel_cross_entropy",
+    "uninstall",
+    "vocab_parallel_cross_entropy",
+]
+
+_DEFAULTS = MegatronOptions()
+
+
+def vocab_parallel_cross_entropy(
+    vocab_parallel_logits: Tensor,
+    target: Tensor,
+    label_smoothing: float = 0.0,
+    tp_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The loss of every token, from this rank's shard of the logits.
+
+    ``megatron.core.tensor_parallel.vocab_parallel_cross_entropy``, where the logits are not
+    modified, smoothing is right on any number of ranks, ignore_index is honoured, and wrong input
+    is an error instead of a number.
+
+    Args:
+        vocab_parallel_logits: [*, v/tp] (Megatron's is [s, b, v/tp]), fp16, bf16, fp32 or fp64, any
+            strides; equal shards in rank order.
+        target: [*] int64 or int32 vocabulary ids, the same on every rank; -100 is ignored.
+        label_smoothing: in [0, 1), spread over the other classes as Megatron does on one rank (the
+            formula of NeMo's SmoothedCrossEntropyLoss).
+        tp_group: the ranks that hold the vocabulary. None: Megatron's tensor-parallel group, or
+            one rank where Megatron has made no groups.
+
+    Returns:
+        [*] fp32 (fp64 for fp64 logits), the same on every rank. Its gradient has the logits' dtype.
+
+    One all_gather, or two all_reduces for large batches; none in backward. ValueError and
+    TypeError for wrong input, on accelerators NaN where the values are wrong.
+    """
+    return per_token_loss(vocab_parallel_logits, target, label_smoothing, tp_group, _DEFAULTS)[0]
+
+
+def fused_vocab_parallel_cross_entropy(
+    vocab_parallel_logits: Tensor, target: Tensor, tp_group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """``megatron.core.fusions.fused_cross_entropy``'s signature for the same loss.
+
+    Shapes, errors and communication are those of ``vocab_parallel_cross_entropy``.
+    """
+    return per_token_loss(vocab_parallel_logits, target, 0.0, tp_group, _DEFAULTS)[0]
+
+
+def te_parallel_cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    tp_group: dist.ProcessGroup | None = None,
+    is_cg_capturable: bool = False,
+) -> Tensor:
+    """The signature of Megatron's call into TransformerEngine for the same loss.
+
+    TransformerEngine is not needed. ``is_cg_capturable`` is accepted and changes nothing. Shapes,
+    errors and communication are those of ``vocab_parallel_cross_entropy``.
+    """
+    return per_token_loss(logits, labels, 0.0, tp_group, _DEFAULTS)[0]

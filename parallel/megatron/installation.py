@@ -1,0 +1,196 @@
+"""install() and uninstall(): this loss in the place of Megatron's, with options, and the way back.
+
+There is one patch in a process, and a stack of installations above it. The latest one rules; each
+takes back itself and nothing else, and the last to go puts Megatron's functions back.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vocab_parallel_ce import VocabShard
+
+from .cross_entropy import MegatronOptions, per_token_loss
+from .patch import Patch
+
+
+class Installation:
+    """What ``install`` returns: counts calls, and takes the installation back.
+
+    As a context manager it is taken back where the block ends.
+    """
+
+    def __init__(self, options: MegatronOptions) -> None:
+        self.options = options
+        self.calls = 0
+        """how many times the loss was called under this installation"""
+        self.zloss: Tensor | None = None
+        """the z-loss of the last call, per token and shaped like its target, without a gradient;
+        None where z-loss is off, and before the first call"""
+
+    def uninstall(self) -> None:
+        """Take this installation back: the one before it rules again, or Megatron's own loss.
+
+        A second call does nothing.
+        """
+        if self in _installed:
+            _installed.remove(self)
+        if not _installed:
+            _patch.undo()
+
+    def __enter__(self) -> Installation:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        problem: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.uninstall()
+
+    def __repr__(self) -> str:
+        state = "rules" if current() is self else "below" if self in _installed else "taken back"
+        return f"<Installation: {state}, {self.calls} calls, {self.options}>"
+
+
+def install(
+    *,
+    vocab_size: int | None = None,
+    shard: VocabShard | None = None,
+    ignore_index: int = -100,
+    invalid_target: str = "error",
+    lse_square_scale: float = 0.0,
+    inplace_backward: bool = False,
+    smoothing_formula: str = "megatron",
+    engine: str = "auto",
+    collective: str = "auto",
+    check: bool | None = None,
+) -> Installation:
+    """Put this library's loss in the place of megatron-core's, for every model of the process.
+
+    Replaces ``vocab_parallel_cross_entropy``, ``fused_vocab_parallel_cross_entropy`` and
+    ``te_parallel_cross_entropy`` in every module that holds them, before or after models are
+    imported or built, and checks that it took. Call it on every rank, with the same options. A
+    second call changes the options; it returns a handle of its own, which takes back only itself.
+
+    Args:
+        vocab_size: the number of ids without Megatron's padding (``padded_vocab_size``). The
+            padding columns then take no part in the softmax and get gradient exactly 0, and
+            gathered logits are always recognised. None: every column of every rank is a class,
+            as Megatron has it.
+        shard: this rank's VocabShard, where shards are not equal or not in rank order, or whole
+            ranks are padding; it tells vocab_size as well.
+        ignore_index: tokens with this label have loss 0 and gradient 0, whatever their logits.
+        invalid_target: what a label is that is neither a class nor ignore_index: "error" (a
+            ValueError on CPU, NaN on accelerators), or "ignore": loss 0 and gradient 0, for those
+            who leave such tokens to ``loss_mask``.
+        lse_square_scale: adds this times lse^2 to the loss of every token (the z-loss).
+        inplace_backward: let the gradient overwrite the logits; any later read of them sees it.
+        smoothing_formula: how ``label_smoothing`` is meant. "megatron": as Megatron computes it on
+            one rank, and here on any number. "pytorch": as ``torch.nn.functional.cross_entropy``.
+        engine, collective, check: see ``vocab_parallel_ce.cross_entropy``.
+
+    Returns:
+        An Installation: ``calls``, ``zloss``, ``uninstall()``; also a context manager.
+
+    Raises:
+        ImportError without megatron-core; RuntimeError where the replacement did not take (all is
+        put back then); ValueError and TypeError for options.
+
+    Communicates nothing. ``VocabParallelCrossEntropy``, which MindSpeed patches, is not touched.
+    """
+    options = MegatronOptions(
+        vocab_size, shard, ignore_index, invalid_target, lse_square_scale, inplace_backward,
+        smoothing_formula, engine, collective, check,
+    )  # fmt: skip
+    _patch.apply()
+    installation = Installation(options)
+    _installed.append(installation)
+    return installation
+
+
+def uninstall() -> None:
+    """Take every installation back: Megatron's own functions stand where they stood."""
+    _installed.clear()
+    _patch.undo()
+
+
+def current() -> Installation | None:
+    """The installation that rules, if there is one."""
+    return _installed[-1] if _installed else None
+
+
+def installed_loss(
+    logits: Tensor,
+    target: Tensor,
+    label_smoothing: float = 0.0,
+    tp_group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``per_token_loss`` by the options that rule, counted; by the defaults where none do."""
+    installation = current()
+    options = MegatronOptions() if installation is None else installation.options
+    loss, zloss = per_token_loss(logits, target, label_smoothing, tp_group, options)
+    # A compiled caller would be specialised to the number, and compiled again at each call.
+    if installation is not None and not torch.compiler.is_compiling():
+        installation.calls += 1
+        installation.zloss = None if zloss is None else zloss.detach()
+    return loss, zloss
+
+
+def _while_installed(ours: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Who kept a replacement where no patch reaches calls Megatron's own once all is taken back."""
+
+    @functools.wraps(ours)
+    def function(*args: Any, **kwargs: Any) -> Tensor:
+        original = None if _installed else _patch.originals.get(ours.__name__)
+        result: Tensor = (ours if original is None else original)(*args, **kwargs)
+        return result
+
+    return function
+
+
+def _replacements() -> dict[str, Callable[..., Tensor]]:
+    """Functions of Megatron's names and signatures, made once.
+
+    No module holds them by name, so that putting Megatron's back never reaches into this one.
+    """
+
+    def vocab_parallel_cross_entropy(
+        vocab_parallel_logits: Tensor,
+        target: Tensor,
+        label_smoothing: float = 0.0,
+        tp_group: dist.ProcessGroup | None = None,
+    ) -> Tensor:
+        return installed_loss(vocab_parallel_logits, target, label_smoothing, tp_group)[0]
+
+    def fused_vocab_parallel_cross_entropy(
+        vocab_parallel_logits: Tensor, target: Tensor, tp_group: dist.ProcessGroup | None = None
+    ) -> Tensor:
+        return installed_loss(vocab_parallel_logits, target, tp_group=tp_group)[0]
+
+    def te_parallel_cross_entropy(
+        logits: Tensor,
+        labels: Tensor,
+        tp_group: dist.ProcessGroup | None = None,
+        is_cg_capturable: bool = False,
+    ) -> Tensor:
+        return installed_loss(logits, labels, tp_group=tp_group)[0]
+
+    functions: tuple[Callable[..., Tensor], ...] = (
+        vocab_parallel_cross_entropy,
+        fused_vocab_parallel_cross_entropy,
+        te_parallel_cross_entropy,
+    )
+    return {function.__name__: _while_installed(function) for function in functions}
+
+
+_installed: list[Installation] = []
+_patch = Patch(_replacements())

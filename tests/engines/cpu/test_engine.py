@@ -1,0 +1,510 @@
+"""What only the cpu engine has: vectors, conversions, its exponential, threads, the compiler.
+
+What the contract asks of every engine is in test_eager, which runs on this engine too.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vocab_parallel_ce.engines.contract import (
+    ELSEWHERE,
+    IGNORED,
+    Coefficients,
+    Wanted,
+    arithmetic_dtype,
+)
+from vocab_parallel_ce.engines.cpu import engine as cpu
+from vocab_parallel_ce.engines.cpu import lanes
+
+from ...tolerance import assert_close, ulp
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALVES = (torch.bfloat16, torch.float16)
+# Around the vectors of 16, the pairs of 32 and the blocks of 1024
+COLUMNS = (1, 2, 15, 17, 31, 33, 1000, 1023, 1025, 1055, 5000)
+TOKENS = {
+    torch.bfloat16: np.uint16(0),
+    torch.float16: np.int16(0),
+    torch.float32: np.float32(0),
+    torch.float64: np.float64(0),
+}
+ALL = Wanted(smooth=True, entropy=True, argmax=True)
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+every_half = pytest.mark.parametrize("dtype", HALVES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# The formulas of the contract
+
+
+class Case(NamedTuple):
+    logits: Tensor
+    target: Tensor
+    weight: Tensor
+    coefficients: Coefficients
+
+
+def case(rows: int, columns: int, dtype: torch.dtype, spread: float = 3.0) -> Case:
+    """Targets here, elsewhere and ignored, in turn; nothing in an ignored row may be read."""
+    logits = (spread * torch.randn(rows, columns)).to(dtype)
+    target = torch.randint(columns, (rows,))
+    target[1::4], target[2::4] = ELSEWHERE, IGNORED
+    logits[2::4, ::2], logits[2::4, 1::2] = torch.nan, torch.inf
+    arithmetic = arithmetic_dtype(dtype)
+    parts = [torch.randn(rows, dtype=arithmetic) for _ in range(4)]
+    weight = torch.rand(columns, dtype=arithmetic) + 0.25
+    return Case(logits, target, weight, Coefficients(*parts))
+
+
+def statistics(c: Case, scale: float, dtype: torch.dtype) -> dict[str, Tensor]:
+    x = c.logits.to(dtype) * scale
+    m = x.amax(1)
+    d = x - m[:, None]
+    e = d.exp()
+    x_y = x.gather(1, c.target.clamp(min=0)[:, None]).squeeze(1)
+    return {
+        "m": m,
+        "s": e.sum(1),
+        "x_y": torch.where(c.target >= 0, x_y, 0.0),
+        "u": (c.weight.to(dtype) * d).sum(1),
+        "t": torch.where(e == 0, 0.0, e * d).sum(1),
+    }
+
+
+def gradient(c: Case, m: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    parts = [part for part in c.coefficients if part is not None]
+    softmax, target, smooth, entropy = (part.to(dtype)[:, None] for part in parts)
+    d = c.logits.to(dtype) * scale - m.to(dtype)[:, None]
+    p = d.exp() / s.to(dtype)[:, None]
+    log_p = d - s.to(dtype).log()[:, None]
+    dx = p * softmax - torch.where(p == 0, 0.0, p * log_p * entropy)
+    dx -= torch.where(torch.arange(d.shape[1]) == c.target[:, None], target, 0.0)
+    dx -= c.weight.to(dtype) * smooth
+    return torch.where(c.target[:, None] == IGNORED, 0.0, dx)
+
+
+def run_partials(c: Case, scale: float = 1.0, wanted: Wanted = ALL) -> dict[str, Tensor]:
+    dtype = arithmetic_dtype(c.logits.dtype)
+    out = torch.full((len(wanted.rows), len(c.target)), 123.25, dtype=dtype)
+    cpu.partials(c.logits, c.target, c.weight, scale, wanted, out)
+    return dict(zip(wanted.rows, out.unbind(0), strict=True))
+
+
+def run_gradient(
+    c: Case, m: Tensor, s: Tensor, out: Tensor, scale: float = 1.0, parts: int = 4
+) -> Tensor:
+    softmax, target, smooth, entropy = c.coefficients
+    plain = parts == 2
+    coefficients = Coefficients(softmax, target, *((None, None) if plain else (smooth, entropy)))
+    cpu.gradient(c.logits, m, s, c.target, coefficients, c.weight, scale, out)
+    return out
+
+
+def check(c: Case, scale: float = 1.0) -> None:
+    """Both kernels of both directions."""
+    exact, naive = (statistics(c, scale, dtype) for dtype in (torch.float64, torch.float32))
+    kept = c.target != IGNORED
+    for wanted in (Wanted(), ALL):
+        got = run_partials(c, scale, wanted)
+        for name in wanted.rows:
+            if name != "argmax":
+                assert_close(got[name][kept], exact[name][kept], naive[name][kept], name)
+            assert bool((got[name][~kept] == 0).all())
+    m, s = got["m"], got["s"]
+    for parts in (2, 4):
+        softmax, target, *others = c.coefficients
+        kept_parts = [part if parts == 4 else torch.zeros(64) for part in others]
+        d = c._replace(coefficients=Coefficients(softmax, target, *kept_parts))
+        exact_dx, naive_dx = (gradient(d, m, s, scale, t) for t in (torch.float64, torch.float32))
+        dx = run_gradient(c, m, s, torch.full_like(c.logits, 123.25), scale, parts)
+        assert_close(dx, exact_dx, naive_dx, "gradient")
+    log_prob = torch.empty_like(c.logits)
+    cpu.log_prob(c.logits, m, s, scale, log_prob)
+    exact_log_prob, naive_log_prob = (
+        c.logits.to(t) * scale - m.to(t)[:, None] - s.to(t).log()[:, None]
+        for t in (torch.float64, torch.float32)
+    )
+    assert_close(log_prob[kept], exact_log_prob[kept], naive_log_prob[kept], "log_prob")
+
+
+@every_dtype
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_sizes(columns: int, dtype: torch.dtype) -> None:
+    check(case(64, columns, dtype))
+
+
+@every_dtype
+@pytest.mark.parametrize("scale", [0.37, -1.0])
+def test_scale(scale: float, dtype: torch.dtype) -> None:
+    check(case(64, 1055, dtype), scale)
+
+
+@every_dtype
+@pytest.mark.parametrize("step", [0.9, 1.1, 30.0, 200.0])
+@pytest.mark.parametrize("falling", [False, True], ids=["rising", "falling"])
+def test_a_maximum_that_moves_from_block_to_block(
+    falling: bool, step: float, dtype: torch.dtype
+) -> None:
+    """Below, at and above the rise at which a block is summed again."""
+    c = case(64, 3100, dtype, spread=1.0)
+    rise = step * (torch.arange(3100) // 1024)
+    c.logits.add_(rise.flip(0) if falling else rise)
+    check(c)
+
+
+# In place, threads
+
+
+@every_dtype
+@pytest.mark.parametrize("parts", [2, 4], ids=["fast", "general"])
+def test_in_place_is_the_same_bits(parts: int, dtype: torch.dtype) -> None:
+    c = case(64, 1055, dtype)
+    got = run_partials(c)
+    apart = run_gradient(c, got["m"], got["s"], torch.empty_like(c.logits), 0.8, parts)
+    assert torch.equal(run_gradient(c, got["m"], got["s"], c.logits, 0.8, parts), apart)
+
+
+@every_dtype
+def test_any_number_of_threads_is_the_same_bits(dtype: torch.dtype) -> None:
+    c = case(301, 1055, dtype)
+    assert c.logits.numel() > 2 * cpu.SEQUENTIAL_BELOW
+    answers = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        got = [*run_partials(c, wanted=Wanted()).values(), *run_partials(c).values()]
+        m, s = got[:2]
+        got += [run_gradient(c, m, s, torch.empty_like(c.logits), 1.0, n) for n in (2, 4)]
+        log_prob = torch.empty_like(c.logits)
+        cpu.log_prob(c.logits, m, s, 1.0, log_prob)
+        got.append(log_prob[c.target != IGNORED])
+        answers.append(got)
+        assert torch.get_num_threads() == threads
+    for other in answers[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(answers[0], other, strict=True))
+
+
+def test_several_threads_may_call_at_once() -> None:
+    """As autograd does; and the number of threads changes meanwhile."""
+    cases = [case(301, 1055, torch.float32) for _ in range(4)]
+    want = [run_partials(c, wanted=Wanted())["s"] for c in cases]
+    wrong: list[int] = []
+
+    def call(i: int) -> None:
+        for _ in range(20):
+            torch.set_num_threads(2 + i % 2)
+            if not torch.equal(run_partials(cases[i], wanted=Wanted())["s"], want[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not wrong
+
+
+def test_an_error_in_a_thread_reaches_the_caller() -> None:
+    def kernel(begin: int, end: int, columns: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise ArithmeticError("from a thread")
+        event.wait(10)
+
+    event = threading.Event()
+    torch.set_num_threads(2)
+    threading.Timer(0.2, event.set).start()
+    with pytest.raises(ArithmeticError, match="from a thread"):
+        cpu._run(kernel, torch.empty(64, 1 << 13))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_makes_its_own_threads() -> None:
+    torch.set_num_threads(2)
+    c = case(301, 1055, torch.float32)
+    want = run_partials(c, wanted=Wanted())["s"].numpy().tobytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads
+        child = os.fork()
+    if child == 0:
+        got = run_partials(c, wanted=Wanted())["s"].numpy().tobytes()
+        os._exit(0 if got == want else 1)
+    done = threading.Timer(60, os.kill, (child, 9))
+    done.start()
+    status = os.waitpid(child, 0)[1]
+    done.cancel()
+    assert status == 0
+
+
+# Memory
+
+
+@pytest.mark.skipif(sys.maxsize < 2**32, reason="needs 64-bit addresses")
+def test_rows_and_columns_more_than_2_to_the_31_apart() -> None:
+    """Of eight GiB that are reserved, a few pages are touched."""
+    try:
+        memory = torch.empty(2**32 + 4096, dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("no such address range to be had")
+    c = case(2, 1055, torch.bfloat16)
+    c.target[:] = torch.tensor([1054, 7])
+    for shape, stride in (((2, 1055), (2**31 + 1, 1)), ((2, 2), (5, 2**32))):
+        far = memory.as_strided(shape, stride)
+        far.copy_(c.logits[:, : shape[1]])
+        target = c.target.clamp(max=shape[1] - 1)
+        near = c._replace(logits=far.clone(memory_format=torch.contiguous_format), target=target)
+        got = run_partials(near._replace(logits=far), wanted=ALL)
+        want = run_partials(near, wanted=ALL)
+        assert all(torch.equal(got[name], want[name]) for name in got if name != "argmax")
+        m, s = want["m"], want["s"]
+        run_gradient(near._replace(logits=far), m, s, far)
+        assert torch.equal(far, run_gradient(near, m, s, torch.empty_like(near.logits)))
+
+
+def test_a_wrong_dtype_is_refused_not_read() -> None:
+    c = case(4, 20, torch.bfloat16)
+    m = s = torch.ones(4)
+    with pytest.raises(TypeError, match=r"expected torch\.float32, got torch\.bfloat16"):
+        cpu.partials(c.logits, c.target, None, 1.0, Wanted(), torch.empty(3, 4).bfloat16())
+    with pytest.raises(TypeError, match=r"expected torch\.int64, got torch\.int32"):
+        cpu.partials(c.logits, c.target.int(), None, 1.0, Wanted(), torch.empty(3, 4))
+    with pytest.raises(TypeError, match=r"expected torch\.bfloat16, got torch\.float32"):
+        run_gradient(c, m, s, torch.empty(4, 20))
+
+
+# Conversions
+
+
+@numba.njit
+def convert(source: int, result: int, count: int, stored: Any, wanted: Any) -> None:
+    for i in range(0, count, lanes.LANES):
+        x = lanes.load(source + i * lanes.size_of(stored), stored)
+        lanes.store(result + i * lanes.size_of(wanted), x, wanted)
+
+
+@numba.njit
+def convert_one_by_one(source: int, result: int, count: int, stored: Any, wanted: Any) -> None:
+    for i in range(count):
+        x = lanes.read(source + i * lanes.size_of(stored), stored)
+        lanes.write(result + i * lanes.size_of(wanted), x, wanted)
+
+
+@numba.njit
+def copy_in_pairs(source: int, result: int, count: int, stored: Any, _: Any) -> None:
+    for i in range(0, count, lanes.PAIR):
+        a, b = lanes.load_pair(source + i * lanes.size_of(stored), stored)
+        lanes.store_pair(result + i * lanes.size_of(stored), a, b, stored)
+
+
+def converted(function: Any, values: Tensor, dtype: torch.dtype) -> Tensor:
+    result = torch.empty(values.shape, dtype=dtype)
+    tokens = TOKENS[values.dtype], TOKENS[dtype]
+    function(values.data_ptr(), result.data_ptr(), values.numel(), *tokens)
+    return result
+
+
+def assert_same_bits(got: Tensor, want: Tensor) -> None:
+    """-0 is not 0; a NaN is a NaN."""
+    nan = want.isnan()
+    assert torch.equal(got.isnan(), nan)
+    integer = torch.int16 if got.element_size() == 2 else torch.int32
+    assert torch.equal(got.view(integer)[~nan], want.view(integer)[~nan])
+
+
+@every_half
+@pytest.mark.parametrize("function", [convert, convert_one_by_one], ids=["lanes", "scalar"])
+def test_every_16_bit_pattern_widens(function: Any, dtype: torch.dtype) -> None:
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    assert_same_bits(converted(function, patterns, torch.float32), patterns.float())
+
+
+@every_half
+def test_every_16_bit_pattern_survives_a_pair(dtype: torch.dtype) -> None:
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    assert_same_bits(converted(copy_in_pairs, patterns, dtype), patterns)
+
+
+@every_half
+@pytest.mark.parametrize("function", [convert, convert_one_by_one], ids=["lanes", "scalar"])
+def test_rounding_is_that_of_torch(function: Any, dtype: torch.dtype) -> None:
+    """Four million random patterns, and every 16-bit number with what lies halfway to the next."""
+    patterns = torch.randint(-(2**31), 2**31, (1 << 22,)).to(torch.int32).view(torch.float32)
+    halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    halves = halves.view(torch.int32)[:, None]
+    dropped = 16 if dtype == torch.bfloat16 else 13
+    near = torch.tensor([-1, 0, 1, *((1 << (dropped - 1)) + i for i in (-1, 0, 1))])
+    edges = (halves + near.to(torch.int32)).flatten().view(torch.float32)
+    tiny = torch.linspace(-7e-5, 7e-5, 1 << 16)  # subnormal fp16
+    for values in (patterns, edges, tiny):
+        assert_same_bits(converted(function, values, dtype), values.to(dtype))
+
+
+def test_a_nan_of_any_bits_stays_one_in_a_bf16_gradient() -> None:
+    """Rounding 0x7fffffff as if it were a number would make -0 of it."""
+    c = case(6, 64, torch.bfloat16)
+    c.target[:] = ELSEWHERE
+    c.logits.nan_to_num_(0.0)
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00001, -(0x7FFFFF), 0x7FFF8000])
+    nan = bits.to(torch.int32).view(torch.float32)
+    assert bool(nan.isnan().all())
+    ones = torch.ones(6)
+    for m, s, softmax in ((nan, ones, ones), (ones, nan, ones), (ones, ones, nan)):
+        d = c._replace(coefficients=Coefficients(softmax, ones))
+        assert bool(run_gradient(d, m, s, torch.empty_like(c.logits), 1.0, 2).isnan().all())
+    c.logits.view(torch.int16)[:, 5] = torch.tensor(
+        [0x7FFF, -1, 0x7F81, 0x7FC0, -1, 0x7FC1]
+    ).short()
+    d = c._replace(coefficients=Coefficients(ones, ones))
+    dx = run_gradient(d, ones, ones, torch.empty_like(c.logits), 1.0, 2)
+    assert torch.equal(dx.isnan(), c.logits.isnan())
+
+
+# The exponential
+
+
+@numba.njit
+def exponentials(source: int, result: int, count: int, stored: Any, precision: Any) -> None:
+    for i in range(0, count, lanes.LANES):
+        place = i * lanes.size_of(stored)
+        x = lanes.load(source + place, stored)
+        lanes.store(result + place, lanes.exp(x, precision), stored)
+
+
+def exponential(d: Tensor, precision: torch.dtype) -> Tensor:
+    e = torch.empty_like(d)
+    arguments = d.data_ptr(), e.data_ptr(), d.numel(), TOKENS[d.dtype], TOKENS[precision]
+    exponentials(*arguments)
+    return e
+
+
+@pytest.mark.parametrize(
+    ("precision", "largest"),
+    [(torch.float32, 1e-7), (torch.bfloat16, 1e-5), (torch.float16, 1e-5)],
+    ids=str,
+)
+def test_the_error_of_the_exponential(precision: torch.dtype, largest: float) -> None:
+    """Every 61st float from -2^-30 to -2^7."""
+    ends = torch.tensor([-(2.0**-30), -(2.0**7)]).view(torch.int32).tolist()
+    d = torch.arange(ends[0], ends[1], 61).to(torch.int32).view(torch.float32)
+    d = d[: d.numel() // 16 * 16]
+    e, exact = exponential(d, precision).double(), d.double().exp()
+    normal = exact >= 2.0**-126
+    assert float(((e - exact) / exact)[normal].abs().max()) < largest
+    # Either side of the smallest normal number, by the error that is allowed.
+    assert bool((e[exact < 2.0**-126 * (1 - 1e-4)] == 0).all())
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_special_exponentials(precision: torch.dtype) -> None:
+    d = torch.zeros(16, dtype=arithmetic_dtype(precision))
+    d[1], d[2], d[3], d[4] = -torch.inf, torch.nan, -1e30, -0.0
+    e = exponential(d, precision)
+    assert e[0] == e[4] == 1
+    assert e[1] == e[3] == 0
+    assert bool(e[2].isnan())
+
+
+def test_the_fp64_exponential_is_the_librarys() -> None:
+    d = -torch.rand(1 << 12, dtype=torch.float64) * 700
+    error = (exponential(d, torch.float64) - d.exp()).abs()
+    assert bool((error <= ulp(d.exp(), torch.float64)).all())
+
+
+# The compiler
+
+
+def test_one_compilation_serves_every_layout() -> None:
+    from vocab_parallel_ce.engines.cpu import kernels as cpu_kernels
+
+    kernels = [
+        cpu_kernels.partials_fast,
+        cpu_kernels.partials_general,
+        cpu_kernels.gradient_fast,
+        cpu_kernels.gradient_general,
+        cpu_kernels.log_prob,
+    ]
+    check(case(64, 33, torch.float32))
+    before = [len(kernel.signatures) for kernel in kernels]  # type: ignore[attr-defined]
+    c = case(64, 66, torch.float32)
+    check(c, 2)
+    check(c._replace(logits=c.logits[:, :-1], weight=c.weight[:-1], target=c.target.clamp(max=3)))
+    wide = case(64, 33, torch.float32)
+    check(wide._replace(logits=c.logits[:, ::2], target=c.target.clamp(max=3)))
+    check(wide._replace(logits=wide.logits.t().contiguous().t()))
+    assert before == [len(kernel.signatures) for kernel in kernels]  # type: ignore[attr-defined]
+
+
+def test_a_kernel_is_compiled_without_a_place_to_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def njit(cache: bool = False, **options: Any) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return numba.njit(**options)
+
+    def double(x: float) -> float:
+        return 2 * x
+
+    monkeypatch.setattr(lanes, "_njit", njit)
+    assert lanes.kernel(double)(4.0) == 8.0
+
+
+def test_importing_the_package_does_not_import_numba() -> None:
+    code = (
+        "import sys, vocab_parallel_ce, vocab_parallel_ce.engines.cpu; "
+        "sys.exit(any(name in sys.modules for name in ('numba', 'llvmlite')))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [
+        ("0.57.1", "numba 0.57.1 is older than 0.60"),
+        ("0.60.0", None),
+        ("0.61rc1", None),
+        ("1.0", None),
+    ],
+)
+def test_versions_of_numba(
+    version: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    assert cpu.unavailable.__wrapped__() == reason
+
+
+def test_numba_missing_broken_or_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = metadata.version("numba")
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    def broken() -> None:
+        raise ImportError("Numba needs NumPy 2.2 or less")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metadata, "version", missing)
+        assert cpu.unavailable.__wrapped__() == "numba is not installed"
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "_kernels", broken)
+        reason = cpu.unavailable.__wrapped__()
+        assert reason == f"numba {version} cannot be used here: Numba needs NumPy 2.2 or less"
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    assert cpu.unavailable.__wrapped__() == "numba is switched off by NUMBA_DISABLE_JIT"

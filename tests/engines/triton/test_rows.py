@@ -1,0 +1,201 @@
+"""The fused arithmetic on [N] vectors against plain torch, for all ranks in one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vocab_parallel_ce.collectives import Payload
+from vocab_parallel_ce.engines.contract import Gathered
+from vocab_parallel_ce.engines.triton import engine as triton
+from vocab_parallel_ce.request import RowRequest
+from vocab_parallel_ce.row_steps import Concluded, FusedSteps, RowSteps, TorchSteps
+
+from ...tolerance import assert_close
+
+ROWS, SIZE = 300, 5  # more than one block of rows, the last one not full
+EVERYTHING = {"smooth": True, "entropy": True, "argmax": True}
+
+
+def _requests(world: int, **options: Any) -> list[RowRequest]:
+    """Equal shards in rank order, as they are inferred."""
+    starts = range(0, world * SIZE, SIZE)
+    return [RowRequest(a, a + SIZE, world * SIZE, True, **options) for a in starts]
+
+
+def _target(world: int) -> Tensor:
+    target = torch.randint(world * SIZE, (ROWS,))
+    target[::7] = -100
+    return target
+
+
+def _fill(parts: Tensor, request: RowRequest) -> None:
+    """Partials as an engine may leave them: -inf on one rank or on all, a NaN, ties of maxima."""
+    parts.copy_(3 * torch.randn(parts.shape))
+    parts[1].exp_()
+    parts[0, 8::13] = 2.0
+    parts[1, 9] = torch.nan
+    named = dict(zip(request.wanted.rows, parts.unbind(0), strict=True))
+    for first in (5, 6) if request.start == 0 else (5,):
+        empty = slice(first, None, 11)
+        named["m"][empty], named["s"][empty] = -torch.inf, 0.0
+        if request.smooth:
+            named["u"][empty] = -torch.inf
+        if request.entropy:
+            named["t"][empty] = 0.0
+    if request.argmax:
+        named["argmax"].view(torch.int32).copy_(torch.randint(SIZE, (parts.shape[1],)))
+
+
+def _steps(fused: bool, target: Tensor, weight: Tensor | None, request: RowRequest) -> RowSteps:
+    if fused:
+        assert triton.ROW_FUNCTIONS is not None
+        return FusedSteps(triton.ROW_FUNCTIONS, target, weight, request)
+    return TorchSteps(target, weight, request, on_host=False, alone=False)
+
+
+def _run(
+    requests: list[RowRequest],
+    targets: list[Tensor],
+    weight: Tensor | None = None,
+    contents: Any = _fill,
+    reduced: bool = False,
+) -> list[Concluded]:
+    """Both ways on every rank: headers and local targets the same; what the fused way concludes."""
+    concluded = []
+    k, world = len(requests[0].wanted.rows), len(requests)
+    payloads = [Payload.allocate(k, ROWS, torch.float32, torch.device("cpu")) for _ in requests]
+    steps = []
+    for request, target, payload in zip(requests, targets, payloads, strict=True):
+        contents(payload.parts, request)
+        payload.shard_weight[0] = float(request.size) if world > 1 else torch.nan  # not told
+        both = [_steps(fused, target, weight, request) for fused in (False, True)]
+        assert torch.equal(both[0].local_target, both[1].local_target)
+        headers = []
+        for way in both:
+            payload.header.fill_(12345)
+            way.write_header(payload)
+            headers.append(payload.header.clone())
+        assert torch.equal(*headers)
+        steps.append(both)
+    received = torch.stack([p.buffer for p in payloads])
+    total: Tensor | float = float(requests[0].vocab_size) if weight is None else weight.sum()
+    for both, payload in zip(steps, payloads, strict=True):
+        outcomes = []
+        for way in both:
+            ranks = Payload.view(received.clone(), k, ROWS, torch.float32)
+            parts = ranks.parts[:1] if reduced else ranks.parts
+            gathered = Gathered(parts, ranks.shard_weight[:, 0], ranks.header[:, 0], ranks.header)
+            if world == 1:
+                gathered = replace(gathered, headers=None)
+            outcomes.append(way.conclude(gathered, payload, total))
+        _check_same(*outcomes)
+        concluded.append(outcomes[1])
+    return concluded
+
+
+def _check_same(plain: Concluded, fused: Concluded) -> None:
+    """Every operation is the same but exp and log, which torch's vectors and numpy round apart."""
+    assert torch.equal(plain.m, fused.m)
+    assert (plain.argmax is None) == (fused.argmax is None)
+    if plain.argmax is not None and fused.argmax is not None:
+        assert torch.equal(plain.argmax, fused.argmax)
+    for name, a, b in (("s", plain.s, fused.s), ("stats", plain.stats, fused.stats)):
+        largest = a.nan_to_num(0.0, 0.0, 0.0).abs().max()
+        assert_close(b, a.double(), a, name, rows_error=3e-7 * float(largest))
+    assert torch.equal(plain.stats == 0, fused.stats == 0)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [{}, EVERYTHING, {"entropy": True, "ignored_rows": True}, {"smooth": True, "ignore_index": 2}],
+    ids=["plain", "everything", "entropy of ignored rows", "smoothing"],
+)
+def test_what_is_concluded(options: dict[str, Any], world: int) -> None:
+    target = _target(world)
+    for outcome in _run(_requests(world, **options), [target] * world):
+        kept = target != options.get("ignore_index", -100)
+        assert bool(outcome.stats[0].isfinite()[kept].float().mean() > 0.5)
+        assert bool((outcome.stats[0][~kept] == 0).all())
+
+
+def test_class_weights_and_a_target_of_32_bits() -> None:
+    weight = torch.rand(2 * SIZE)
+    _run(_requests(2, smooth=True), [_target(2).int()] * 2, weight)
+
+
+def test_partials_that_were_summed_already() -> None:
+    _run(_requests(2, smooth=True, entropy=True), [_target(2)] * 2, reduced=True)
+
+
+def test_a_wrong_target_is_nan_in_its_row() -> None:
+    target, wrong = _target(2), torch.tensor([3, 4])
+    outcomes = []
+    for values in (target[wrong], torch.tensor([2 * SIZE, -1])):
+        torch.manual_seed(0)
+        outcomes.append(_run(_requests(2), [target.index_copy(0, wrong, values)] * 2))
+    for before, after in zip(*outcomes, strict=True):
+        assert bool(before.stats[:, wrong].isfinite().all())
+        assert bool(after.stats[:, wrong].isnan().all())
+        assert bool(after.s[wrong].isnan().all())
+        assert torch.equal(before.stats.isnan().sum() + 4, after.stats.isnan().sum())
+
+
+# Ranks that disagree
+
+
+def _check_all_nan(outcomes: list[Concluded], target: Tensor) -> None:
+    for outcome in outcomes:
+        assert bool(outcome.stats[0][target != -100].isnan().all())
+
+
+def test_other_targets() -> None:
+    target = _target(3)
+    other = target.clone()
+    other[200] = (target[200].clamp(min=0) + 1) % 15
+    _check_all_nan(_run(_requests(3), [target, target, other]), target)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ignore_index": -1},
+        {"scale": 0.5},
+        {"start": 4, "implicit_shard": False},
+        {"start": 4, "stop": 9, "implicit_shard": False},
+        {"start": 6, "implicit_shard": False},
+        {"vocab_size": 11},
+    ],
+    ids=["ignore_index", "scale", "overlap", "overlap of the right total", "gap", "vocab_size"],
+)
+def test_other_options_and_shards_that_do_not_tile(change: dict[str, Any]) -> None:
+    target = _target(2)
+    requests = [replace(r, implicit_shard="start" not in change) for r in _requests(2)]
+    requests[1] = replace(requests[1], **change)
+    _check_all_nan(_run(requests, [target] * 2), target.masked_fill(target == -1, -100))
+
+
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("beyond", [False, True])
+def test_gathered_logits(constant: bool, beyond: bool) -> None:
+    """The same partials on every rank: wrong, unless they are constant or a target is beyond."""
+
+    def alike(parts: Tensor, request: RowRequest) -> None:
+        parts.copy_(torch.linspace(0.5, 2.0, parts.numel()).view(parts.shape))
+        if constant:
+            parts[1] = request.size
+
+    target = _target(2) % SIZE
+    target[::7] = -100
+    if beyond:
+        target[4] = SIZE + 1
+    outcomes = _run(_requests(2), [target] * 2, contents=alike)
+    if constant or beyond:
+        assert all(bool(o.stats.isfinite().all()) for o in outcomes)
+    else:
+        _check_all_nan(outcomes, target)

@@ -1,0 +1,1 @@
+"""The engine of CPU tensors: Numba kernels on a thread pool."""

@@ -1,0 +1,226 @@
+"""The engine of CPU tensors: Numba kernels over row ranges, run by a pool of threads.
+
+The kernels (cpu_kernels) release the GIL and take rows [begin, end). The calling thread and up to
+``torch.get_num_threads() - 1`` others draw row ranges from one list until it is empty. A row is
+never split, so results do not depend on the number of threads.
+
+A shard with contiguous columns takes a fast kernel; label smoothing, entropy, argmax or any other
+stride takes a general one. Each is compiled at the first use of a dtype and cached on disk.
+
+Numba's own ``parallel=True`` is not used: it changes ``torch.get_num_threads()`` behind the user's
+back, and its default scheduler aborts when two threads enter at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from importlib import import_module, metadata
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vocab_parallel_ce.engines.contract import Coefficients, RowFunctions, Wanted, arithmetic_dtype
+
+ROW_FUNCTIONS: RowFunctions | None = None
+LEAVES_LOG_PROB = False
+MINIMUM_NUMBA = (0, 60)
+SEQUENTIAL_BELOW = 1 << 16  # elements; a thread takes longer to wake up than to do the work
+RANGES_PER_THREAD = 8  # a thread that is held up leaves its share to the others
+_TOKENS: dict[torch.dtype, Any] = {
+    torch.bfloat16: np.uint16(0),
+    torch.float16: np.int16(0),
+    torch.float32: np.float32(0),
+    torch.float64: np.float64(0),
+}
+_SCALARS: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
+
+
+@cache
+def unavailable() -> str | None:
+    """Why this engine cannot run here, or None if it can. Imports Numba."""
+    try:
+        version = metadata.version("numba")
+    except metadata.PackageNotFoundError:
+        return "numba is not installed"
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < MINIMUM_NUMBA:
+        return f"numba {version} is older than {'.'.join(map(str, MINIMUM_NUMBA))}"
+    try:
+        disabled = import_module("numba").config.DISABLE_JIT
+        _kernels()
+    except Exception as error:  # a broken installation may raise anything
+        return f"numba {version} cannot be used here: {error}"
+    return "numba is switched off by NUMBA_DISABLE_JIT" if disabled else None
+
+
+def supports(logits: Tensor) -> bool:
+    """Whether this engine can serve such logits."""
+    return logits.device.type == "cpu" and logits.dtype in _TOKENS
+
+
+def partials(
+    logits: Tensor,
+    local_target: Tensor,
+    weight: Tensor | None,
+    scale: float,
+    wanted: Wanted,
+    out: Tensor,
+    log_prob_out: Tensor | None = None,
+) -> None:
+    """Row statistics; see contract.Engine.partials."""
+    stored, arithmetic = logits.dtype, arithmetic_dtype(logits.dtype)
+    factor, token = _SCALARS[arithmetic](scale), _TOKENS[stored]
+    rows = _matrix(logits, stored), _vector(local_target, torch.int64)
+    place = _vector(out, arithmetic)
+    plain = not (wanted.smooth or wanted.entropy or wanted.argmax)
+    if plain and factor > 0 and _contiguous(logits):
+        _run(_kernels().partials_fast, logits, *rows, wanted.ignored_rows, factor, token, place)
+        return
+    weight = weight.contiguous() if wanted.smooth and weight is not None else None
+    _run(
+        _kernels().partials_general, logits, *rows, _vector(weight, arithmetic)[0],
+        wanted.smooth, wanted.entropy, wanted.argmax, wanted.ignored_rows, factor, token, place,
+    )  # fmt: skip
+
+
+def gradient(
+    logits: Tensor,
+    m: Tensor,
+    s: Tensor,
+    local_target: Tensor,
+    coefficients: Coefficients,
+    weight: Tensor | None,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Gradient of the logits; see contract.Engine.gradient."""
+    stored, arithmetic = logits.dtype, arithmetic_dtype(logits.dtype)
+    factor, token = _SCALARS[arithmetic](scale), _TOKENS[stored]
+    softmax, target_part, smooth, entropy = coefficients
+    source, place = _matrix(logits, stored), _matrix(out, stored)
+    rows = (
+        _vector(local_target, torch.int64), _vector(m, arithmetic), _vector(s, arithmetic),
+        _vector(softmax, arithmetic), _vector(target_part, arithmetic),
+    )  # fmt: skip
+    plain = smooth is None and entropy is None
+    if plain and factor == factor and _contiguous(logits) and _contiguous(out):
+        _run(_kernels().gradient_fast, logits, source, *rows, factor, token, place)
+        return
+    weight = weight.contiguous() if smooth is not None and weight is not None else None
+    _run(
+        _kernels().gradient_general, logits, source, *rows, _vector(smooth, arithmetic),
+        _vector(entropy, arithmetic), _vector(weight, arithmetic)[0], factor, token, place,
+    )  # fmt: skip
+
+
+def log_prob(logits: Tensor, m: Tensor, s: Tensor, scale: float, out: Tensor) -> None:
+    """Log-probabilities; see contract.Engine.log_prob."""
+    stored, arithmetic = logits.dtype, arithmetic_dtype(logits.dtype)
+    factor, token = _SCALARS[arithmetic](scale), _TOKENS[stored]
+    source, place = _matrix(logits, stored), _matrix(out, stored)
+    rows = _vector(m, arithmetic), _vector(s, arithmetic)
+    _run(_kernels().log_prob, logits, source, *rows, factor, token, place)
+
+
+# What kernels take: addresses, steps in bytes, scalars whose type tells how elements are stored
+
+
+@cache
+def _kernels() -> Any:
+    return import_module("vocab_parallel_ce.engines.cpu.kernels")
+
+
+def _contiguous(tensor: Tensor) -> bool:
+    return tensor.stride(1) == 1 or tensor.shape[1] == 1
+
+
+def _vector(tensor: Tensor | None, dtype: torch.dtype) -> tuple[int, int]:
+    if tensor is None:
+        return 0, 0
+    if tensor.dtype != dtype:  # a wrong type would be read, or written, beyond its end
+        raise TypeError(f"expected {dtype}, got {tensor.dtype}")
+    return tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
+
+
+def _matrix(tensor: Tensor, dtype: torch.dtype) -> tuple[int, int, int]:
+    if tensor.dtype != dtype:
+        raise TypeError(f"expected {dtype}, got {tensor.dtype}")
+    row, column = tensor.stride()
+    size = tensor.element_size()
+    return tensor.data_ptr(), row * size, column * size
+
+
+# Threads
+
+
+class _Pool:
+    """Threads beside the calling one; made again when their number changes."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.size = 0
+        self.executor: ThreadPoolExecutor | None = None
+
+    def submit(self, work: Callable[[], None], copies: int, size: int) -> list[Future[None]]:
+        """Hand ``copies`` of ``work`` to a pool of ``size`` threads."""
+        with self.lock:
+            if self.executor is None or self.size != size:
+                if self.executor is not None:
+                    self.executor.shutdown(wait=False)
+                self.executor, self.size = ThreadPoolExecutor(size, "vocab_parallel_ce"), size
+            try:
+                return [self.executor.submit(work) for _ in range(copies)]
+            except RuntimeError:
+                return []  # the interpreter is shutting down: the calling thread does it all
+
+
+_pool = _Pool()
+
+
+def _forget_pool() -> None:
+    """A forked child has none of its parent's threads."""
+    global _pool
+    _pool = _Pool()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
+
+
+def _run(kernel: Callable[..., None], logits: Tensor, *args: Any) -> None:
+    """Run ``kernel`` over all rows."""
+    rows, columns = logits.shape
+    threads = torch.get_num_threads()
+    least = -(-SEQUENTIAL_BELOW // (2 * columns))
+    size = max(least, -(-rows // (threads * RANGES_PER_THREAD)))
+    copies = min(threads, -(-rows // size)) - 1
+    if copies <= 0 or rows * columns < SEQUENTIAL_BELOW:
+        kernel(0, rows, columns, *args)
+        return
+    begins = deque(range(0, rows, size))
+
+    def work() -> None:
+        while True:
+            try:
+                begin = begins.popleft()
+            except IndexError:
+                return
+            kernel(begin, min(begin + size, rows), columns, *args)
+
+    futures = _pool.submit(work, copies, threads - 1)
+    try:
+        work()
+    finally:
+        # Who has not begun would find nothing to do; the others must be awaited whatever happened
+        # here, for they write into the caller's memory.
+        errors = [future.exception() for future in futures if not future.cancel()]
+    for error in errors:
+        if error is not None:
+            raise error
