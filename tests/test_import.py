@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import vocab_parallel_ce
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 MISSING_LIBRARY = "libhccl.so: cannot open shared object file: No such file or directory"
 WAY_OUT = "set TORCH_DEVICE_BACKEND_AUTOLOAD=0 or uninstall"
@@ -55,9 +57,8 @@ def test_torch_itself_fails_there(without_cann: Path) -> None:
     assert process.stderr.count("Traceback") > 1
 
 
-@pytest.mark.parametrize("module", ["vocab_parallel_ce.launch.train", "vocab_parallel_ce.shard"])
-def test_a_command_ends_in_one_line(without_cann: Path, module: str) -> None:
-    process = _python("-m", module, path=without_cann)
+def test_a_command_ends_in_one_line(without_cann: Path) -> None:
+    process = _python("-m", "vocab_parallel_ce.launch.train", path=without_cann)
     assert process.returncode == 1
     assert process.stdout == ""
     assert len(process.stderr.splitlines()) == 1, process.stderr
@@ -67,8 +68,15 @@ def test_a_command_ends_in_one_line(without_cann: Path, module: str) -> None:
         assert part in process.stderr
 
 
+@pytest.mark.parametrize("site", [[], ["-S"]], ids=["without CANN", "without torch"])
+def test_the_package_itself_can_be_imported(without_cann: Path, site: list[str]) -> None:
+    code = "import vocab_parallel_ce as v; print(v.__version__, 'cross_entropy' in dir(v))"
+    process = _python(*site, "-c", code, path=without_cann)
+    assert process.stdout == f"{vocab_parallel_ce.__version__} True\n", process.stderr
+
+
 def test_an_import_raises_that_line_alone(without_cann: Path) -> None:
-    process = _python("-c", "import vocab_parallel_ce", path=without_cann)
+    process = _python("-c", "from vocab_parallel_ce import cross_entropy", path=without_cann)
     assert process.returncode == 1
     assert process.stderr.count("Traceback") == 1  # nothing chained
     assert process.stderr.splitlines()[-1].startswith(
@@ -80,7 +88,7 @@ def test_a_second_import_says_the_same(without_cann: Path) -> None:
     code = """
 for _ in range(2):
     try:
-        import vocab_parallel_ce
+        from vocab_parallel_ce import cross_entropy
     except ImportError as error:
         print(error)
 """
@@ -115,6 +123,6 @@ def test_torch_that_is_not_installed() -> None:
 
 def test_a_torch_that_is_broken_otherwise_is_not_talked_over(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise RuntimeError('half an install')\n")
-    process = _python("-c", "import vocab_parallel_ce", path=tmp_path)
+    process = _python("-c", "from vocab_parallel_ce import VocabShard", path=tmp_path)
     assert process.returncode == 1
     assert process.stderr.splitlines()[-1] == "RuntimeError: half an install"

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 
 from .engines.contract import arithmetic_dtype
-from .primitive import (
+from .passes import (
     RowResult,
     compute_gradient,
     compute_log_prob,

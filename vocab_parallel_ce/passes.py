@@ -1,0 +1,232 @@
+"""The forward and the backward pass of one rank's shard, without autograd.
+
+    compute_statistics   partials of this shard (one read), one exchange, arithmetic on [N]
+    compute_gradient     no communication; one formula for every output (one read, one write)
+    compute_log_prob     the log-softmax of this shard, where a caller asks for it
+
+``primitive.py`` calls them from an autograd.Function, ``compiled.py`` from custom operators. Here,
+once for all engines: padding columns are narrowed away, an empty shard is answered for, and leading
+dimensions that cannot be flattened are looped over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .collectives import Payload, exchange
+from .engines import select
+from .engines.contract import Coefficients, Engine, Gathered, arithmetic_dtype
+from .preflight import Plan, preflight
+from .request import RowRequest
+from .row_steps import row_steps
+from .statistics import stat_names
+
+
+@dataclass
+class RowResult:
+    """What the forward pass knows of N rows."""
+
+    stats: Tensor
+    """[j, N] the differentiable statistics, rows named by ``stat_names``"""
+    m: Tensor
+    s: Tensor
+    """[N] the softmax of every row is e^(x - m) / s; kept apart, see the backward"""
+    local_target: Tensor
+    """[N] int64 column, ELSEWHERE or IGNORED"""
+    argmax: Tensor
+    """[N] int64, or empty when not asked for"""
+
+
+def row_blocks(x: Tensor) -> list[Tensor]:
+    """[..., C] as 2-D views [n, C] in row order, without a copy: one where strides allow it."""
+    if x.dim() == 2:
+        return [x]
+    if x.dim() == 1:
+        return [x[None]]
+    try:
+        return [x.view(-1, x.shape[-1])]
+    except RuntimeError:
+        return [block for part in x.unbind(0) for block in row_blocks(part)]
+
+
+def _numbered(blocks: list[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    first = 0
+    for block in blocks:
+        yield slice(first, first + block.shape[0]), block
+        first += block.shape[0]
+
+
+def _shard_weight(weight: Tensor | None, request: RowRequest, dtype: torch.dtype) -> Tensor | None:
+    return None if weight is None else weight[request.start : request.stop].to(dtype)
+
+
+def _shard_total(weight: Tensor | None, request: RowRequest, dtype: torch.dtype) -> Tensor | float:
+    part = _shard_weight(weight, request, dtype)
+    return float(request.size) if part is None else part.sum()
+
+
+def _total_weight(weight: Tensor | None, request: RowRequest, dtype: torch.dtype) -> Tensor | float:
+    return float(request.vocab_size) if weight is None else weight.to(dtype).sum()
+
+
+def _on_host(logits: Tensor, request: RowRequest) -> bool:
+    """Whether values of tensors may be looked at; on an accelerator that means to wait for it."""
+    return logits.device.type == "cpu" or request.checking
+
+
+def compute_statistics(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    request: RowRequest,
+    group: dist.ProcessGroup | None,
+    log_prob_out: Tensor | None = None,
+) -> RowResult:
+    """The forward pass: logits [..., C_r], target [...] and the full weight [vocab_size].
+
+    ``log_prob_out``: see ``primitive.log_prob_space``.
+    """
+    world = 1 if group is None else dist.get_world_size(group)
+    on_host = _on_host(logits, request)
+    if request.checking and group is not None and world > 1:
+        preflight(Plan(request, logits, target), logits.device, group)
+
+    target = target.reshape(-1)
+    engine = select(request.engine, logits)
+    alone = group is None or world == 1
+    steps = row_steps(engine, target, weight, request, on_host, alone)
+
+    dtype = arithmetic_dtype(logits.dtype)
+    wanted, rows = request.wanted, target.shape[0]
+    payload = Payload.allocate(len(wanted.rows), rows, dtype, logits.device)
+    _fill_partials(engine, payload.parts, logits, steps.local_target, weight, request, log_prob_out)
+    if group is None or alone:
+        gathered = Gathered(payload.parts[None], payload.shard_weight, payload.header[:1], None)
+    else:
+        payload.shard_weight[0] = _shard_total(weight, request, dtype)
+        steps.write_header(payload)
+        gathered = exchange(payload, wanted, request.collective, group)
+    stats, m, s, argmax = steps.conclude(gathered, payload, _total_weight(weight, request, dtype))
+    if argmax is None:
+        argmax = steps.local_target.new_empty(0)
+    return RowResult(stats, m, s, steps.local_target, argmax)
+
+
+def _fill_partials(
+    engine: Engine,
+    parts: Tensor,
+    logits: Tensor,
+    local_target: Tensor,
+    weight: Tensor | None,
+    request: RowRequest,
+    log_prob_out: Tensor | None,
+) -> None:
+    size = request.size
+    if size == 0 or parts.shape[1] == 0:
+        parts.zero_()
+        parts[0].fill_(-torch.inf)
+        return
+    shard_weight = _shard_weight(weight, request, parts.dtype)
+    flat = None if log_prob_out is None else _flat(log_prob_out, size)
+    for rows, block in _numbered(row_blocks(logits[..., :size])):
+        engine.partials(
+            block,
+            local_target[rows],
+            shard_weight,
+            request.scale,
+            request.wanted,
+            parts[:, rows],
+            None if flat is None else flat[rows],
+        )
+
+
+def compute_gradient(
+    logits: Tensor,
+    result: RowResult,
+    weight: Tensor | None,
+    grad_stats: Tensor,
+    request: RowRequest,
+    out: Tensor,
+) -> None:
+    """The backward pass: write d(logits) into ``out`` [..., C_r], which may be ``logits``."""
+    size = request.size
+    if size < out.shape[-1]:
+        out[..., size:].zero_()
+    if size == 0 or result.m.numel() == 0:
+        return
+
+    def scaled(g: Tensor) -> Tensor:
+        return g if request.scale == 1 else g * request.scale
+
+    g = dict(zip(stat_names(request.wanted), grad_stats.unbind(0), strict=True))
+    softmax = g["nll"] + g["lse"]
+    smooth = entropy = None
+    if request.smooth:
+        softmax = softmax + g["smooth"] * _total_weight(weight, request, softmax.dtype)
+        smooth = scaled(g["smooth"])
+    if request.entropy:
+        h = result.stats[stat_names(request.wanted).index("entropy")]
+        softmax = softmax - g["entropy"] * h
+        entropy = scaled(g["entropy"])
+    softmax, target_part = scaled(softmax), scaled(g["nll"])
+    engine = select(request.engine, logits)
+    shard_weight = _shard_weight(weight, request, softmax.dtype)
+    flat = None if out is logits else _flat(out, size)
+    for rows, source in _numbered(row_blocks(logits[..., :size])):
+        engine.gradient(
+            source,
+            result.m[rows],
+            result.s[rows],
+            result.local_target[rows],
+            Coefficients(
+                softmax[rows],
+                target_part[rows],
+                None if smooth is None else smooth[rows],
+                None if entropy is None else entropy[rows],
+            ),
+            shard_weight,
+            request.scale,
+            source if flat is None else flat[rows],
+        )
+
+
+def _flat(fresh: Tensor, size: int) -> Tensor:
+    """[N, size] of [..., C_r]: a fresh tensor is dense and splits along any cut of the logits."""
+    return fresh.view(-1, fresh.shape[-1])[:, :size]
+
+
+def empty_log_prob(logits: Tensor, size: int) -> Tensor:
+    """Room for log-probabilities; padding columns hold -inf: they have no probability."""
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if size < out.shape[-1]:
+        out[..., size:] = -torch.inf
+    return out
+
+
+def compute_log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) -> Tensor:
+    """This shard's slice of the global log-softmax, shaped like the logits and in their dtype."""
+    size = request.size
+    out = empty_log_prob(logits, size)
+    if size == 0 or m.numel() == 0:
+        return out
+    engine = select(request.engine, logits)
+    flat = _flat(out, size)
+    for rows, block in _numbered(row_blocks(logits[..., :size])):
+        engine.log_prob(block, m[rows], s[rows], request.scale, flat[rows])
+    return out
+
+
+def refuse_second_backward(ctx: Any) -> None:
+    """A flag of our own: saved-tensor hooks can hide the version counter's complaint."""
+    if ctx.overwritten:
+        raise RuntimeError(
+            "a second backward through a loss with inplace_backward=True: the first one "
+            "overwrote the logits with their gradient; use inplace_backward=False to go "
+            "backward more than once"
+        )
