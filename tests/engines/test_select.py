@@ -20,7 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vocab_parallel_ce import cross_entropy, cross_entropy_loss, engines, token_statistics
-from vocab_parallel_ce.engines import ENGINES, eager, engine_of_device, select, why_not
+from vocab_parallel_ce.engines import ENGINES, eager, engine_name, engine_of_device, select, why_not
 from vocab_parallel_ce.engines.triton import engine as triton
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,9 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _name(engine: str, logits: torch.Tensor) -> str:
-    """The file that serves such a call: an engine is a module."""
-    module: Any = select(engine, logits)
-    return str(module.__name__).rpartition(".")[2]
+    return engine_name(select(engine, logits))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -556,8 +556,8 @@ SABOTAGE = """
 import os
 import torch
 from vocab_parallel_ce import cross_entropy
-from vocab_parallel_ce.engines import cpu
-from vocab_parallel_ce.launch.doctor import app
+from vocab_parallel_ce.engines.cpu import engine as cpu
+from vocab_parallel_ce.launch.doctor.command import app
 
 for smoothing in (0.0, 0.1):  # kernels that still had to be compiled would count as late
     logits = torch.zeros(2, 8, requires_grad=True)
