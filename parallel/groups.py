@@ -110,34 +110,46 @@ def _warn_that_no_npu_is_used() -> None:
         warnings.warn(f"running on the CPU: {npu_problem()}", stacklevel=3)
 
 
+def device_problem(kind: str) -> str | None:
+    """Why this process cannot use a device of this kind, and the way out; None where it can."""
+    if kind == "cpu":
+        return None
+    if kind == "npu":
+        problem = npu_problem()
+    else:
+        problem = None if torch.cuda.is_available() else "this machine shows none; use --device cpu"
+    return problem or _crowding(kind, int(torch.get_device_module(kind).device_count()))
+
+
+def _crowding(kind: str, count: int) -> str | None:
+    """More processes than devices: told on every rank, not only on those that have no device."""
+    local_rank = _environment_int("LOCAL_RANK", 0)
+    processes = _environment_int("LOCAL_WORLD_SIZE", 1)
+    if processes > count:
+        return (
+            f"LOCAL_WORLD_SIZE={processes} processes were started on this machine, which shows "
+            f"{count} {kind} devices; start at most {count} (torchrun --nproc-per-node {count})"
+        )
+    if local_rank >= count:
+        return (
+            f"LOCAL_RANK={local_rank} has no {kind} device: this machine shows {count}; "
+            f"start at most {count} processes here (torchrun --nproc-per-node {count})"
+        )
+    return None
+
+
 def local_device(device_type: str | None = None) -> torch.device:
     """The device of this process: number LOCAL_RANK of its kind, made current."""
     kind = device_type or default_device_type()
     if kind not in BACKEND_OF_DEVICE:
         raise ValueError(f"device={kind!r} is not one of {', '.join(BACKEND_OF_DEVICE)}")
-    if kind == "cpu":
-        return torch.device("cpu")
-    if kind == "npu":
-        problem = npu_problem()
-    else:
-        problem = None if torch.cuda.is_available() else "this machine shows none; use --device cpu"
+    problem = device_problem(kind)
     if problem is not None:
         raise ValueError(f"device={kind!r}, but {problem}")
-    module = torch.get_device_module(kind)
-    local_rank, count = _environment_int("LOCAL_RANK", 0), int(module.device_count())
-    processes = _environment_int("LOCAL_WORLD_SIZE", 1)
-    if processes > count:  # told on every rank, not only on those that have no device
-        raise ValueError(
-            f"LOCAL_WORLD_SIZE={processes} processes were started on this machine, which shows "
-            f"{count} {kind} devices; start at most {count} (torchrun --nproc-per-node {count})"
-        )
-    if local_rank >= count:
-        raise ValueError(
-            f"LOCAL_RANK={local_rank} has no {kind} device: this machine shows {count}; "
-            f"start at most {count} processes here (torchrun --nproc-per-node {count})"
-        )
-    device = torch.device(kind, local_rank)
-    module.set_device(device)
+    if kind == "cpu":
+        return torch.device("cpu")
+    device = torch.device(kind, _environment_int("LOCAL_RANK", 0))
+    torch.get_device_module(kind).set_device(device)
     return device
 
 
