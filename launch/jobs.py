@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def missing(job: Job) -> str:
     if not absent:
         return ""
     verb = "is" if len(absent) == 1 else "are"
-    return f"{' and '.join(absent)} {verb} not installed; {EXTRA}"
+    return f"{', '.join(absent)} {verb} not installed; {EXTRA}"
 
 
 def run(name: str, arguments: Sequence[str] | None = None) -> None:
@@ -94,7 +95,12 @@ def run(name: str, arguments: Sequence[str] | None = None) -> None:
     if problem:
         say_and_leave(name, problem)
     given = sys.argv[1:] if arguments is None else list(arguments)
-    importlib.import_module(job.module).app(given, prog_name=f"{PROGRAM} {name}")
+    try:
+        importlib.import_module(job.module).app(given, prog_name=f"{PROGRAM} {name}")
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads it, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ Under torchrun the first rank of each host says it. The others wait a moment: to
 when the first has left. Who is still there then has a problem of its own, and says it. So a line
 stands there once, and none is lost.
 
-Imports the standard library alone: the doctor starts where nothing else can be imported.
+Imports nothing that may be missing: the doctor starts where nothing else can be imported.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import os
 import sys
 import time
 from typing import NoReturn
+
+from vocab_parallel_ce.warning import is_first_of_host
 
 PROGRAM = "vocab-parallel-ce"
 FAILED, USAGE_ERROR = 1, 2
@@ -33,10 +35,6 @@ class Refusal(Exception):  # noqa: N818  # not an error of the program but of wh
 def is_rank_0() -> bool:
     """Also true of a process that is no rank."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def is_first_of_host() -> bool:
-    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 
 def say_and_leave(job: str, line: str, status: int = USAGE_ERROR) -> NoReturn:

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 NARROWEST = 40
-WORDS = 28
-"""Characters that a column of words may be narrowed to; its words go on several lines"""
+FIRST, WORDS = 24, 18
+"""Characters that the first, and any other, column of words may be narrowed to: it is wrapped"""
 BETWEEN = 3
 """characters that a column costs beside its content"""
 
@@ -88,7 +88,7 @@ def _least(table: Table, index: int) -> int:
     if not table.columns[index].words:
         return natural
     longest = max(len(word) for cell in _cells(table, index) for word in cell.split() or [""])
-    return min(natural, max(WORDS, longest))
+    return min(natural, max(WORDS if index else FIRST, longest))
 
 
 def narrowed(table: Table, width: int) -> Iterator[Table]:
@@ -163,8 +163,7 @@ def plain(table: Table, width: int) -> Iterator[str]:
     """Lines of text, for where rich is not installed."""
     widths = [_natural(table, index) for index in range(len(table.columns))]
     while sum(widths) + 2 * (len(widths) - 1) > width:
-        wrapped = [i for i, w in enumerate(widths) if w > _least(table, i) or w > WORDS]
-        wrapped = [index for index in wrapped if table.columns[index].words]
+        wrapped = [index for index, each in enumerate(widths) if each > _least(table, index)]
         if not wrapped:
             break
         widths[max(wrapped, key=lambda index: widths[index])] -= 1

@@ -27,7 +27,6 @@ import math
 import os
 import time
 import uuid
-import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -41,6 +40,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from vocab_parallel_ce.collectives import BACKEND_OF_DEVICE, backends_of
 from vocab_parallel_ce.torch_import import AUTOLOAD_VARIABLE, why_backend_failed
+from vocab_parallel_ce.warning import warn
 
 VISIBLE_CARDS_VARIABLE = "ASCEND_RT_VISIBLE_DEVICES"
 HCCL_HEAD_START = 60.0
@@ -107,7 +107,7 @@ def default_device_type() -> str:
 def _warn_that_no_npu_is_used() -> None:
     """Once: who installed torch_npu did not mean to run on the CPU."""
     if importlib.util.find_spec("torch_npu") is not None:
-        warnings.warn(f"running on the CPU: {npu_problem()}", stacklevel=3)
+        warn(f"running on the CPU: {npu_problem()}")
 
 
 def device_problem(kind: str) -> str | None:
@@ -309,10 +309,9 @@ def _prepare_hccl(timeout_seconds: float, deterministic: bool) -> timedelta:
     if deterministic:
         switch = os.environ.setdefault("HCCL_DETERMINISTIC", "true")
         if switch.lower() not in ("true", "strict"):
-            warnings.warn(
+            warn(
                 f"deterministic=True, but HCCL_DETERMINISTIC={switch!r} is set and stays: sums "
-                "over the groups may differ from run to run; unset it",
-                stacklevel=3,
+                "over the groups may differ from run to run; unset it"
             )
     return timedelta(seconds=max(timeout_seconds, patience) + HCCL_HEAD_START)
 

@@ -51,6 +51,7 @@ from vocab_parallel_ce.launch.command_line import (
     whole,
 )
 from vocab_parallel_ce.launch.measuring import measure
+from vocab_parallel_ce.launch.measuring.machine import processor
 from vocab_parallel_ce.launch.options import make_folder, make_writable
 from vocab_parallel_ce.launch.refusal import FAILED, Refusal
 from vocab_parallel_ce.launch.terminal import Coloured, progress, show_line
@@ -82,7 +83,7 @@ def environment(device: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": measure.processor(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "device": measure.device_name(torch.device(device)),
         "versions": {package: version(package) for package in packages},

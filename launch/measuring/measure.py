@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
-import platform
 import resource
 import sys
 import time
@@ -21,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from vocab_parallel_ce.launch.measuring.machine import processor
 
 MIB = 1 << 20
 
@@ -259,17 +260,6 @@ def count_collectives(run: Callable[[], Any]) -> tuple[Any, int | None]:
 
 
 # --- the machine ----------------------------------------------------------------------------
-
-
-def processor() -> str:
-    """The CPU's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.lower().startswith(("model name", "hardware")):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def device_name(device: torch.device) -> str:

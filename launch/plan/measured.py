@@ -14,7 +14,7 @@ from typing import Any
 
 from vocab_parallel_ce.launch.bench import command as bench
 from vocab_parallel_ce.launch.bench.rank import Plan
-from vocab_parallel_ce.launch.measuring import measure
+from vocab_parallel_ce.launch.measuring.machine import processor
 from vocab_parallel_ce.launch.plan.devices import DEVICES, Device, Figure
 from vocab_parallel_ce.launch.plan.model import Prediction, predict
 from vocab_parallel_ce.launch.plan.ways import Case, ways
@@ -53,7 +53,7 @@ def measured_device(run: dict[str, Any]) -> Device:
     found = run["calibration"]
     return Device(
         "cpu",
-        f"this machine: {measure.processor()}",
+        f"this machine: {processor()}",
         engine="cpu",
         compiles=True,
         peak_bandwidth=DEVICES["cpu"].peak_bandwidth,
