@@ -115,24 +115,27 @@ def narrowed(table: Table, width: int) -> Iterator[Table]:
 def show(table: Table) -> None:
     """Prints it on standard output: title, what fits beside each other, caption."""
     width = terminal_width()
-    if table.title:
-        show_line(Coloured(table.title, "bold"))
+    _show_wrapped(table.title, "bold", width)
     for part in narrowed(table, width):
         if has_rich():
             _rich_console(width).print(_of_rich(part))
         else:
             print("\n".join(plain(part, width)))
-    if table.caption:
-        show_line(Coloured(table.caption, "dim"))
+    _show_wrapped(table.caption, "dim", width)
+
+
+def _show_wrapped(text: str, colour: str, width: int) -> None:
+    for line in text.split("\n") if text else []:
+        for part in textwrap.wrap(line, width):
+            show_line(Coloured(part, colour))
 
 
 def show_line(text: str) -> None:
-    """Prints a line, or several, in its colour if it has one."""
+    """Prints a line in its colour, if it has one; it is not wrapped, so that it can be searched."""
     if has_rich():
-        _rich_console(terminal_width()).print(_rich_text(text))
+        _rich_console(terminal_width()).print(_rich_text(text), soft_wrap=True)
     else:
-        for line in text.split("\n"):
-            print(textwrap.fill(line, terminal_width()))
+        print(text)
 
 
 def _rich_console(width: int) -> Any:
