@@ -39,7 +39,7 @@ class Job:
 _LAUNCH = "vocab_parallel_ce.launch"
 JOBS = {
     "doctor": Job(
-        "what is here, what is set badly, and whether the loss is right here",
+        "what is here and what is set badly; is the loss right here?",
         f"{_LAUNCH}.doctor.command",
         packages=(),
         torch=False,
@@ -126,5 +126,5 @@ def usage() -> str:
     lines += [f"  {name:<13} {job.summary}" for name, job in JOBS.items()]
     lines += ["", f"Options of a job:  {PROGRAM} JOB --help"]
     lines += [f"The version:       {PROGRAM} --version"]
-    lines += [f"On several ranks:  torchrun --nproc-per-node 2 -m {_LAUNCH} JOB"]
+    lines += [f"On 2 ranks:        torchrun --nproc-per-node 2 -m {_LAUNCH} JOB"]
     return "\n".join(lines)

@@ -84,7 +84,8 @@ def make_folder(option: str, path: Path) -> None:
 def make_writable(option: str, path: Path) -> None:
     """Refusal where the file cannot be written; before the work that fills it, not after."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True)
         path.open("a").close()
     except OSError as error:
         raise Refusal(

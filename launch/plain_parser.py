@@ -15,10 +15,17 @@ class PlainParser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
+        self._typed: list[str] = []
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._typed = [word.partition("=")[0] for word in args or []]
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        if wrong := re.match(r"argument (?:.*/)?(--[\w-]+): (.*)", message):
-            option, complaint = wrong.groups()
+        if wrong := re.match(r"argument (\S+): (.*)", message):
+            spellings = wrong[1].split("/")
+            option = next((name for name in spellings if name in self._typed), spellings[0])
+            complaint = wrong[2]
             if complaint.startswith("expected"):
                 complaint = "needs a value; see --help"
             raise Refusal(f"{option} {complaint}")

@@ -177,6 +177,27 @@ def peer_names(text: str) -> tuple[str, ...]:
     return tuple(name for name in LABELS if name in names)
 
 
+def _plan(
+    device: str,
+    shapes: tuple[tuple[int, int], ...],
+    dtypes: list[str],
+    repeats: int | None,
+    peers: str,
+    wait_idle: float,
+    quick: bool,
+) -> Plan:
+    return Plan(
+        shapes=shapes,
+        dtypes=tuple(dtypes),
+        device=device,
+        repeats=repeats or (3 if quick else 11),
+        peers=peer_names(peers)
+        or tuple(peer.name for peer in PEERS if peer.device in ("", device)),
+        # What a CPU does beside an accelerator's work does not slow it down.
+        wait_idle=0.0 if quick or device != "cpu" else wait_idle,
+    )
+
+
 def check_counts(counts: Sequence[int], shapes: Sequence[tuple[int, int]], device: str) -> None:
     """Refusal where the vocabulary, or the cards, cannot be shared out."""
     present = devices(device)
@@ -266,15 +287,7 @@ def main(
             raise Refusal(f"{name}: tiny shapes prove nothing; drop --quick")
     kind = usable_device(device)
     shapes = shapes_of(kind, rows, vocab, quick)
-    plan = Plan(
-        shapes=shapes,
-        dtypes=tuple(dtype or ["fp32", "bf16"]),
-        device=kind,
-        repeats=repeats or (3 if quick else 11),
-        peers=peer_names(peers) or tuple(peer.name for peer in PEERS if peer.device in ("", kind)),
-        # What a CPU does beside an accelerator's work does not slow it down.
-        wait_idle=0.0 if quick or kind != "cpu" else wait_idle,
-    )
+    plan = _plan(kind, shapes, dtype or ["fp32", "bf16"], repeats, peers, wait_idle, quick)
     under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     counts = rank_counts(ranks, kind)
     # Ranks of torchrun may lie on several machines, and have a device each: usable_device saw that.

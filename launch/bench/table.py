@@ -146,14 +146,15 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def rewrite(readme: Path, csv: Path, check: bool) -> None:
+    if not csv.is_file():
+        raise Refusal(f"--csv {csv}: No such file or directory")
     try:
         old = readme.read_text()
         new = rewritten(old, medians.read(csv))
         if not check:
             readme.write_text(new)
     except OSError as error:
-        option = "--csv" if error.filename == str(csv) else "--readme"
-        raise Refusal(f"{option} {error.filename}: {error.strerror}") from None
+        raise Refusal(f"--readme {readme}: {error.strerror}") from None
     except ValueError as error:
         raise Refusal(error) from None
     if check and new != old:
