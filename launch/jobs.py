@@ -50,7 +50,7 @@ JOBS = {
         (*_SHELL, "tokenizers", "matplotlib"),
     ),
     "megatron-gpt": Job(
-        "train a GPTModel of megatron-core with this loss, or with Megatron's",
+        "train megatron-core's GPTModel with this loss or with Megatron's",
         f"{_LAUNCH}.megatron_gpt.command",
         (*_SHELL, "tokenizers", "matplotlib"),
     ),

@@ -268,10 +268,9 @@ def test_bad_options_end_on_every_rank_with_one_line(
         for (extra, message), (status, said) in zip(cases, found, strict=True):
             assert status == 2, (extra, said)
             assert len(said.splitlines()) == 1, said
-            assert re.search(
-                f"^vocab-parallel-ce megatron-gpt: {f'rank {rank}: ' if rank else ''}.*{message}",
-                said,
-            ), (extra, said)
+            who = f"rank {rank}: " if rank else ""
+            line = f"^vocab-parallel-ce megatron-gpt: {who}.*{message}"
+            assert re.search(line, said), (extra, said)
 
 
 def test_without_megatron_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,7 +252,7 @@ def test_a_case_that_does_not_fit_is_not_begun(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(measuring, "available_bytes", lambda: 100 * MIB)
     case = Case(4096, 32768, 2, "fp32")
     # Two copies of 512 MiB, and the fused peak of 6 bytes an element beside them.
-    assert measured.needed_bytes(case) // MIB == 1024 + 768
+    assert measuring.needed_bytes(case) // MIB == 1024 + 768
     with pytest.raises(RuntimeError, match="needs 1792 MiB of memory, 100 MiB are available"):
         measuring.run_case(case, ("ours",), 3, 0.0)
 
