@@ -110,6 +110,7 @@ def _prepare(
         entropy=outputs.entropy,
         argmax=outputs.argmax,
         ignored_rows=outputs.ignored_rows,
+        normalized=options.normalizer is not None,
         ignore_index=options.ignore_index,
         scale=float(options.scale),
         label_smoothing=float(options.label_smoothing),
@@ -179,6 +180,8 @@ def _check_normalizer(normalizer: object, reduction: str, where: str) -> None:
             raise ValueError(
                 f"normalizer must hold one number, got shape {tuple(normalizer.shape)}{where}"
             )
+        if normalizer.is_complex() or normalizer.dtype == torch.bool:
+            raise TypeError(f"normalizer must be a real number, got {normalizer.dtype}{where}")
     elif not _is_number(normalizer):
         raise TypeError(
             f"normalizer must be a scalar tensor or a number, got {normalizer!r}{where}"

@@ -118,9 +118,7 @@ def per_token_loss(
     try:
         request = prepare(logits, target, None, call, Outputs())
         request = replace(request, label_smoothing=smoothing)
-        stats, _, _, _ = row_statistics(
-            logits, target, None, request, group, options.inplace_backward
-        )
+        stats, *_ = row_statistics(logits, target, None, request, group, options.inplace_backward)
     except ValueError as problem:
         for sign, way_out in _WAYS_OUT.items():
             if sign in str(problem):
