@@ -102,7 +102,7 @@ def compute_statistics(
     if request.checking and group is not None and world > 1:
         preflight(Plan(request, logits, target, normalizer), logits.device, group)
 
-    target = target.reshape(-1)
+    target = target.reshape(-1).long()  # every comparison with an id happens in int64
     engine = select(request.engine, logits)
     alone = group is None or world == 1
     steps = row_steps(engine, target, weight, request, normalizer, on_host, alone)

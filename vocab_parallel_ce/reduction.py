@@ -32,13 +32,14 @@ def row_losses(
     stats: Tensor, target: Tensor, weight: Tensor | None, request: RowRequest
 ) -> RowLosses:
     """``stats`` [j, N] of the primitive and ``target`` [N] -> the losses of every row."""
+    target = target.long()
     named = dict(zip(stat_names(request.wanted), stats.unbind(0), strict=True))
     kept = target != request.ignore_index
     loss = named["nll"]
     row_weight = kept.to(stats.dtype)
     if weight is not None:
         # Clamped, because an ignored or an invalid target must not index out of bounds.
-        column = target.long().clamp(0, request.vocab_size - 1)
+        column = target.clamp(0, request.vocab_size - 1)
         row_weight = row_weight * weight.to(stats.dtype)[column]
         loss = loss * row_weight
     eps = request.label_smoothing

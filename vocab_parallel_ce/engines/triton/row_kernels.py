@@ -111,7 +111,8 @@ def _disagree(
 
     start = tl.load(headers + place + START, mask=here, other=0)
     stop = tl.load(headers + place + STOP, mask=here, other=0)
-    bad |= (tl.sum(stop - start, 0) != tl.load(headers + VOCAB)).to(tl.int32)
+    held = tl.sum((stop - start).to(tl.int64), 0)  # shards that overlap may add up beyond int32
+    bad |= (held != tl.load(headers + VOCAB)).to(tl.int32)
     # Sizes that add up to the vocabulary without any pair that overlaps tile it.
     holds = stop > start
     overlap = (start[:, None] < stop[None, :]) & (start[None, :] < stop[:, None])
