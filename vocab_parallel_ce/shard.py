@@ -71,8 +71,8 @@ class VocabShard:
             )
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise ValueError(
-                f"VocabShard: vocab_size={self.vocab_size} is more than {MAX_VOCAB_SIZE}: ids travel "
-                "between ranks as 32-bit integers"
+                f"VocabShard: vocab_size={self.vocab_size} is more than {MAX_VOCAB_SIZE}: ids "
+                "travel between ranks as 32-bit integers"
             )
         # Assigned past the freeze, once, before anybody has seen the shard.
         object.__setattr__(self, "start", min(self.start, self.vocab_size))
