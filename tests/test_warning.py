@@ -22,7 +22,7 @@ found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: name == "torch_npu" or found(name, *rest)
 groups.npu_problem = lambda: "no card"
 for _ in range(2):
-    loss = cross_entropy(torch.zeros(2, 8, requires_grad=True), torch.zeros(2).long())  # called here
+    cross_entropy(torch.zeros(2, 8), torch.zeros(2).long())  # called here
     groups.default_device_type()  # and here
 """
 
