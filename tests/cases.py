@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.profiler import profile
 
 from vocab_parallel_ce import VocabShard
-from vocab_parallel_ce.reference import ReferenceLoss
-from vocab_parallel_ce.reference import cross_entropy as reference
+from vocab_parallel_ce.testing.reference import ReferenceLoss
+from vocab_parallel_ce.testing.reference import cross_entropy as reference
+from vocab_parallel_ce.testing.tolerance import assert_close, naive_error
 
 from .device import DEVICE
-from .tolerance import assert_close, naive_error
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from vocab_parallel_ce import (
     token_statistics,
 )
 from vocab_parallel_ce.request import RowRequest
+from vocab_parallel_ce.testing.tolerance import assert_close
 
 from .cases import Findings, batch, check_gradient, even, expected
 from .ranks import Pool
-from .tolerance import assert_close
 
 COLUMNS = 12
 Result = tuple[Tensor, ...]

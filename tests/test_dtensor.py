@@ -20,10 +20,10 @@ from torch.distributed.tensor import (
 )
 
 from vocab_parallel_ce import VocabShard, cross_entropy, cross_entropy_loss, token_statistics
+from vocab_parallel_ce.testing.tolerance import assert_close
 
 from .cases import Findings, batch, expected
 from .ranks import Pool
-from .tolerance import assert_close
 
 Placements = tuple[Placement, ...]
 OPTIONS: dict[str, Any] = {

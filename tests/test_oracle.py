@@ -16,7 +16,8 @@ from vocab_parallel_ce import (
     cross_entropy_loss,
     token_statistics,
 )
-from vocab_parallel_ce.reference import ReferenceLoss
+from vocab_parallel_ce.testing.reference import ReferenceLoss
+from vocab_parallel_ce.testing.tolerance import assert_close, naive_error
 
 from .cases import (
     SHARDINGS,
@@ -30,7 +31,6 @@ from .cases import (
 )
 from .device import DEVICE, DTYPES, move
 from .ranks import Pool
-from .tolerance import assert_close, naive_error
 
 REDUCTIONS = ("none", "mean", "sum")
 ROWS = 96  # the naive error of few rows may be small by luck

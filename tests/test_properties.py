@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vocab_parallel_ce import cross_entropy, cross_entropy_loss, token_statistics
-from vocab_parallel_ce.reference import ReferenceLoss
+from vocab_parallel_ce.testing.reference import ReferenceLoss
+from vocab_parallel_ce.testing.tolerance import assert_close, naive_error
 
 from .cases import Findings, Sharding, check_gradient, expected, sized
 from .device import DTYPES, move
 from .ranks import Pool
-from .tolerance import assert_close, naive_error
 
 SETTINGS: dict[str, Any] = {
     "deadline": None,

@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vocab_parallel_ce.reference import ReferenceLoss
-from vocab_parallel_ce.reference import cross_entropy as reference
+from vocab_parallel_ce.testing.reference import ReferenceLoss
+from vocab_parallel_ce.testing.reference import cross_entropy as reference
 
 RULE = "error <= 2 x error of torch's own formulas in fp32 + 1 ulp of the result's dtype"
 DEVICE_COUNTS_AT_MOST = 8.0

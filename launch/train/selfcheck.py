@@ -23,7 +23,7 @@ from vocab_parallel_ce import VocabShard, cross_entropy
 from vocab_parallel_ce.launch.measuring.stopwatch import PeakMemory
 from vocab_parallel_ce.parallel.groups import ParallelGroups
 from vocab_parallel_ce.parallel.layers import vocab_parallel_parameters
-from vocab_parallel_ce.reference import cross_entropy as reference_cross_entropy
+from vocab_parallel_ce.testing.reference import cross_entropy as reference_cross_entropy
 
 ROWS_AT_A_TIME = 128
 # Relative to the loss, and to the largest element of the gradient. In fp32 the loss and each

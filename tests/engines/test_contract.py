@@ -26,9 +26,9 @@ from vocab_parallel_ce.engines.contract import (
 )
 from vocab_parallel_ce.engines.cpu import engine as cpu
 from vocab_parallel_ce.engines.triton import engine as triton
+from vocab_parallel_ce.testing.tolerance import assert_close, naive_error
 
 from ..device import DEVICE, DTYPES, ENGINES, INTERPRETED, move
-from ..tolerance import assert_close, naive_error
 
 
 class Moved:

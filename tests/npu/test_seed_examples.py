@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from vocab_parallel_ce.reference import cross_entropy as reference
+from vocab_parallel_ce.testing.reference import cross_entropy as reference
+from vocab_parallel_ce.testing.tolerance import assert_close, naive_error
 
-from ..tolerance import assert_close, naive_error
 from .seed_examples import EXAMPLES, ROWS, batch
 
 ROOT = Path(__file__).resolve().parents[2]

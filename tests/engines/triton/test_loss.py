@@ -18,11 +18,11 @@ from vocab_parallel_ce import (
     row_steps,
     token_statistics,
 )
+from vocab_parallel_ce.testing.tolerance import assert_close
 
 from ...cases import Findings, Sharding, batch, check_gradient, even, expected, sized
 from ...ranks import Pool
 from ...test_oracle import OPTIONS, REDUCTIONS
-from ...tolerance import assert_close
 
 ROWS = 12
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
