@@ -17,9 +17,9 @@ from vocab_parallel_ce import (
     token_statistics,
 )
 from vocab_parallel_ce.request import RowRequest
-from vocab_parallel_ce.testing.tolerance import assert_close
+from vocab_parallel_ce.testing import assert_close, batch, even
 
-from .cases import Findings, batch, check_gradient, even, expected
+from .cases import Findings, check_gradient, expected
 from .ranks import Pool
 
 COLUMNS = 12

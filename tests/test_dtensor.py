@@ -20,9 +20,9 @@ from torch.distributed.tensor import (
 )
 
 from vocab_parallel_ce import VocabShard, cross_entropy, cross_entropy_loss, token_statistics
-from vocab_parallel_ce.testing.tolerance import assert_close
+from vocab_parallel_ce.testing import assert_close, batch
 
-from .cases import Findings, batch, expected
+from .cases import Findings, expected
 from .ranks import Pool
 
 Placements = tuple[Placement, ...]

@@ -16,7 +16,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from vocab_parallel_ce import VocabShard, cross_entropy, cross_entropy_loss, token_statistics
-from vocab_parallel_ce.testing.tolerance import assert_close
+from vocab_parallel_ce.testing import assert_close
 
 from .cases import expected
 from .device import DEVICE, DTYPES, ENGINES

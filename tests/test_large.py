@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from vocab_parallel_ce import cross_entropy, token_statistics
-from vocab_parallel_ce.testing.tolerance import assert_close
+from vocab_parallel_ce.testing import assert_close
 
 from .cases import expected
 

@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from vocab_parallel_ce import cross_entropy, cross_entropy_loss, token_statistics
-from vocab_parallel_ce.testing.reference import ReferenceLoss
-from vocab_parallel_ce.testing.tolerance import assert_close, naive_error
+from vocab_parallel_ce.testing import Expected, ReferenceLoss, assert_close, naive_error
 
-from .cases import Expected, expected
+from .cases import expected
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("none", "mean", "sum")

@@ -26,7 +26,7 @@ from vocab_parallel_ce.engines.contract import (
 )
 from vocab_parallel_ce.engines.cpu import engine as cpu
 from vocab_parallel_ce.engines.triton import engine as triton
-from vocab_parallel_ce.testing.tolerance import assert_close, naive_error
+from vocab_parallel_ce.testing import assert_close, naive_error
 
 from ..device import DEVICE, DTYPES, ENGINES, INTERPRETED, move
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vocab_parallel_ce.testing.tolerance import assert_close, ulp
+from vocab_parallel_ce.testing import assert_close, ulp
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -1,1 +1,48 @@
-"""Right answers for tests of the loss: an fp64 reference and one rule of tolerance."""
+"""Right answers for whoever tests the loss, changes it, or ports an engine to a new device.
+
+    cross_entropy     the oracle: loss and statistics of whole logits in fp64
+    naive, expected   what plain torch would compute, and both together for one batch
+    assert_close      the one rule of how exact a result must be; ``compare`` measures by it
+    Sharding, Batch   ways to lay a vocabulary on ranks, and batches that every rank can rebuild
+
+It needs torch alone: no test framework, no process group, no device.
+"""
+
+from .batches import Batch, batch
+from .expectation import Expected, expected, worst
+from .naive import naive
+from .reference import ReferenceLoss, cross_entropy
+from .shardings import KINDS, Sharding, even, sharding, shardings, sized
+from .tolerance import (
+    Blocks,
+    Comparison,
+    assert_close,
+    compare,
+    error_with_device,
+    naive_error,
+    ulp,
+)
+
+__all__ = [
+    "KINDS",
+    "Batch",
+    "Blocks",
+    "Comparison",
+    "Expected",
+    "ReferenceLoss",
+    "Sharding",
+    "assert_close",
+    "batch",
+    "compare",
+    "cross_entropy",
+    "error_with_device",
+    "even",
+    "expected",
+    "naive",
+    "naive_error",
+    "sharding",
+    "shardings",
+    "sized",
+    "ulp",
+    "worst",
+]

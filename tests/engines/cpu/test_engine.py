@@ -28,7 +28,7 @@ from vocab_parallel_ce.engines.contract import (
 )
 from vocab_parallel_ce.engines.cpu import engine as cpu
 from vocab_parallel_ce.engines.cpu import lanes
-from vocab_parallel_ce.testing.tolerance import assert_close, ulp
+from vocab_parallel_ce.testing import assert_close, ulp
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)

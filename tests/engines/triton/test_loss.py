@@ -18,9 +18,9 @@ from vocab_parallel_ce import (
     row_steps,
     token_statistics,
 )
-from vocab_parallel_ce.testing.tolerance import assert_close
+from vocab_parallel_ce.testing import Sharding, assert_close, batch, even, sized
 
-from ...cases import Findings, Sharding, batch, check_gradient, even, expected, sized
+from ...cases import Findings, check_gradient, expected
 from ...ranks import Pool
 from ...test_oracle import OPTIONS, REDUCTIONS
 

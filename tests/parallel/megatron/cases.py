@@ -17,9 +17,9 @@ from torch import Tensor
 
 from vocab_parallel_ce.parallel import megatron as ours
 from vocab_parallel_ce.parallel.megatron.on_cpu import run_megatron_on_cpu
-from vocab_parallel_ce.testing.tolerance import assert_close
+from vocab_parallel_ce.testing import Expected, assert_close
 
-from ...cases import Expected, expected
+from ...cases import expected
 from ...ranks import no_group_stays
 
 Loss = Callable[..., Tensor]

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from vocab_parallel_ce.testing.tolerance import assert_close
+from vocab_parallel_ce.testing import assert_close
 
 from ...ranks import Pool
 from .cases import (
