@@ -3,12 +3,14 @@
     cross_entropy     the oracle: loss and statistics of whole logits in fp64
     naive, expected   what plain torch would compute, and both together for one batch
     assert_close      the one rule of how exact a result must be; ``compare`` measures by it
+    check_engine      an engine's three functions against all of the contract
     Sharding, Batch   ways to lay a vocabulary on ranks, and batches that every rank can rebuild
 
 It needs torch alone: no test framework, no process group, no device.
 """
 
 from .batches import Batch, batch
+from .engine import EngineReport, check_engine, move
 from .expectation import Expected, expected, worst
 from .naive import naive
 from .reference import ReferenceLoss, cross_entropy
@@ -28,16 +30,19 @@ __all__ = [
     "Batch",
     "Blocks",
     "Comparison",
+    "EngineReport",
     "Expected",
     "ReferenceLoss",
     "Sharding",
     "assert_close",
     "batch",
+    "check_engine",
     "compare",
     "cross_entropy",
     "error_with_device",
     "even",
     "expected",
+    "move",
     "naive",
     "naive_error",
     "sharding",
