@@ -11,7 +11,7 @@ It needs torch alone: no test framework, no process group, no device.
 
 from .batches import Batch, batch
 from .engine import EngineReport, check_engine, move
-from .expectation import Expected, expected, worst
+from .expectation import Expected, expected, inherited_error, worst
 from .naive import naive
 from .reference import ReferenceLoss, cross_entropy
 from .shardings import KINDS, Sharding, even, sharding, shardings, sized
@@ -42,6 +42,7 @@ __all__ = [
     "error_with_device",
     "even",
     "expected",
+    "inherited_error",
     "move",
     "naive",
     "naive_error",

@@ -74,6 +74,29 @@ class Expected:
         return exact, worst(exact, plain)
 
 
+def inherited_error(
+    rows_error: float, rows: int, reduction: str, normalizer: float | Tensor | None = None
+) -> float:
+    """What a reduced loss inherits from its rows: E of the sum or mean is at least this.
+
+    Args:
+        rows_error: E of the rows.
+        rows: Their number.
+        reduction: "sum" or "mean".
+        normalizer: The denominator of a mean that was given one.
+
+    Returns:
+        float: ``rows`` times E for a sum, that over the normalizer, or E for a plain mean.
+
+    Example:
+        >>> inherited_error(0.5, 8, "sum"), inherited_error(0.5, 8, "mean")
+        (4.0, 0.5)
+    """
+    if reduction == "sum":
+        return rows_error * rows
+    return rows_error if normalizer is None else rows_error * rows / float(normalizer)
+
+
 def expected(
     logits: Tensor,
     target: Tensor,
@@ -136,8 +159,6 @@ def expected(
                 (right.zloss, [r.zloss for r in plain]),
             )
         ]
-        if reduction == "sum":
-            errors = [error * target.numel() for error in errors]
-        elif options.get("normalizer") is not None:
-            errors = [error * target.numel() / float(options["normalizer"]) for error in errors]
+        rows, normalizer = target.numel(), options.get("normalizer")
+        errors = [inherited_error(error, rows, reduction, normalizer) for error in errors]
     return Expected(exact, tuple(replicas(options)), errors[0], errors[1], x, x_naive)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,14 +23,15 @@ from vocab_parallel_ce.launch.doctor import checks as doctor_checks
 from vocab_parallel_ce.launch.doctor import environment as doctor_environment
 from vocab_parallel_ce.launch.doctor import software as doctor_software
 from vocab_parallel_ce.launch.doctor import variables as doctor_variables
-from vocab_parallel_ce.launch.doctor.cases import Case, Found, Place, against_truth, shards
+from vocab_parallel_ce.launch.doctor.cases import Case, Found, Place, against_truth
 from vocab_parallel_ce.launch.doctor.command import app
 from vocab_parallel_ce.launch.doctor.environment import collect
 from vocab_parallel_ce.launch.doctor.ranks import LateError, Outcome, Worker
 from vocab_parallel_ce.launch.doctor.report import compare_environments
 from vocab_parallel_ce.launch.doctor.scrub import Names, scrub
 from vocab_parallel_ce.launch.doctor.selftest import judge
-from vocab_parallel_ce.launch.doctor.truth import Comparison, Question, batch, compare, truth
+from vocab_parallel_ce.launch.doctor.truth import Question, batch, truth
+from vocab_parallel_ce.testing import Comparison, compare
 
 ROOT = Path(__file__).parents[3]
 DTYPES = ["fp32", "bf16", "fp16", "fp64"]
@@ -467,7 +467,7 @@ def test_the_truth_knows_how_torch_errs() -> None:
     right = truth(q, "loss", torch.device("cpu"))
     logits = batch(q).logits.requires_grad_()
     loss = torch.nn.functional.cross_entropy(logits, batch(q).target, reduction="none")
-    loss.backward(batch(q).upstream[0])
+    loss.backward(batch(q).upstream)
     assert logits.grad is not None
     for name, result in (("loss", loss), ("gradient", logits.grad)):
         found = compare(name, result, right.exact[name], right.error[name])
@@ -475,14 +475,6 @@ def test_the_truth_knows_how_torch_errs() -> None:
         assert found.allowed < 1e-5
     wider = truth(Question(torch.float64, 16, 1000, "none"), "loss", torch.device("cpu"))
     assert wider.error["loss"] < 1e-13
-
-
-@pytest.mark.parametrize("kind", ["even", "uneven", "padded", "reversed", "empty"])
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_shards_of_checks_tile_the_vocabulary(kind: str, world: int) -> None:
-    cut = sorted((start, stop) for start, stop, _ in shards(kind, 8 * world, world))
-    assert (cut[0][0], cut[-1][1]) == (0, 8 * world)
-    assert all(one[1] == other[0] for one, other in pairwise(cut))
 
 
 def test_a_worker_leaves_a_late_call_behind() -> None:
