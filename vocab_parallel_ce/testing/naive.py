@@ -61,10 +61,10 @@ def naive(
     if like_reference:
         out = reference(
             ordered,
-            torch.where(kept, column, ignore_index),
+            torch.where(kept, column, -1),  # a kept row's new column may be ignore_index
             None if weight is None else weight[order],
             reduction,
-            ignore_index,
+            -1,
             label_smoothing,
             lse_square_scale=lse_square_scale,
             scale=scale,

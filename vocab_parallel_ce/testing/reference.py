@@ -72,7 +72,7 @@ def cross_entropy(
     Example:
         >>> x = torch.zeros(1, 4, requires_grad=True)
         >>> out = cross_entropy(x, torch.tensor([2]))
-        >>> float(out.loss)  # log 4
+        >>> out.loss.item()  # log 4
         1.3862943611198906
         >>> torch.autograd.grad(out.loss, x)[0]
         tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]])

@@ -48,7 +48,7 @@ class EngineCheck:
 
     Example:
         >>> from vocab_parallel_ce.engines import eager
-        >>> for check in engine_checks([torch.float32]):
+        >>> for check in engine_checks([torch.float32])[:3]:
         ...     check.run(Subject(eager))
     """
 
