@@ -2,7 +2,10 @@
 # make demo-megatron  a GPTModel of megatron-core on two CPU ranks: Megatron's losses beside ours
 # make test      lint, types and every test, those of the Ascend engine on a stand-in included, and
 #                those of the CUDA engine in Triton's interpreter and compiler
-# make gate      fails where the loss got slower beside F.cross_entropy; what CI adds to the tests
+# make gate      fails where the loss got slower beside the limits of this machine, measured in the
+#                same run; what CI adds to the tests
+# make record-shares  measures what `make gate` does, on a quiet machine, and keeps it: later code is
+#                held to it on such a processor
 # make bench     the loss beside its peers on this machine; writes runs/bench
 # make ascend-triton   whether the Triton kernels fit an Ascend core; CI adds this to the tests too
 #
@@ -33,8 +36,8 @@ BIN_TRITON := $(VENV_TRITON)/bin
 MEGATRON_FOLDER := .megatron-$(MEGATRON)
 TORCHRUN := $(BIN)/torchrun --standalone
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-megatron test lint types unit unit-megatron unit-npu unit-triton gate bench \
-    ascend-triton clean
+.PHONY: help demo demo-megatron test lint types unit unit-megatron unit-npu unit-triton gate \
+    record-shares bench ascend-triton clean
 .DELETE_ON_ERROR:
 
 help:
@@ -175,12 +178,18 @@ unit-triton: $(VENV_TRITON)/installed
 	echo "== tests of the CUDA engine: $$(( $$(date +%s) - start )) s"
 endif
 
-# Against F.cross_entropy, in one run, ratios of medians: fails at two thirds of the goals.
+# Against loops of plain memory and arithmetic in the same run (launch/bench/gate.py), whatever the
+# processor; the ratios to F.cross_entropy are reported.
 gate: $(VENV)/installed
 	@start=$$(date +%s); echo "== speed gate"; \
 	$(BIN)/python -m vocab_parallel_ce.launch.bench --gate --ranks 1 --repeats 5 \
 	    --peers ours-inplace,ours,torch --out runs/gate && \
 	echo "== speed gate: $$(( $$(date +%s) - start )) s"
+
+record-shares: $(VENV)/installed
+	$(BIN)/python -m vocab_parallel_ce.launch.bench --ranks 1 --repeats 15 --wait-idle 10 \
+	    --peers ours-inplace,ours --out runs/shares
+	$(BIN)/python -m vocab_parallel_ce.launch.bench.shares runs/shares/bench.json
 
 bench: $(VENV)/installed
 	$(BIN)/python -m vocab_parallel_ce.launch.bench --out runs/bench

@@ -20,7 +20,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,12 @@ from vocab_parallel_ce.launch.bench.peers import BY_NAME, Loss, Peer, Setting
 from vocab_parallel_ce.launch.bench.truth import Reference, check, reference
 from vocab_parallel_ce.launch.measuring import measure
 from vocab_parallel_ce.launch.measuring.calibrate import calibrate
+from vocab_parallel_ce.launch.measuring.limits import (
+    Loops,
+    limit,
+    lower_quartile,
+    run_loops,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
@@ -85,6 +91,8 @@ class Timed:
 
     times: dict[str, list[measure.Pass]] = field(default_factory=dict)
     copies: list[float] = field(default_factory=list)
+    loops: list[Loops] = field(default_factory=list)
+    """on a CPU, once a repetition"""
     quiet: list[bool | None] = field(default_factory=list)
     peaks: dict[str, list[int | None]] = field(default_factory=dict)
 
@@ -135,8 +143,16 @@ def _time(
     """Round robin; the start moves on, so that nobody always follows the same neighbour."""
     device = inputs.setting.device
     timed = Timed({peer.name: [] for peer in ready})
+    limited = device.type == "cpu"
+    if limited:
+        run_loops(inputs.master, inputs.buffers[0])  # compiled, and its memory touched
     for repeat in range(plan.repeats):
         text = f"timing, repetition {repeat + 1} of {plan.repeats}"
+        if limited:
+            gc.collect()
+            measure.wait_until_idle(plan.wait_idle if inputs.rank == 0 else 0)
+            barrier(device)
+            timed.loops.append(run_loops(inputs.master, inputs.buffers[0]))
         for place in range(len(ready)):
             peer = ready[(repeat + place) % len(ready)]
             tell(text, 0)
@@ -207,6 +223,15 @@ def _merge(every: list[Timed], peer: Peer, rows: int, size: int, speed: float) -
     return facts
 
 
+def _limit(loops: list[Loops], run: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
+    """What this machine allows in memory and arithmetic, and how many times that ours took."""
+    elements = run["rows"] * (run["vocab"] // run["ranks"])
+    inplace = peer["ours"] == "in place"
+    found = limit(Loops.usual(loops), elements, DTYPES[run["dtype"]], inplace)
+    taken = lower_quartile(peer["total_s"]["all"])
+    return {"limit_s": asdict(found), "taken_s": taken, "times_limit": taken / found.total}
+
+
 def run_case(
     plan: Plan, shape: tuple[int, int], dtype: str, setting: Setting, rank: int, tell: Tell
 ) -> dict[str, Any]:
@@ -235,6 +260,7 @@ def run_case(
         "rows": rows,
         "vocab": vocab,
         "device": device.type,
+        "processor": measure.processor_model(),
         "threads_per_rank": torch.get_num_threads(),
         "repeats": plan.repeats,
         "logits_bytes_per_rank": size,
@@ -281,6 +307,15 @@ def run_case(
     for peer in ready:
         speed = statistics.median(bandwidth)
         result[peer.name].update(_merge(every, peer, rows, size, speed))
+    if timed.loops:
+        loops = [Loops.slowest(r) for r in zip(*(o.loops for o in every), strict=True)]
+        run["loops"] = {
+            f"{column.name}_s": _summary([getattr(one, column.name) for one in loops])
+            for column in fields(Loops)
+        }
+        for peer in ready:
+            if peer.ours:
+                result[peer.name].update(_limit(loops, run, result[peer.name]))
     return run | {
         "copy_bandwidth": _summary(bandwidth),
         "timed_runs": len(every[0].quiet),

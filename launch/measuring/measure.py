@@ -272,6 +272,20 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def processor_model() -> str:
+    """The name and, as virtual machines hide it from the name, what x86 and Arm number it by."""
+    numbers: dict[str, str] = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            numbers.setdefault(name.strip(), value.strip())
+    except OSError:
+        pass
+    known = ("cpu family", "model", "CPU implementer", "CPU part")
+    told = [f"{name.removeprefix('cpu ')} {numbers[name]}" for name in known if name in numbers]
+    return ", ".join([processor(), *told])
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cpu":
         return processor()
