@@ -43,7 +43,7 @@ from vocab_parallel_ce.launch.bench import report as bench_report
 from vocab_parallel_ce.launch.bench import shares as bench_shares
 from vocab_parallel_ce.launch.bench.peers import PEERS
 from vocab_parallel_ce.launch.bench.rank import BACKENDS, DTYPES, Plan, run_plan, steps
-from vocab_parallel_ce.launch.measuring import measure
+from vocab_parallel_ce.launch.measuring.device import device_name, processor
 
 LABELS = {peer.name: peer.label for peer in PEERS}
 GRID_ROWS = (4096, 8192, 16384, 32768)
@@ -79,9 +79,9 @@ def environment(device: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": measure.processor(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
-        "device": measure.device_name(torch.device(device)),
+        "device": device_name(torch.device(device)),
         "versions": {package: version(package) for package in packages},
         "command": sys.argv[1:],
     }

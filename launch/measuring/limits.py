@@ -26,7 +26,6 @@ conversions are left out: elsewhere they may cost nothing. So this is a lower bo
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,17 +36,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vocab_parallel_ce.launch.measuring.clock import wall_seconds
+from vocab_parallel_ce.launch.measuring.rounds import lower_quartile
+
+_CPU = torch.device("cpu")
+
 MULTIPLY_ADDS = {torch.float32: (12, 12), torch.bfloat16: (12, 9), torch.float16: (12, 9)}
 """an element, forward and backward"""
 
 CHAIN = 8  # multiply-adds between the load and the store of an element
 IN_CACHE = 2048  # floats: 8 KiB
 TURNS = 60_000  # over them: long enough for the system to give every thread a core of its own
-
-
-def lower_quartile(values: Sequence[float]) -> float:
-    """A quarter of the values is smaller: neither the disturbed ones nor a lucky one count."""
-    return sorted(values)[len(values) // 4]
 
 
 @dataclass(frozen=True)
@@ -99,18 +98,11 @@ def run_loops(source: Tensor, buffer: Tensor) -> Loops:
     size = source.nbytes // 4 * 4
     whole = source.flatten().view(torch.uint8)[:size].view(torch.int32)
     return Loops(
-        _seconds(lambda: whole.sum(dtype=torch.int32)),
-        _seconds(lambda: buffer.copy_(source)),
-        _seconds(source.clone),
+        wall_seconds(lambda: whole.sum(dtype=torch.int32), _CPU),
+        wall_seconds(lambda: buffer.copy_(source), _CPU),
+        wall_seconds(source.clone, _CPU),
         _multiply_add(),
     )
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    kept = run()  # what it returns is given back to the system within the time
-    del kept
-    return time.perf_counter() - started
 
 
 def _chains(x: Any, y: Any, factor: Any, more: Any, turns: int) -> None:
@@ -146,9 +138,11 @@ def _multiply_add() -> float:
     half = torch.tensor(0.5).numpy()[()]  # 1 * 0.5 + 0.5 = 1: no overflow, nothing subnormal
     work = [tuple(torch.ones(2, IN_CACHE).numpy()) for _ in range(threads)]
     chains(*work[0], half, half, 1)  # compiled before the clock starts
-    started = time.perf_counter()
-    others = [_pool(threads).submit(chains, x, y, half, half, TURNS) for x, y in work[1:]]
-    chains(*work[0], half, half, TURNS)
-    for other in others:
-        other.result()
-    return (time.perf_counter() - started) / (threads * IN_CACHE * CHAIN * TURNS)
+
+    def all_threads() -> None:
+        others = [_pool(threads).submit(chains, x, y, half, half, TURNS) for x, y in work[1:]]
+        chains(*work[0], half, half, TURNS)
+        for other in others:
+            other.result()
+
+    return wall_seconds(all_threads, _CPU) / (threads * IN_CACHE * CHAIN * TURNS)

@@ -20,13 +20,9 @@ from vocab_parallel_ce.launch.bench import command, gate, goals, report, shares
 from vocab_parallel_ce.launch.bench import inputs as bench_inputs
 from vocab_parallel_ce.launch.bench.peers import BY_NAME, Setting
 from vocab_parallel_ce.launch.bench.shares import Share
-from vocab_parallel_ce.launch.measuring import measure
-from vocab_parallel_ce.launch.measuring.limits import (
-    Loops,
-    limit,
-    lower_quartile,
-    run_loops,
-)
+from vocab_parallel_ce.launch.measuring.idle import wait_until_idle
+from vocab_parallel_ce.launch.measuring.limits import Loops, limit, run_loops
+from vocab_parallel_ce.launch.measuring.rounds import lower_quartile
 
 HERE = {
     "date": "2026-01-02T03:04:05+00:00",
@@ -250,13 +246,13 @@ def test_a_kernel_slowed_by_half_is_seen_and_noise_is_not(monkeypatch: pytest.Mo
         loops: list[Loops] = []
         seconds: dict[str, list[float]] = {"same": [], "slow": []}
         for _ in range(REPEATS):
-            measure.wait_until_idle(2.0, window=0.05)
+            wait_until_idle(2.0, window=0.05)
             loops.append(run_loops(inputs.master, inputs.buffers[0]))
             for kind, functions in kernels.items():
                 for name, function in functions.items():
                     monkeypatch.setattr(cpu, name, function)
                 inputs.restore()
-                measure.wait_until_idle(2.0, window=0.05)
+                wait_until_idle(2.0, window=0.05)
                 seconds[kind].append(inputs.run(peer, loss).total)
         found = limit(Loops.usual(loops), ROWS * COLUMNS, torch.float32, inplace=True)
         return {
