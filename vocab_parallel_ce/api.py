@@ -15,7 +15,7 @@ from .checks import Options, Outputs, prepare
 from .dtensor import Layout, unwrap
 from .primitive import log_prob as shard_log_prob
 from .primitive import log_prob_space, row_statistics
-from .reduction import reduce_rows, row_losses
+from .reduction import as_scalar, reduce_rows, row_losses
 from .request import RowRequest
 from .shard import VocabShard
 
@@ -323,7 +323,7 @@ def token_statistics(
     )  # fmt: skip
     input, target, _, options, layout = unwrap(input, target, None, options)
     request = prepare(input, target, None, options, Outputs(entropy=entropy, argmax=argmax))
-    stats, _, _, best = row_statistics(
+    stats, _, _, best, _ = row_statistics(
         input, target, None, request, options.group, inplace_backward
     )
     shape = target.shape
@@ -345,11 +345,13 @@ def _loss(
     log_prob_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, zloss, lse, m, s): the first two reduced, the others [N]."""
-    stats, m, s, _ = row_statistics(
-        input, target, weight, request, options.group, options.inplace_backward, log_prob_out
-    )
+    stats, m, s, _, normalizer = row_statistics(
+        input, target, weight, request, options.group, options.inplace_backward, log_prob_out,
+        as_scalar(options.normalizer, input),
+    )  # fmt: skip
     rows = row_losses(stats, target.reshape(-1), weight, request)
-    loss, zloss = reduce_rows(rows, options.reduction, options.normalizer, layout.total)
+    given = normalizer if request.normalized else None
+    loss, zloss = reduce_rows(rows, options.reduction, given, layout.total)
     if options.reduction == "none":
         loss, zloss = loss.reshape(target.shape), zloss.reshape(target.shape)
     return loss, zloss, stats[1].reshape(target.shape), m, s

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from .collectives import all_gather_flat, communication_device
+
+MAX_VOCAB_SIZE = 2**31 - 1
 
 
 def group_rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
@@ -38,7 +41,7 @@ class VocabShard:
 
     Raises:
         TypeError: for a value that is not an int.
-        ValueError: unless 0 <= start <= stop and vocab_size >= 1.
+        ValueError: unless 0 <= start <= stop and 1 <= vocab_size < 2^31.
 
     Communication:
         None; only ``from_group`` communicates.
@@ -58,12 +61,18 @@ class VocabShard:
     def __post_init__(self) -> None:
         for name in ("start", "stop", "vocab_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
+            if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
                 raise TypeError(f"VocabShard: {name} must be an int, got {value!r}")
+            object.__setattr__(self, name, int(value))
         if not 0 <= self.start <= self.stop or self.vocab_size < 1:
             raise ValueError(
                 "VocabShard: needs 0 <= start <= stop and vocab_size >= 1, got "
                 f"start={self.start}, stop={self.stop}, vocab_size={self.vocab_size}"
+            )
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise ValueError(
+                f"VocabShard: vocab_size={self.vocab_size} is more than {MAX_VOCAB_SIZE}: ids "
+                "travel between ranks as 32-bit integers"
             )
         # Assigned past the freeze, once, before anybody has seen the shard.
         object.__setattr__(self, "start", min(self.start, self.vocab_size))
@@ -109,7 +118,8 @@ class VocabShard:
         Raises:
             ValueError: for a size that is not an int >= 0.
         """
-        if not isinstance(local_size, int) or isinstance(local_size, bool) or local_size < 0:
+        integer = isinstance(local_size, (int, np.integer)) and not isinstance(local_size, bool)
+        if not integer or local_size < 0:
             raise ValueError(
                 f"VocabShard.from_group: local_size must be an int >= 0, got {local_size!r}"
             )

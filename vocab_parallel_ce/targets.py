@@ -27,8 +27,7 @@ class Located:
 
 
 def locate(target: Tensor, request: RowRequest) -> Located:
-    """Locate ``target`` [N] in the shard of ``request``; no host synchronisation."""
-    target = target.long()
+    """Locate ``target`` [N] int64 in the shard of ``request``; no host synchronisation."""
     ignored = target == request.ignore_index
     here = (target >= request.start) & (target < request.stop)
     local_target = torch.where(here, target - request.start, ELSEWHERE)
