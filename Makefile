@@ -1,16 +1,10 @@
-# make demo      a virtual environment, the install, and a GPT trained on two CPU ranks
-# make demo-megatron  a GPTModel of megatron-core on two CPU ranks: Megatron's losses beside ours
-# make test      lint, types and every test, those of the Ascend engine on a stand-in included, and
-#                those of the CUDA engine in Triton's interpreter and compiler
-# make gate      fails where the loss got slower beside F.cross_entropy; what CI adds to the tests
-# make bench     the loss beside its peers on this machine; writes runs/bench
-# make ascend-triton   whether the Triton kernels fit an Ascend core; CI adds this to the tests too
-#
-# Options:  PYTHON=python3.11           the interpreter to build the environment from
-#           TORCH=torch==2.13.0         the torch to install
-#           PIP_OPTIONS="--index-url …" pip's own options for torch, to choose a CPU or CUDA build
-#           NPU=no                      leaves out what needs torch-npu: the tests in tests/npu
-#           TRITON=no                   leaves out what needs Triton: the tests in tests/engines/triton
+# `make help` lists the targets. Options:
+#   PYTHON=python3.11           the interpreter to build the environments from
+#   TORCH=torch==2.13.0         the torch to install
+#   PIP_OPTIONS="--index-url …" pip's own options for torch, to choose a CPU or CUDA build
+#   NPU=no                      leaves out what needs torch-npu: the tests of the Ascend engine
+#   TRITON=no                   leaves out what needs Triton: the tests of the CUDA engine
+#   MEGATRON=0.12.1             the version of megatron-core that unit-megatron runs on
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
@@ -33,25 +27,27 @@ BIN_TRITON := $(VENV_TRITON)/bin
 MEGATRON_FOLDER := .megatron-$(MEGATRON)
 TORCHRUN := $(BIN)/torchrun --standalone
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-megatron test lint types unit unit-megatron unit-npu unit-triton gate bench \
-    ascend-triton clean
+.PHONY: help demo demo-megatron quick test test-all lint types docs unit unit-all unit-megatron \
+    unit-npu unit-triton gate record-shares bench ascend-triton clean
 .DELETE_ON_ERROR:
 
-help:
-	@sed -n '/^#/!q; s/^# \?//p' Makefile
+help: ## this list, and the options
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1|\2/p' Makefile | \
+	    while IFS='|' read -r name text; do printf '%-20s %s\n' "$$name" "$$text"; done
+	@echo; sed -n '/^#/!q; s/^# \?//p' Makefile
 
 # The stamp keeps the environment until what it was made from changes.
 $(VENV)/installed: pyproject.toml
 	@echo "== install into $(VENV) with $(PYTHON)"
 	@echo "   downloads: $(TORCH) (a CPU build is about 200 MB; the package index's default build for"
 	@echo "   Linux x86-64 brings CUDA and several GB: choose with PIP_OPTIONS), then about 150 MB of"
-	@echo "   numba, numpy, tokenizers, matplotlib, rich, typer, pytest, hypothesis, mypy, ruff and"
+	@echo "   numba, numpy, tokenizers, matplotlib, rich, typer, pytest, hypothesis, mypy, ruff, mkdocs and"
 	@echo "   megatron-core. pip options for torch: '$(PIP_OPTIONS)'"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	@start=$$(date +%s); \
 	$(PYTHON) -m venv $(VENV) && \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) $(TORCH) && \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[launch,test,peers]' && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[launch,test,peers,docs]' && \
 	echo "== install: $$(( $$(date +%s) - start )) s"
 	@touch $@
 
@@ -103,35 +99,55 @@ $(VENV_TRITON_ASCEND)/installed: pyproject.toml
 	echo "== install: $$(( $$(date +%s) - start )) s"
 	@touch $@
 
-ascend-triton: $(VENV_TRITON_ASCEND)/installed
+ascend-triton: $(VENV_TRITON_ASCEND)/installed ## whether the Triton kernels fit an Ascend core
 	@start=$$(date +%s); echo "== Triton kernels for Ascend, without CANN"; \
 	$(VENV_TRITON_ASCEND)/bin/python -m tests.engines.triton.ascend && \
 	echo "== Triton kernels for Ascend: $$(( $$(date +%s) - start )) s"
 
-demo: $(VENV)/installed
+demo: $(VENV)/installed ## a GPT on two CPU ranks, the vocabulary split between them
 	OMP_NUM_THREADS=1 $(TORCHRUN) --nproc-per-node 2 -m vocab_parallel_ce.launch.train \
 	    --tp 2 --device cpu --out runs/demo --resume never
 
 # Two ranks compile Megatron's fused loss at its end: some seconds, and a C++ compiler if there is one.
-demo-megatron: $(VENV)/installed
+demo-megatron: $(VENV)/installed ## a GPTModel of megatron-core: Megatron's losses beside ours
 	OMP_NUM_THREADS=1 $(TORCHRUN) --nproc-per-node 2 -m vocab_parallel_ce.launch.megatron_gpt \
 	    --tp 2 --sequence-parallel --compare --device cpu --out runs/megatron
 
-test: lint types unit unit-megatron unit-npu unit-triton
+# What somebody runs between two edits: every module is touched, in under two minutes on two cores.
+TESTS_QUICK := tests/test_interface.py tests/test_import.py tests/test_statistics.py tests/test_shard.py
 
-lint: $(VENV)/installed
+quick: lint types ## lint, types, and tests that touch every module: under two minutes
+	@start=$$(date +%s); echo "== quick tests"; \
+	$(BIN)/python -m pytest -q -m quick && \
+	echo "== quick tests: $$(( $$(date +%s) - start )) s"
+
+test: lint types docs unit unit-megatron unit-npu unit-triton ## everything that CI runs but the gate
+
+test-all: lint types docs unit-all unit-megatron unit-npu unit-triton ## and the full grids of options and shapes
+
+lint: $(VENV)/installed ## ruff: rules and format
 	@start=$$(date +%s); echo "== lint"; \
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && \
 	echo "== lint: $$(( $$(date +%s) - start )) s"
 
-types: $(VENV)/installed
+types: $(VENV)/installed ## mypy, strict
 	@start=$$(date +%s); echo "== types"; \
 	$(BIN)/mypy && echo "== types: $$(( $$(date +%s) - start )) s"
 
-unit: $(VENV)/installed
+docs: $(VENV)/installed ## builds the pages into site/: no dead link, no missing page
+	@start=$$(date +%s); echo "== docs"; \
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site && \
+	echo "== docs: $$(( $$(date +%s) - start )) s, site/index.html"
+
+unit: $(VENV)/installed ## the tests on CPU, megatron-core 0.16.1 included
 	@start=$$(date +%s); echo "== tests"; \
 	$(BIN)/python -m pytest -q --durations=15 && \
 	echo "== tests: $$(( $$(date +%s) - start )) s"
+
+unit-all: $(VENV)/installed ## the same, and the full grids
+	@start=$$(date +%s); echo "== tests, full grids"; \
+	$(BIN)/python -m pytest -q -m "full or not full" --durations=15 && \
+	echo "== tests, full grids: $$(( $$(date +%s) - start )) s"
 
 # The Megatron-core that MindSpeed builds on, before the one in the environment; a few MB.
 $(MEGATRON_FOLDER)/installed: $(VENV)/installed
@@ -141,7 +157,7 @@ $(MEGATRON_FOLDER)/installed: $(VENV)/installed
 	@touch $@
 
 # The same tests as in `unit`, which runs them on the version in the environment.
-unit-megatron: $(MEGATRON_FOLDER)/installed
+unit-megatron: $(MEGATRON_FOLDER)/installed ## the tests of the Megatron hook on another version
 	@start=$$(date +%s); echo "== tests on megatron-core $(MEGATRON)"; \
 	PYTHONPATH=$(CURDIR)/$(MEGATRON_FOLDER) VOCAB_PARALLEL_CE_TEST_MEGATRON=$(MEGATRON) \
 	    $(BIN)/python -m pytest -q --durations=5 tests/parallel/megatron && \
@@ -155,7 +171,7 @@ ifeq ($(NPU),no)
 unit-npu:
 	@echo "== tests of the Ascend engine: LEFT OUT, because of NPU=no"
 else
-unit-npu: $(VENV_NPU)/installed
+unit-npu: $(VENV_NPU)/installed ## the tests of the Ascend engine: real torch_npu on stand-ins for CANN
 	@start=$$(date +%s); echo "== tests of the Ascend engine: the real torch-npu over tests/npu_sim"; \
 	$(BIN_NPU)/python -m tests.npu_sim python -m pytest -q --durations=10 $(TESTS_NPU) && \
 	echo "== tests of the Ascend engine: $$(( $$(date +%s) - start )) s"
@@ -168,22 +184,28 @@ ifeq ($(TRITON),no)
 unit-triton:
 	@echo "== tests of the CUDA engine: LEFT OUT, because of TRITON=no"
 else
-unit-triton: $(VENV_TRITON)/installed
+unit-triton: $(VENV_TRITON)/installed ## the tests of the CUDA engine: Triton's interpreter and compiler
 	@start=$$(date +%s); echo "== tests of the CUDA engine: Triton's interpreter and compiler"; \
 	TRITON_INTERPRET=1 $(BIN_TRITON)/python -m pytest -q --durations=10 -W ignore::RuntimeWarning \
 	    $(TESTS_TRITON) && \
 	echo "== tests of the CUDA engine: $$(( $$(date +%s) - start )) s"
 endif
 
-# Against F.cross_entropy, in one run, ratios of medians: fails at two thirds of the goals.
-gate: $(VENV)/installed
+# Against loops of plain memory and arithmetic in the same run (launch/bench/gate.py), whatever the
+# processor; the ratios to F.cross_entropy are reported.
+gate: $(VENV)/installed ## fails where the loss got slower than this machine's limits allow
 	@start=$$(date +%s); echo "== speed gate"; \
 	$(BIN)/python -m vocab_parallel_ce.launch.bench --gate --ranks 1 --repeats 5 \
 	    --peers ours-inplace,ours,torch --out runs/gate && \
 	echo "== speed gate: $$(( $$(date +%s) - start )) s"
 
-bench: $(VENV)/installed
+record-shares: $(VENV)/installed ## keeps how near the limits the loss is here: for the gate, on a quiet machine
+	$(BIN)/python -m vocab_parallel_ce.launch.bench --ranks 1 --repeats 15 --wait-idle 10 \
+	    --peers ours-inplace,ours --out runs/shares
+	$(BIN)/python -m vocab_parallel_ce.launch.bench.shares runs/shares/bench.json
+
+bench: $(VENV)/installed ## the loss beside its peers on this machine; writes runs/bench
 	$(BIN)/python -m vocab_parallel_ce.launch.bench --out runs/bench
 
-clean:
-	rm -rf $(VENV) $(VENV_NPU) $(VENV_TRITON) $(VENV_TRITON_ASCEND) .megatron-* runs build dist *.egg-info
+clean: ## removes the environments and all that was built
+	rm -rf site $(VENV) $(VENV_NPU) $(VENV_TRITON) $(VENV_TRITON_ASCEND) .megatron-* runs build dist *.egg-info

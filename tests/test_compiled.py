@@ -200,16 +200,17 @@ def _operators_check(group: dist.ProcessGroup | None) -> None:
     for smooth, entropy, argmax in ((False, False, False), (True, True, True)):
         request = RowRequest(
             COLUMNS * rank, COLUMNS * rank + COLUMNS, COLUMNS * world, True,
-            smooth=smooth, entropy=entropy, argmax=argmax,
+            smooth=smooth, entropy=entropy, argmax=argmax, normalized=smooth,
             label_smoothing=0.1 if smooth else 0.0, check="off",
         )  # fmt: skip
         weight = data.weight if smooth else None
         logits = even(COLUMNS * world, world).local(data.logits, rank)
         leaf = logits.clone().requires_grad_()
-        arguments = (leaf, data.target, weight, *request.scalars(), name, False)
+        normalizer = torch.tensor(3.0) if smooth else None
+        arguments = (leaf, data.target, weight, normalizer, *request.scalars(), name, False)
         torch.library.opcheck(ops.row_statistics.default, arguments)
 
-        stats, m, s, local_target, _ = ops.row_statistics(logits, *arguments[1:])
+        stats, m, s, local_target, *_ = ops.row_statistics(logits, *arguments[1:])
         r = request
         rows = (stats, m, s, local_target, weight, torch.ones_like(stats))
         scalars = (r.start, r.stop, r.vocab_size, smooth, entropy, r.scale, r.engine)

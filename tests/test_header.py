@@ -22,6 +22,7 @@ from vocab_parallel_ce.header import (
     raise_on_own_values,
     raise_on_problems,
     read_headers,
+    read_normalizers,
     write_header,
 )
 from vocab_parallel_ce.request import RowRequest
@@ -41,11 +42,14 @@ class Rank:
         self.weight: Tensor | None = WEIGHT
         self.content = CONTENT + start
         self.problems = ValueProblems()
+        self.normalizer: Tensor | None = None
 
     def header(self) -> Tensor:
         out = torch.zeros(HEADER_INTS, dtype=torch.int32)
         content = self.content if self.request.implicit_shard else None
-        write_header(out, self.request, self.target, content, self.weight, self.problems)
+        write_header(
+            out, self.request, self.target, content, self.weight, self.problems, self.normalizer
+        )
         return out
 
 
@@ -53,16 +57,20 @@ def _headers(ranks: list[Rank]) -> Tensor:
     return torch.stack([rank.header() for rank in ranks])
 
 
-def _raises(headers: Tensor, target: Tensor, constant: bool) -> str:
+def _raises(
+    headers: Tensor, target: Tensor, constant: bool, dtype: torch.dtype = torch.float32
+) -> str:
     try:
-        raise_on_problems(read_headers(headers), target, constant)
+        raise_on_problems(read_headers(headers, dtype), target, constant)
     except ValueError as problem:
         return str(problem)
     return ""
 
 
-def _on_device(headers: Tensor, target: Tensor, constant: bool) -> bool:
-    verdict = disagreement(headers, target, torch.tensor(constant))
+def _on_device(
+    headers: Tensor, target: Tensor, constant: bool, dtype: torch.dtype = torch.float32
+) -> bool:
+    verdict = disagreement(headers, target, torch.tensor(constant), dtype)
     assert verdict.shape == ()
     assert verdict.dtype == torch.bool
     return bool(verdict)
@@ -103,6 +111,7 @@ CONFLICTS: dict[str, tuple[Callable[[], list[Rank]], str]] = {
     "label_smoothing": (_with(label_smoothing=1e-300), "label_smoothing"),
     "entropy": (_with(entropy=True), "entropy"),
     "argmax": (_with(argmax=True), "argmax"),
+    "normalized": (_with(normalized=True), "normalizer .given on one rank only."),
     "ignored_rows": (_with(ignored_rows=True), "return_log_prob or lse_square_scale_for_zloss"),
     "implicit_shard": (_with(implicit_shard=True), "shard .given on one rank only."),
     "scale": (_with(scale=1.0 + 2.0**-52), "scale"),
@@ -129,6 +138,30 @@ def test_a_conflict_raises_on_the_host_and_is_nan_on_a_device(name: str) -> None
     with pytest.raises(ValueError, match=message):
         raise_on_problems(read_headers(headers), TARGET, False)
     assert _on_device(headers, TARGET, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("other", "alike"),
+    [
+        (5.0, True), (5.00004, True), (5.0001, False), (-5.0, False), (0.0, False),
+        (torch.nan, False), (torch.inf, False), (1e-40, False),
+    ],
+)  # fmt: skip
+def test_normalizers_may_differ_by_rounding(other: float, alike: bool, dtype: torch.dtype) -> None:
+    ranks = _three()
+    for rank in ranks:
+        rank.request = replace(rank.request, normalized=True)
+        rank.normalizer = torch.tensor(5.0, dtype=dtype)
+    ranks[2].normalizer = torch.tensor(other, dtype=dtype)
+    headers = _headers(ranks)
+    message = _raises(headers, TARGET, False, dtype)
+    assert (message == "") == alike
+    assert _on_device(headers, TARGET, False, dtype) != alike
+    assert alike or message.startswith(
+        "ranks disagree on normalizer: rank 0 of the group passed 5.0"
+    )
+    assert read_normalizers(headers, dtype).tolist()[0] == 5.0
 
 
 def _empty() -> list[Rank]:
@@ -212,7 +245,7 @@ def test_the_host_and_the_device_give_the_same_verdict(data: st.DataObject) -> N
     [
         (ValueProblems(bad_row=7, bad_target=2**40), rf"row 7 holds {2**40} on rank 1"),
         (ValueProblems(bad_row=0, bad_target=-1), r"row 0 holds -1 on rank 1"),
-        (ValueProblems(bad_weight=11), "weight must be finite .* class 11 is not on rank 1"),
+        (ValueProblems(bad_weight=11), "weight must be finite, but rank 1 .* class 11;"),
     ],
 )
 def test_what_a_rank_finds_in_its_own_values_reaches_all(
@@ -249,6 +282,13 @@ def test_one_changed_value_changes_the_checksum(data: st.DataObject) -> None:
     other[data.draw(st.integers(0, n - 1))] += data.draw(st.integers(1, 1000))
     assert checksum(values) != checksum(other)
     assert checksum(values.int()) == checksum(values)
+
+
+def test_no_two_short_targets_have_the_same_checksum() -> None:
+    """A sum of value x place would be linear: [9, 0, 5, 2] and [0, 3, 5, 2] would collide."""
+    digits = torch.arange(10)
+    every = torch.cartesian_prod(digits, digits, digits, digits)
+    assert len({int(checksum(target)) for target in every}) == 10**4
 
 
 def test_the_order_of_values_counts() -> None:

@@ -117,18 +117,25 @@ def test_every_public_name_is_documented(name: str) -> None:
                 assert inspect.getdoc(value), f"{name}.{attribute} has no docstring"
 
 
+SECTIONS = ("Args:", "Returns:", "Raises:", "Communication:", "Example:")
+
+
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
-def test_every_argument_is_documented(function: Callable[..., Any]) -> None:
-    """By the function, the module's header, ``cross_entropy``, or a field of the result."""
-    told = "\n".join(
-        inspect.getdoc(source) or ""
-        for source in (function, inspect.getmodule(function), cross_entropy)
-    )
-    if function is cross_entropy_loss:
-        told += inspect.getsource(CrossEntropyLossOutput)
+def test_every_argument_is_documented_where_it_is(function: Callable[..., Any]) -> None:
+    """The docstring of each function stands for itself: every argument, and every section."""
+    told = inspect.getdoc(function) or ""
+    for section in SECTIONS:
+        assert f"\n{section}\n" in told, f"{function.__name__} has no section {section}"
     for name in inspect.signature(function).parameters:
-        name = name.removesuffix("_for_zloss")  # the operator's name of lse_square_scale
-        assert name in told, f"{function.__name__}({name}=) is documented nowhere"
+        assert f"\n    {name}: " in told, f"{function.__name__}({name}=) is not documented"
+
+
+@pytest.mark.parametrize("public", [VocabParallelCrossEntropyLoss, VocabShard])
+def test_every_argument_of_a_class_is_documented(public: type) -> None:
+    told = inspect.getdoc(public) or ""
+    for name in inspect.signature(public).parameters:
+        assert f"\n    {name}: " in told, f"{public.__name__}({name}=) is not documented"
+    assert "\nExample:\n" in told
 
 
 # Shapes and dtypes

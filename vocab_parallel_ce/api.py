@@ -1,30 +1,7 @@
 """The public functions: arguments checked, the primitive called, [N] vectors made into a loss.
 
-Keywords that all of them share:
-
-    group             the tensor-parallel ProcessGroup that holds the vocabulary; None means one
-                      rank (not the default group). Every rank of it must call with the same
-                      target, weight and options and gets the same loss; nobody sums the loss, and
-                      every rank must pass the same gradient into it.
-    shard             a VocabShard; None means equal shards in rank order.
-    inplace_backward  let the gradient overwrite the logits (any later read of the logits sees
-                      it). Refused for leaves and for overlapping memory; only one backward.
-    scale             multiplies the logits (1 / temperature), inside the kernels.
-    engine            "auto", or an engine by name.
-    collective        "all_gather" (one, bitwise the same loss on every rank and in every run),
-                      "all_reduce" (two) or "auto" (gather while it stays under about 6 MB).
-    check             True exchanges a preflight first, so that ranks that disagree on the number
-                      of rows, the dtype or the options, or of which one has a wrong argument, all
-                      raise. None: as the environment's VOCAB_PARALLEL_CE_CHECK says. Without it
-                      such a disagreement on rows, dtype or on options that change what is sent
-                      (label_smoothing on or off, entropy, argmax, collective) is undefined.
-
-Communication: one all_gather of k floats a row (3; one more each for label smoothing, entropy and
-argmax) and a small header, or two all_reduces; none in backward.
-
-Errors: TypeError and ValueError for arguments; they name the argument, its value, the rank and the
-way out. On CPU, targets out of range, ranks that disagree and shards that do not tile the
-vocabulary raise on every rank. On accelerators, without ``check``, the same make the loss NaN.
+Each docstring stands for itself: shapes, dtypes, errors and communication are told where a function
+is, because that is where a reader looks them up.
 """
 
 from __future__ import annotations
@@ -38,37 +15,43 @@ from .checks import Options, Outputs, prepare
 from .dtensor import Layout, unwrap
 from .primitive import log_prob as shard_log_prob
 from .primitive import log_prob_space, row_statistics
-from .reduction import reduce_rows, row_losses
+from .reduction import as_scalar, reduce_rows, row_losses
 from .request import RowRequest
 from .shard import VocabShard
 
 
 class CrossEntropyLossOutput(NamedTuple):
-    """What ``cross_entropy_loss`` returns, in the operator's order."""
+    """What ``cross_entropy_loss`` returns, in the order of ``npu_cross_entropy_loss``."""
 
     loss: Tensor
-    """[N] or [1], the input's dtype; z-loss included; differentiable"""
+    """[N] or [1] in the dtype of ``input``. The z-loss is part of it. Differentiable."""
     log_prob: Tensor
-    """[N, C_r] this rank's slice of the global log-softmax in the input's dtype, or empty; no
-    gradient"""
+    """[N, C_r] in the dtype of ``input``: the log-probability of EVERY class of this rank's shard,
+    the slice of the global log-softmax. Empty with ``return_log_prob=False``. Not differentiable.
+    (``TokenStatistics.log_prob`` is another quantity: one number a token, that of its target.)"""
     zloss: Tensor
-    """like ``loss``, the z part of it, differentiable; empty unless ``return_zloss``"""
+    """Shaped like ``loss``: the z part of it. Differentiable. Empty unless ``return_zloss``."""
     lse_for_zloss: Tensor
-    """[N] log-sum-exp in the input's dtype when the scale is not 0, else empty; no gradient"""
+    """[N] log-sum-exp of every row in the dtype of ``input`` where the z-loss scale is not 0, else
+    empty. Not differentiable."""
 
 
 class TokenStatistics(NamedTuple):
-    """What ``token_statistics`` returns: [N] each, None where not asked for."""
+    """What ``token_statistics`` returns: one number a token, in the shape of ``target``.
+
+    Floats are fp32 (fp64 for fp64 logits). A quantity that was not asked for is None.
+    """
 
     log_prob: Tensor
-    """log p of the target, differentiable"""
+    """log p of the TARGET of each token; 0 where the target is ``ignore_index``. Differentiable.
+    (``CrossEntropyLossOutput.log_prob`` is another quantity: [N, C_r], one number a class.)"""
     lse: Tensor
-    """log sum_c e^x_c, differentiable"""
+    """log sum_c e^x_c of each row; 0 where ignored. Differentiable."""
     entropy: Tensor | None
-    """-sum_c p_c log p_c in nats, differentiable"""
+    """-sum_c p_c log p_c in nats; 0 where ignored. Differentiable."""
     argmax: Tensor | None
-    """int64 vocabulary id of the largest logit, the smallest id of a tie; -1 on ignored rows and on
-    rows that hold NaN or +inf"""
+    """int64 vocabulary id of the largest logit, the smallest id of a tie. -1 where the target is
+    ``ignore_index``, and in rows that hold NaN or +inf. Not differentiable: it is an integer."""
 
 
 def cross_entropy(
@@ -91,25 +74,62 @@ def cross_entropy(
 ) -> Tensor:
     """``torch.nn.functional.cross_entropy`` over logits whose vocabulary is split across ranks.
 
+    Every rank of ``group`` calls it with its own shard of the logits and with the same target,
+    weight and options. Every rank gets the same loss. Nobody sums the loss over ``group``, and
+    every rank must pass the same gradient into it.
+
     Args:
-        input: logits [..., C_r], this rank's shard; fp16, bf16, fp32 or fp64, any strides. Or a
-            DTensor sharded over its last dimension, which carries its group and shard with it.
-        target: [...] int64 or int32 vocabulary ids, the same on every rank of ``group``.
-        weight: [vocab_size] class weights, the full vector on every rank.
+        input: logits [..., C_r] of this rank's shard; fp16, bf16, fp32 or fp64, any strides. Or a
+            DTensor sharded over its last dimension, which brings its group and shard with it. It is
+            not modified, unless ``inplace_backward``.
+        target: [...] int64 or int32 vocabulary ids (not columns), the same on every rank.
+        weight: [vocab_size] floating point class weights, the full vector on every rank.
         reduction: "none", "sum" or "mean" (over the weights of the kept rows, as in PyTorch).
-        ignore_index: rows with this target have loss 0 and gradient 0, whatever their logits.
+        ignore_index: rows with this target have loss 0 and gradient 0, whatever their logits hold.
         label_smoothing: in [0, 1], PyTorch's formula over the whole vocabulary.
-        lse_square_scale: adds this times lse^2 to every kept row (the z-loss; under "mean" it is
-            averaged over the number of kept rows).
-        normalizer: a scalar that replaces the denominators of "mean", e.g. the number of kept
-            rows over all data-parallel ranks or micro-batches. It divides the z-loss as well, which
-            "mean" would divide by the number of rows even under class weights. No gradient flows
-            into it.
+        lse_square_scale: adds this times lse^2 to every kept row (the z-loss of PaLM, Chowdhery et
+            al. 2022, section 5). "mean" divides it by the number of kept rows.
+        group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
+            not the default group.
+        shard: which ids ``input`` holds, a ``VocabShard``. None means equal shards in rank order.
+        inplace_backward: let the gradient overwrite the memory of ``input``: the loss then needs
+            no memory of the size of the logits. Every later read of ``input`` sees the gradient, a
+            second backward is refused, and so are leaves and tensors whose elements share memory.
+        normalizer: a number or 0-d tensor that replaces the denominators of "mean", for example the
+            number of kept rows over all data-parallel ranks or micro-batches. It divides the z-loss
+            as well. No gradient flows into it.
+        scale: multiplies the logits inside the kernels; 1 / temperature. A finite number.
+        engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
+            "eager".
+        collective: "all_gather" (one collective; the same bits on every rank and in every run),
+            "all_reduce" (two), or "auto", which gathers up to about 6 MB.
+        check: True exchanges a preflight first, so that all ranks raise where one has a wrong
+            argument, or where they disagree on the number of rows, the dtype or an option. None
+            follows the variable VOCAB_PARALLEL_CE_CHECK. Must be the same on every rank. Without
+            it, a disagreement on rows, dtype or on what is sent is undefined.
 
     Returns:
-        fp32 loss (fp64 for fp64 logits), the same on every rank: [...] for "none", else 0-d.
+        fp32 loss (fp64 for fp64 logits), the same on every rank: [...] for "none", else 0-d. Where
+        all rows are ignored, "mean" is NaN with a gradient of 0, as in PyTorch.
 
-    See the module's header for the other keywords, the communication and the errors.
+    Raises:
+        TypeError, ValueError: for a wrong argument; the message names the argument, its value, the
+            rank and the way out.
+        ValueError: on every rank, on CPU and with ``check``: a target that is neither a class nor
+            ``ignore_index``; ranks with different targets or options; shards that overlap or leave
+            ids out; gathered logits where a shard belongs. On accelerators without ``check`` these
+            make the result NaN instead, because reading a value would wait for the device.
+        RuntimeError: an ``engine`` that is not available here; a second backward in place.
+
+    Communication:
+        One all_gather of 3 floats a row (4 with label smoothing) and a small header, or two
+        all_reduces. Nothing in backward. With one rank, nothing at all.
+
+    Example:
+        ```python
+        loss = cross_entropy(logits, target, label_smoothing=0.1, group=tp_group)
+        loss.backward()
+        ```
     """
     options = Options(
         reduction, ignore_index, label_smoothing, lse_square_scale, group, shard,
@@ -141,12 +161,67 @@ def cross_entropy_loss(
     collective: str = "auto",
     check: bool | None = None,
 ) -> CrossEntropyLossOutput:
-    """The fused operator ``npu_cross_entropy_loss``, sharded, with every option in training.
+    """The fused operator ``torch_npu.npu_cross_entropy_loss``, sharded; every option trains.
 
-    Same names, order, dtypes and shapes as the operator; the arguments mean what they mean in
-    ``cross_entropy``. ``loss`` includes the z-loss. A gradient into ``zloss`` adds to the one that
-    flows through ``loss``. ``log_prob`` and ``lse_for_zloss`` carry none. ``log_prob`` costs a
-    tensor of the input's size and one more pass; ``return_log_prob=False`` saves both.
+    Names, order, shapes and dtypes are the operator's. Options that the operator does not support
+    in training (z-loss; weight, ignore_index and label_smoothing with a gradient) are computed by
+    this library, with gradients. A gradient into ``zloss`` adds to the one that flows through
+    ``loss``.
+
+    Args:
+        input: logits [N, C_r] (or [..., C_r]) of this rank's shard; fp16, bf16, fp32 or fp64, any
+            strides. Or a DTensor sharded over its last dimension.
+        target: [N] (or [...]) int64 or int32 vocabulary ids, the same on every rank.
+        weight: [vocab_size] floating point class weights, the full vector on every rank.
+        reduction: "none", "sum" or "mean" (over the weights of the kept rows).
+        ignore_index: rows with this target have loss 0 and gradient 0, whatever their logits hold.
+        label_smoothing: in [0, 1], PyTorch's formula over the whole vocabulary.
+        lse_square_scale_for_zloss: adds this times lse^2 to every kept row.
+        return_zloss: return the z part of the loss too.
+        return_log_prob: False saves a tensor of the size of ``input`` and one pass over it.
+        group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
+            not the default group.
+        shard: which ids ``input`` holds, a ``VocabShard``. None means equal shards in rank order.
+        inplace_backward: let the gradient overwrite the memory of ``input``: the loss then needs
+            no memory of the size of the logits. Every later read of ``input`` sees the gradient, a
+            second backward is refused, and so are leaves and tensors whose elements share memory.
+        normalizer: a number or 0-d tensor that replaces the denominators of "mean". No gradient
+            flows into it.
+        scale: multiplies the logits inside the kernels; 1 / temperature. A finite number.
+        engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
+            "eager".
+        collective: "all_gather" (one collective; the same bits on every rank and in every run),
+            "all_reduce" (two), or "auto", which gathers up to about 6 MB.
+        check: True exchanges a preflight first, so that all ranks raise where one has a wrong
+            argument, or where they disagree on the number of rows, the dtype or an option. None
+            follows the variable VOCAB_PARALLEL_CE_CHECK. Must be the same on every rank. Without
+            it, a disagreement on rows, dtype or on what is sent is undefined.
+
+    Returns:
+        ``CrossEntropyLossOutput(loss, log_prob, zloss, lse_for_zloss)``. ``loss`` is in the dtype
+        of ``input``: [N] for "none", else [1]. ``log_prob`` [N, C_r] holds every class of this
+        shard.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument; the message names the argument, its value, the
+            rank and the way out.
+        ValueError: on every rank, on CPU and with ``check``: a target that is neither a class nor
+            ``ignore_index``; ranks with different targets or options; shards that overlap or leave
+            ids out; gathered logits where a shard belongs. On accelerators without ``check`` these
+            make the result NaN instead, because reading a value would wait for the device.
+        RuntimeError: an ``engine`` that is not available here; a second backward in place.
+
+    Communication:
+        One all_gather of 3 floats a row (4 with label smoothing) and a small header, or two
+        all_reduces. Nothing in backward. With one rank, nothing at all.
+
+    Example:
+        ```python
+        loss, log_prob, zloss, lse = cross_entropy_loss(
+            logits, target, lse_square_scale_for_zloss=1e-4, return_zloss=True, group=tp_group
+        )
+        loss.backward()
+        ```
     """
     options = Options(
         reduction, ignore_index, label_smoothing, lse_square_scale_for_zloss, group, shard,
@@ -190,11 +265,57 @@ def token_statistics(
     collective: str = "auto",
     check: bool | None = None,
 ) -> TokenStatistics:
-    """Log-probability of every target, lse, entropy and argmax, in one pass and one exchange.
+    """Log-probability of each target, lse, entropy and argmax, in one pass and one exchange.
 
-    What reinforcement learning asks of a policy; temperature T is ``scale=1 / T``. Shapes follow
-    ``target``; floats are fp32 (fp64 for fp64 logits) and differentiable. Ignored rows hold 0.
-    The arguments mean what they mean in ``cross_entropy``.
+    What reinforcement learning asks of a policy. Everything that is returned as a float can be
+    differentiated.
+
+    Args:
+        input: logits [..., C_r] of this rank's shard; fp16, bf16, fp32 or fp64, any strides. Or a
+            DTensor sharded over its last dimension.
+        target: [...] int64 or int32 vocabulary ids, the same on every rank.
+        entropy: return the entropy of each row.
+        argmax: return the id of the largest logit of each row.
+        ignore_index: rows with this target hold 0 (argmax -1) and have gradient 0.
+        group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
+            not the default group.
+        shard: which ids ``input`` holds, a ``VocabShard``. None means equal shards in rank order.
+        inplace_backward: let the gradient overwrite the memory of ``input``: the loss then needs
+            no memory of the size of the logits. Every later read of ``input`` sees the gradient, a
+            second backward is refused, and so are leaves and tensors whose elements share memory.
+        scale: multiplies the logits inside the kernels; 1 / temperature. A finite number.
+        engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
+            "eager".
+        collective: "all_gather" (one collective; the same bits on every rank and in every run),
+            "all_reduce" (two), or "auto", which gathers up to about 6 MB.
+        check: True exchanges a preflight first, so that all ranks raise where one has a wrong
+            argument, or where they disagree on the number of rows, the dtype or an option. None
+            follows the variable VOCAB_PARALLEL_CE_CHECK. Must be the same on every rank. Without
+            it, a disagreement on rows, dtype or on what is sent is undefined.
+
+    Returns:
+        ``TokenStatistics(log_prob, lse, entropy, argmax)``, each in the shape of ``target``, the
+        same on every rank. ``log_prob`` is that of the target of each token.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument; the message names the argument, its value, the
+            rank and the way out.
+        ValueError: on every rank, on CPU and with ``check``: a target that is neither a class nor
+            ``ignore_index``; ranks with different targets or options; shards that overlap or leave
+            ids out; gathered logits where a shard belongs. On accelerators without ``check`` these
+            make the result NaN instead, because reading a value would wait for the device.
+        RuntimeError: an ``engine`` that is not available here; a second backward in place.
+
+    Communication:
+        One all_gather of 3 floats a row (one more each for entropy and argmax) and a small
+        header, or two all_reduces (argmax always gathers). Nothing in backward. With one rank,
+        nothing at all.
+
+    Example:
+        ```python
+        new = token_statistics(logits, tokens, entropy=True, scale=1 / temperature, group=tp_group)
+        ratio = (new.log_prob - old_log_prob).exp()
+        ```
     """
     options = Options(
         "none", ignore_index, 0.0, 0.0, group, shard,
@@ -202,7 +323,7 @@ def token_statistics(
     )  # fmt: skip
     input, target, _, options, layout = unwrap(input, target, None, options)
     request = prepare(input, target, None, options, Outputs(entropy=entropy, argmax=argmax))
-    stats, _, _, best = row_statistics(
+    stats, _, _, best, _ = row_statistics(
         input, target, None, request, options.group, inplace_backward
     )
     shape = target.shape
@@ -224,11 +345,13 @@ def _loss(
     log_prob_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, zloss, lse, m, s): the first two reduced, the others [N]."""
-    stats, m, s, _ = row_statistics(
-        input, target, weight, request, options.group, options.inplace_backward, log_prob_out
-    )
+    stats, m, s, _, normalizer = row_statistics(
+        input, target, weight, request, options.group, options.inplace_backward, log_prob_out,
+        as_scalar(options.normalizer, input),
+    )  # fmt: skip
     rows = row_losses(stats, target.reshape(-1), weight, request)
-    loss, zloss = reduce_rows(rows, options.reduction, options.normalizer, layout.total)
+    given = normalizer if request.normalized else None
+    loss, zloss = reduce_rows(rows, options.reduction, given, layout.total)
     if options.reduction == "none":
         loss, zloss = loss.reshape(target.shape), zloss.reshape(target.shape)
     return loss, zloss, stats[1].reshape(target.shape), m, s

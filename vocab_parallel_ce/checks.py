@@ -7,8 +7,9 @@ exchange, so that all ranks raise together.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,6 +25,7 @@ from .shard import VocabShard, group_rank_and_size
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TARGET_DTYPES = (torch.int64, torch.int32)
 DEVICES_WITHOUT_FP64 = ("npu",)
+_INT64 = torch.iinfo(torch.int64)
 
 
 class Options(NamedTuple):
@@ -110,7 +112,8 @@ def _prepare(
         entropy=outputs.entropy,
         argmax=outputs.argmax,
         ignored_rows=outputs.ignored_rows,
-        ignore_index=options.ignore_index,
+        normalized=options.normalizer is not None,
+        ignore_index=_plain_int(options.ignore_index),
         scale=float(options.scale),
         label_smoothing=float(options.label_smoothing),
         lse_square_scale=float(options.lse_square_scale),
@@ -139,6 +142,11 @@ def check_numbers(options: Options, where: str = "") -> None:
         )
     if not _is_int(options.ignore_index):
         raise TypeError(f"ignore_index must be an int, got {options.ignore_index!r}{where}")
+    if not _INT64.min <= options.ignore_index <= _INT64.max:
+        raise ValueError(
+            f"ignore_index must be an int64, got {options.ignore_index}{where}; targets are ids in "
+            "int64 or int32, and none can have this value"
+        )
     if not _is_number(options.label_smoothing) or not 0 <= options.label_smoothing <= 1:
         raise ValueError(
             f"label_smoothing must lie in [0, 1], got {options.label_smoothing!r}{where}"
@@ -179,18 +187,25 @@ def _check_normalizer(normalizer: object, reduction: str, where: str) -> None:
             raise ValueError(
                 f"normalizer must hold one number, got shape {tuple(normalizer.shape)}{where}"
             )
+        if normalizer.is_complex() or normalizer.dtype == torch.bool:
+            raise TypeError(f"normalizer must be a real number, got {normalizer.dtype}{where}")
     elif not _is_number(normalizer):
         raise TypeError(
             f"normalizer must be a scalar tensor or a number, got {normalizer!r}{where}"
         )
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, (int, np.integer, torch.SymInt)) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, torch.SymFloat)) and not isinstance(value, bool)
+def _is_number(value: object) -> TypeGuard[float]:
+    return _is_int(value) or isinstance(value, (float, np.floating, torch.SymFloat))
+
+
+def _plain_int(value: int) -> int:
+    """NumPy's integers as Python's; a symbol of the compiler stays one."""
+    return value if isinstance(value, torch.SymInt) else int(value)
 
 
 def _check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, where: str) -> None:

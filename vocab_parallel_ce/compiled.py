@@ -37,6 +37,7 @@ def _row_statistics(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    normalizer: Tensor | None,
     start: int,
     stop: int,
     vocab_size: int,
@@ -45,6 +46,7 @@ def _row_statistics(
     entropy: bool,
     argmax: bool,
     ignored_rows: bool,
+    normalized: bool,
     ignore_index: int,
     scale: float,
     label_smoothing: float,
@@ -55,14 +57,16 @@ def _row_statistics(
     check: str,
     group_name: str,
     inplace_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     request = RowRequest(
-        start, stop, vocab_size, implicit_shard, smooth, entropy, argmax, ignored_rows,
+        start, stop, vocab_size, implicit_shard, smooth, entropy, argmax, ignored_rows, normalized,
         ignore_index, scale, label_smoothing, lse_square_scale, reduction, engine, collective,
         check,
     )  # fmt: skip
-    r = compute_statistics(logits, target, weight, request, _group(group_name))
-    return r.stats, r.m, r.s, r.local_target, r.argmax
+    r = compute_statistics(
+        logits, target, weight, request, _group(group_name), normalizer=normalizer
+    )
+    return r.stats, r.m, r.s, r.local_target, r.argmax, r.normalizer
 
 
 @_row_statistics.register_fake
@@ -70,6 +74,7 @@ def _(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    normalizer: Tensor | None,
     start: int,
     stop: int,
     vocab_size: int,
@@ -78,7 +83,7 @@ def _(
     entropy: bool,
     argmax: bool,
     *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, dtype = target.numel(), arithmetic_dtype(logits.dtype)
     return (
         logits.new_empty((2 + smooth + entropy, rows), dtype=dtype),
@@ -86,6 +91,7 @@ def _(
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty(rows, dtype=torch.int64),
         logits.new_empty(rows if argmax else 0, dtype=torch.int64),
+        logits.new_empty(0 if normalizer is None else (), dtype=dtype),
     )
 
 
@@ -116,7 +122,7 @@ def _row_gradient(
 ) -> Tensor:
     request = _gradient_request(start, stop, vocab_size, smooth, entropy, scale, engine)
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    result = RowResult(stats, m, s, local_target, m)
+    result = RowResult(stats, m, s, local_target, m, m)
     compute_gradient(logits, result, weight, grad_stats, request, grad)
     return grad
 
@@ -144,7 +150,7 @@ def _row_gradient_inplace(
     engine: str,
 ) -> None:
     request = _gradient_request(start, stop, vocab_size, smooth, entropy, scale, engine)
-    result = RowResult(stats, m, s, local_target, m)
+    result = RowResult(stats, m, s, local_target, m, m)
     compute_gradient(logits, result, weight, grad_stats, request, logits)
 
 
@@ -174,11 +180,11 @@ def _(logits: Tensor, *_: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, _, weight, start, stop, vocab_size, _, smooth, entropy = inputs[:9]
-    scale, engine, inplace_backward = inputs[12], inputs[16], inputs[20]
-    stats, m, s, local_target, argmax = output
+    logits, _, weight, _, start, stop, vocab_size, _, smooth, entropy = inputs[:10]
+    scale, engine, inplace_backward = inputs[14], inputs[18], inputs[22]
+    stats, m, s, local_target, argmax, normalizer = output
     ctx.save_for_backward(logits, stats, m, s, local_target, weight)
-    ctx.mark_non_differentiable(m, s, local_target, argmax)
+    ctx.mark_non_differentiable(m, s, local_target, argmax, normalizer)
     ctx.scalars = (start, stop, vocab_size, smooth, entropy, scale, engine)
     ctx.inplace_backward = inplace_backward
     ctx.overwritten = False
@@ -187,7 +193,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad_stats: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_second_backward(ctx)
     logits, *saved = ctx.saved_tensors
-    none = [None] * 20
+    none = [None] * 22
     if not ctx.inplace_backward:
         return (_row_gradient(logits, *saved, grad_stats, *ctx.scalars), *none)
     ctx.overwritten = True
@@ -206,13 +212,14 @@ def row_statistics(
     request: RowRequest,
     group: dist.ProcessGroup | None,
     inplace_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    normalizer: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``primitive.row_statistics`` as one node of a compiled graph."""
     name = NO_GROUP if group is None else group.group_name
-    stats, m, s, _, argmax = _row_statistics(
-        logits, target, weight, *request.scalars(), name, inplace_backward
+    stats, m, s, _, argmax, agreed = _row_statistics(
+        logits, target, weight, normalizer, *request.scalars(), name, inplace_backward
     )
-    return stats, m, s, argmax
+    return stats, m, s, argmax, agreed
 
 
 def log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) -> Tensor:

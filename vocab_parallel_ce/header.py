@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .engines.contract import HeaderLayout
+from .engines.contract import CHECKSUM_ROUNDS, CHECKSUM_STEP, HeaderLayout
 from .request import RowRequest
 
 REDUCTIONS = ("none", "sum", "mean")
@@ -36,7 +36,7 @@ _STATIC = (
     ("lse_square_scale", 2),
     ("ignore_index", 2),
 )
-_DYNAMIC = ("target", "content", "weight", "bad_row", "bad_target", "bad_weight")
+_DYNAMIC = ("target", "content", "weight", "bad_row", "bad_target", "bad_weight", "normalizer")
 STATIC_INTS = sum(width for _, width in _STATIC)
 HEADER_INTS = STATIC_INTS + 2 * len(_DYNAMIC)
 _START, _STOP, _VOCAB, _OPTIONS = 0, 1, 2, slice(3, STATIC_INTS)
@@ -48,7 +48,8 @@ _COMPARED = (
     *(_CHECKSUMS[name] + half for name in ("target", "weight") for half in (0, 1)),
 )
 
-_FLAGS = ("smooth", "entropy", "argmax", "ignored_rows", "implicit_shard")
+_FLAGS = ("smooth", "entropy", "argmax", "ignored_rows", "normalized", "implicit_shard")
+NORMALIZER_TOLERANCE = 1e-5  # relative: ranks may have summed a count of tokens in another order
 
 
 HEADER_LAYOUT = HeaderLayout(
@@ -61,6 +62,8 @@ HEADER_LAYOUT = HeaderLayout(
     flags=3,
     implicit_bit=_FLAGS.index("implicit_shard"),
     content=_CHECKSUMS["content"],
+    normalizer=_CHECKSUMS["normalizer"],
+    tolerance=NORMALIZER_TOLERANCE,
 )
 
 
@@ -97,10 +100,18 @@ def _static_tensor(request: RowRequest, device: torch.device) -> Tensor:
 
 
 def checksum(values: Tensor) -> Tensor:
-    """An int64 that depends on every value and its place; computed on the device, no sync."""
+    """An int64 that depends on every value and its place; computed on the device, no sync.
+
+    The sum of a hash of each (place, value), so that it can be taken in any order. A sum of value x
+    place would be linear: [9, 0] and [0, 3] would have the same. The two rounds are those of
+    splitmix64 (Steele, Lea and Flood 2014), with arithmetic shifts, which all devices have.
+    """
     flat = values.reshape(-1)
-    odd = torch.arange(1, 2 * flat.numel() + 1, 2, dtype=torch.int64, device=flat.device)
-    return odd.mul_(flat).sum()
+    mixed = torch.arange(1, flat.numel() + 1, dtype=torch.int64, device=flat.device)
+    mixed.mul_(CHECKSUM_STEP).add_(flat)
+    for shift, factor in CHECKSUM_ROUNDS:
+        mixed = mixed.bitwise_xor_(mixed >> shift).mul_(factor)
+    return mixed.sum()
 
 
 def float_checksum(values: Tensor) -> Tensor:
@@ -108,6 +119,20 @@ def float_checksum(values: Tensor) -> Tensor:
     if values.dtype == torch.float64:
         return checksum(values.view(torch.int64))
     return checksum(values.float().view(torch.int32))
+
+
+def normalizer_bits(normalizer: Tensor) -> Tensor:
+    """A 0-d fp32 or fp64 number as an int64 that begins with its bits."""
+    if normalizer.dtype == torch.float64:
+        return normalizer.view(torch.int64)
+    return normalizer.view(torch.int32).long()
+
+
+def read_normalizers(headers: Tensor, dtype: torch.dtype) -> Tensor:
+    """[W, HEADER_INTS] int32 -> the normalizer [W] of each rank; ``dtype`` is what was written."""
+    slot = _CHECKSUMS["normalizer"]
+    ints = headers[:, slot : slot + dtype.itemsize // 4]
+    return ints.contiguous().view(dtype)[:, 0]
 
 
 def write_static(out: Tensor, request: RowRequest) -> None:
@@ -122,11 +147,13 @@ def write_header(
     content: Tensor | None,
     weight: Tensor | None,
     problems: ValueProblems,
+    normalizer: Tensor | None = None,
 ) -> None:
     """Fill ``out`` [HEADER_INTS] int32.
 
     ``content`` are this rank's (m, s) partials: ranks that hold the same ones in every row were
-    handed the same logits. It is left out where shards were told explicitly.
+    handed the same logits. It is left out where shards were told explicitly. ``normalizer`` is
+    0-d, in the arithmetic dtype.
     """
     write_static(out, request)
     zero = torch.zeros((), dtype=torch.int64, device=out.device)
@@ -138,6 +165,7 @@ def write_header(
             zero + problems.bad_row,
             zero + problems.bad_target,
             zero + problems.bad_weight,
+            zero if normalizer is None else normalizer_bits(normalizer),
         ]
     )
     out[STATIC_INTS:] = dynamic.view(torch.int32)
@@ -152,12 +180,15 @@ class Header:
     vocab_size: int
     options: dict[str, object]
     checksums: dict[str, int]
+    normalizer: float = 0.0
 
 
-def read_headers(headers: Tensor) -> list[Header]:
-    """[W, HEADER_INTS] int32 -> one Header a rank."""
+def read_headers(headers: Tensor, dtype: torch.dtype = torch.float32) -> list[Header]:
+    """[W, HEADER_INTS] int32 -> one Header a rank; ``dtype`` is that of the arithmetic."""
     out = []
-    for ints in headers.tolist():
+    headers = headers.cpu()
+    normalizers = read_normalizers(headers, dtype).tolist()
+    for ints, normalizer in zip(headers.tolist(), normalizers, strict=True):
         raw = struct.pack(f"<{HEADER_INTS}i", *ints)
         start, stop, vocab_size, flags, *numbers = struct.unpack_from("<4i3dq", raw)
         names = ("scale", "label_smoothing", "lse_square_scale", "ignore_index")
@@ -167,7 +198,7 @@ def read_headers(headers: Tensor) -> list[Header]:
         options.update({name: bool(flags >> bit & 1) for bit, name in enumerate(_FLAGS)})
         dynamic = struct.unpack_from(f"<{len(_DYNAMIC)}q", raw, 4 * STATIC_INTS)
         checksums = dict(zip(_DYNAMIC, dynamic, strict=True))
-        out.append(Header(start, stop, vocab_size, options, checksums))
+        out.append(Header(start, stop, vocab_size, options, checksums, normalizer))
     return out
 
 
@@ -187,6 +218,7 @@ def raise_on_problems(headers: list[Header], target: Tensor, constant_rows: bool
                     f"{first.options[name]!r}, rank {rank} passed {value!r}; "
                     "pass the same options on every rank"
                 )
+    _raise_on_normalizers(headers)
     for rank, header in enumerate(headers[1:], start=1):
         if header.vocab_size != first.vocab_size:
             raise ValueError(
@@ -220,7 +252,28 @@ def raise_on_problems(headers: list[Header], target: Tensor, constant_rows: bool
             )
 
 
+def _raise_on_normalizers(headers: list[Header]) -> None:
+    values = torch.tensor([header.normalizer for header in headers], dtype=torch.float64)
+    for rank, same in enumerate(_alike(values).tolist()):
+        if not same:
+            raise ValueError(
+                f"ranks disagree on normalizer: rank 0 of the group passed {values[0].item()!r}, "
+                f"rank {rank} passed {values[rank].item()!r}; all ranks of a tensor-parallel group "
+                "hold the same rows: sum their number over the data-parallel group, not over "
+                "this one"
+            )
+
+
+def _alike(normalizers: Tensor) -> Tensor:
+    """[W] bool: which agree with rank 0's."""
+    first = normalizers[0]
+    largest = torch.maximum(normalizers.abs(), first.abs())
+    close = (normalizers - first).abs() < NORMALIZER_TOLERANCE * largest  # false for infinities
+    return close | (normalizers == first) | (normalizers.isnan() & first.isnan())
+
+
 _ARGUMENT = {
+    "normalized": "normalizer (given on one rank only)",
     "ignored_rows": "return_log_prob or lse_square_scale_for_zloss",
     "implicit_shard": "shard (given on one rank only)",
 }
@@ -247,8 +300,8 @@ def _raise_on_values(rank: int, header: Header) -> None:
         )
     if header.checksums["bad_weight"] != _NONE:
         raise ValueError(
-            f"weight must be finite and not negative: class {header.checksums['bad_weight']} is "
-            f"not on rank {rank} of the group; use 0 to leave a class out"
+            f"weight must be finite, but rank {rank} of the group holds NaN or inf for class "
+            f"{header.checksums['bad_weight']}; use 0 to leave a class out"
         )
 
 
@@ -285,13 +338,19 @@ def looks_gathered(headers: list[Header]) -> bool:
     return len({h.checksums["content"] for h in headers}) == 1
 
 
-def disagreement(headers: Tensor, target: Tensor, constant_rows: Tensor) -> Tensor:
+def disagreement(
+    headers: Tensor,
+    target: Tensor,
+    constant_rows: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """The verdict of ``raise_on_problems`` as a 0-d bool tensor, without leaving the device."""
     world = headers.shape[0]
     first = headers[:1]
     start, stop = headers[:, _START], headers[:, _STOP]
     bad = (headers[:, _VOCAB] != first[:, _VOCAB]).any()
     bad |= (headers[:, _OPTIONS] != first[:, _OPTIONS]).any()
+    bad |= ~_alike(read_normalizers(headers, dtype)).all()
     for name in ("target", "weight"):
         slot = _CHECKSUMS[name]
         bad |= (headers[:, slot : slot + 2] != first[:, slot : slot + 2]).any()

@@ -12,9 +12,40 @@ from .shard import VocabShard
 class VocabParallelCrossEntropyLoss(nn.Module):
     """``cross_entropy`` with its options fixed at construction, like ``nn.CrossEntropyLoss``.
 
-    ``weight`` [vocab_size] is a buffer: it moves with the module and is saved with it. The call
-    takes ``input`` [..., C_r] and ``target`` [...], and ``normalizer`` because it changes with
-    every batch.
+    Args:
+        weight: [vocab_size] class weights, the full vector on every rank. It becomes a buffer: it
+            moves with the module and is saved with it.
+        reduction: "none", "sum" or "mean".
+        ignore_index: rows with this target have loss 0 and gradient 0.
+        label_smoothing: in [0, 1], PyTorch's formula over the whole vocabulary.
+        lse_square_scale: adds this times lse^2 to every kept row (z-loss).
+        group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
+            not the default group.
+        shard: which ids ``input`` holds, a ``VocabShard``. None means equal shards in rank order.
+        inplace_backward: let the gradient overwrite the memory of ``input``: the loss then needs
+            no memory of the size of the logits. Every later read of ``input`` sees the gradient, a
+            second backward is refused, and so are leaves and tensors whose elements share memory.
+        scale: multiplies the logits inside the kernels; 1 / temperature. A finite number.
+        engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
+            "eager".
+        collective: "all_gather" (one collective; the same bits on every rank and in every run),
+            "all_reduce" (two), or "auto", which gathers up to about 6 MB.
+        check: True exchanges a preflight first, so that all ranks raise where one has a wrong
+            argument, or where they disagree on the number of rows, the dtype or an option. None
+            follows the variable VOCAB_PARALLEL_CE_CHECK. Must be the same on every rank. Without
+            it, a disagreement on rows, dtype or on what is sent is undefined.
+
+    Raises:
+        As ``cross_entropy`` does, when the module is called.
+
+    Communication:
+        None at construction; in a call that of ``cross_entropy``.
+
+    Example:
+        ```python
+        criterion = VocabParallelCrossEntropyLoss(label_smoothing=0.1, group=tp_group)
+        loss = criterion(logits, target)
+        ```
     """
 
     weight: Tensor | None
@@ -52,7 +83,16 @@ class VocabParallelCrossEntropyLoss(nn.Module):
     def forward(
         self, input: Tensor, target: Tensor, normalizer: Tensor | float | None = None
     ) -> Tensor:
-        """See ``cross_entropy``."""
+        """The loss of a batch.
+
+        Args:
+            input: logits [..., C_r] of this rank's shard.
+            target: [...] vocabulary ids, the same on every rank.
+            normalizer: replaces the denominators of "mean"; it changes with every batch.
+
+        Returns:
+            fp32 loss (fp64 for fp64 logits): [...] for "none", else 0-d.
+        """
         return cross_entropy(
             input,
             target,

@@ -22,6 +22,7 @@ from torch import Tensor
 from .collectives import Payload, exchange
 from .engines import select
 from .engines.contract import Coefficients, Engine, Gathered, arithmetic_dtype
+from .header import read_normalizers
 from .preflight import Plan, preflight
 from .request import RowRequest
 from .row_steps import row_steps
@@ -41,6 +42,8 @@ class RowResult:
     """[N] int64 column, ELSEWHERE or IGNORED"""
     argmax: Tensor
     """[N] int64, or empty when not asked for"""
+    normalizer: Tensor
+    """0-d: rank 0's, for all ranks; empty when the call has none"""
 
 
 def row_blocks(x: Tensor) -> list[Tensor]:
@@ -87,20 +90,22 @@ def compute_statistics(
     request: RowRequest,
     group: dist.ProcessGroup | None,
     log_prob_out: Tensor | None = None,
+    normalizer: Tensor | None = None,
 ) -> RowResult:
     """The forward pass: logits [..., C_r], target [...] and the full weight [vocab_size].
 
-    ``log_prob_out``: see ``primitive.log_prob_space``.
+    ``normalizer`` is 0-d, in the arithmetic dtype; ``log_prob_out``: see
+    ``primitive.log_prob_space``.
     """
     world = 1 if group is None else dist.get_world_size(group)
     on_host = _on_host(logits, request)
     if request.checking and group is not None and world > 1:
-        preflight(Plan(request, logits, target), logits.device, group)
+        preflight(Plan(request, logits, target, normalizer), logits.device, group)
 
-    target = target.reshape(-1)
+    target = target.reshape(-1).long()  # every comparison with an id happens in int64
     engine = select(request.engine, logits)
     alone = group is None or world == 1
-    steps = row_steps(engine, target, weight, request, on_host, alone)
+    steps = row_steps(engine, target, weight, request, normalizer, on_host, alone)
 
     dtype = arithmetic_dtype(logits.dtype)
     wanted, rows = request.wanted, target.shape[0]
@@ -115,7 +120,13 @@ def compute_statistics(
     stats, m, s, argmax = steps.conclude(gathered, payload, _total_weight(weight, request, dtype))
     if argmax is None:
         argmax = steps.local_target.new_empty(0)
-    return RowResult(stats, m, s, steps.local_target, argmax)
+    if normalizer is None:
+        agreed = stats.new_empty(0)
+    elif gathered.headers is None:
+        agreed = normalizer.clone()  # neither autograd nor an operator may hand out its input
+    else:
+        agreed = read_normalizers(gathered.headers[:1], dtype)[0].clone()
+    return RowResult(stats, m, s, steps.local_target, argmax, agreed)
 
 
 def _fill_partials(

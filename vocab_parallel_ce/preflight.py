@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .collectives import COLLECTIVES, all_gather_flat
+from .engines.contract import arithmetic_dtype
 from .header import HEADER_INTS, ValueProblems, raise_on_problems, read_headers, write_header
 from .request import RowRequest
 
@@ -34,6 +35,8 @@ class Plan:
     request: RowRequest
     logits: Tensor
     target: Tensor
+    normalizer: Tensor | None = None
+    """0-d, in the arithmetic dtype"""
 
 
 def preflight(plan: Plan | Exception, device: torch.device, group: dist.ProcessGroup) -> None:
@@ -66,7 +69,8 @@ def preflight(plan: Plan | Exception, device: torch.device, group: dist.ProcessG
                 )
     headers = torch.tensor([p[_FIELDS : _FIELDS + HEADER_INTS] for p in plans], dtype=torch.int32)
     empty = torch.empty(0, dtype=torch.int64)
-    raise_on_problems(read_headers(headers), empty, constant_rows=True)
+    dtype = arithmetic_dtype(_DTYPES[plans[0][3]])
+    raise_on_problems(read_headers(headers, dtype), empty, constant_rows=True)
 
 
 def _pack(plan: Plan | Exception) -> bytes:
@@ -76,7 +80,8 @@ def _pack(plan: Plan | Exception) -> bytes:
         return struct.pack(_FORMAT, 1, kind, *[0] * (_FIELDS - 2), *[0] * HEADER_INTS, text)
     header = torch.empty(HEADER_INTS, dtype=torch.int32)
     none = torch.empty(0, dtype=torch.int64)
-    write_header(header, plan.request, none, None, None, ValueProblems())
+    normalizer = None if plan.normalizer is None else plan.normalizer.cpu()
+    write_header(header, plan.request, none, None, None, ValueProblems(), normalizer)
     columns = plan.logits.shape[-1]
     return struct.pack(
         _FORMAT,

@@ -64,33 +64,36 @@ class _RowStatistics(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         inplace_backward: bool,
         log_prob_out: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        result = compute_statistics(logits, target, weight, request, group, log_prob_out)
+        normalizer: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        result = compute_statistics(
+            logits, target, weight, request, group, log_prob_out, normalizer
+        )
         stats = result.stats if request.entropy else None
         ctx.save_for_backward(logits, result.m, result.s, result.local_target, stats, weight)
-        ctx.mark_non_differentiable(result.m, result.s, result.argmax)
+        ctx.mark_non_differentiable(result.m, result.s, result.argmax, result.normalizer)
         ctx.set_materialize_grads(False)  # m, s and argmax never have one: no zeros for them
         ctx.request = request
         ctx.inplace_backward = inplace_backward
         ctx.overwritten = False
-        return result.stats, result.m, result.s, result.argmax
+        return result.stats, result.m, result.s, result.argmax, result.normalizer
 
     @staticmethod
     def backward(ctx: Any, grad_stats: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_stats is None:  # nothing upstream depends on the statistics
-            return None, None, None, None, None, None, None
+            return (None,) * 8
         with torch.no_grad():
             grad = _RowStatistics._gradient(ctx, grad_stats)
         if torch.is_grad_enabled():  # create_graph=True
             grad = _RefuseSecondDerivative.apply(grad.requires_grad_())  # type: ignore[no-untyped-call]
-        return grad, None, None, None, None, None, None
+        return (grad, *(None,) * 7)
 
     @staticmethod
     def _gradient(ctx: Any, grad_stats: Tensor) -> Tensor:
         refuse_second_backward(ctx)
         logits, m, s, local_target, stats, weight = ctx.saved_tensors
         request: RowRequest = ctx.request
-        result = RowResult(stats, m, s, local_target, m)
+        result = RowResult(stats, m, s, local_target, m, m)
         if not ctx.inplace_backward:
             grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
             compute_gradient(logits, result, weight, grad_stats, request, grad)
@@ -111,17 +114,21 @@ def row_statistics(
     group: dist.ProcessGroup | None,
     inplace_backward: bool,
     log_prob_out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Differentiable stats [j, N], then m [N], s [N] and argmax, which carry no gradient.
+    normalizer: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Differentiable stats [j, N]; then m [N], s [N], argmax and the normalizer of all ranks.
 
+    Only the first carries a gradient. ``normalizer`` is 0-d, in the arithmetic dtype.
     ``log_prob_out``: see ``log_prob_space``.
     """
     if torch.compiler.is_compiling():
         from . import compiled
 
-        return compiled.row_statistics(logits, target, weight, request, group, inplace_backward)
-    out: tuple[Tensor, Tensor, Tensor, Tensor] = _RowStatistics.apply(  # type: ignore[no-untyped-call]
-        logits, target, weight, request, group, inplace_backward, log_prob_out
+        return compiled.row_statistics(
+            logits, target, weight, request, group, inplace_backward, normalizer
+        )
+    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _RowStatistics.apply(  # type: ignore[no-untyped-call]
+        logits, target, weight, request, group, inplace_backward, log_prob_out, normalizer
     )
     return out
 

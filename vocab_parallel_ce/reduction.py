@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .engines.contract import arithmetic_dtype
 from .request import RowRequest
 from .statistics import stat_names
 
@@ -31,13 +32,14 @@ def row_losses(
     stats: Tensor, target: Tensor, weight: Tensor | None, request: RowRequest
 ) -> RowLosses:
     """``stats`` [j, N] of the primitive and ``target`` [N] -> the losses of every row."""
+    target = target.long()
     named = dict(zip(stat_names(request.wanted), stats.unbind(0), strict=True))
     kept = target != request.ignore_index
     loss = named["nll"]
     row_weight = kept.to(stats.dtype)
     if weight is not None:
         # Clamped, because an ignored or an invalid target must not index out of bounds.
-        column = target.long().clamp(0, request.vocab_size - 1)
+        column = target.clamp(0, request.vocab_size - 1)
         row_weight = row_weight * weight.to(stats.dtype)[column]
         loss = loss * row_weight
     eps = request.label_smoothing
@@ -56,12 +58,13 @@ def _same(value: Tensor) -> Tensor:
 def reduce_rows(
     rows: RowLosses,
     reduction: str,
-    normalizer: Tensor | float | None = None,
+    normalizer: Tensor | None = None,
     total: Callable[[Tensor], Tensor] = _same,
 ) -> tuple[Tensor, Tensor]:
     """(loss with z, the z part of it): [N], or 0-d when reduced.
 
-    ``total`` adds a 0-d sum up over ranks that hold other rows of the same batch.
+    ``normalizer`` is 0-d, see ``as_scalar``. ``total`` adds a 0-d sum up over ranks that hold other
+    rows of the same batch.
     """
     if reduction == "none":
         zloss = torch.zeros_like(rows.loss) if rows.zloss is None else rows.zloss
@@ -74,11 +77,21 @@ def reduce_rows(
             if rows.zloss is not None:
                 zloss = zloss / total(rows.kept.sum().to(zloss.dtype))
         else:
-            loss, zloss = _divide(loss, normalizer), _divide(zloss, normalizer)
+            # Nothing kept, nothing counted: 0 and a gradient of 0, where 0 / 0 would be NaN.
+            empty = (normalizer == 0) & ~rows.kept.any()
+            denominator = torch.where(empty, torch.ones_like(normalizer), normalizer)
+            loss, zloss = loss / denominator, zloss / denominator
     return (loss if rows.zloss is None else loss + zloss), zloss
 
 
-def _divide(value: Tensor, normalizer: Tensor | float) -> Tensor:
+def as_scalar(normalizer: Tensor | float | None, logits: Tensor) -> Tensor | None:
+    """The normalizer as a 0-d tensor beside the logits, in the dtype of their arithmetic.
+
+    Carries no gradient, and does not wait for the device.
+    """
+    if normalizer is None:
+        return None
+    dtype = arithmetic_dtype(logits.dtype)
     if isinstance(normalizer, Tensor):
-        return value / normalizer.detach().reshape(()).to(value)
-    return value / normalizer
+        return normalizer.detach().reshape(()).to(device=logits.device, dtype=dtype)
+    return torch.full((), normalizer, dtype=dtype, device=logits.device)

@@ -28,6 +28,8 @@ class RowRequest:
     entropy: bool = False
     argmax: bool = False
     ignored_rows: bool = False
+    normalized: bool = False
+    """The call was given a ``normalizer``."""
     ignore_index: int = -100
     scale: float = 1.0
     label_smoothing: float = 0.0

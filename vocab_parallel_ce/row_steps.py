@@ -71,11 +71,12 @@ class TorchSteps:
         target: Tensor,
         weight: Tensor | None,
         request: RowRequest,
+        normalizer: Tensor | None,
         on_host: bool,
         alone: bool,
     ) -> None:
         self._target, self._weight, self._request = target, weight, request
-        self._on_host = on_host
+        self._normalizer, self._on_host = normalizer, on_host
         self._located = locate(target, request)
         self.local_target = self._located.local_target
         self._problems = (
@@ -88,8 +89,9 @@ class TorchSteps:
         """See ``RowSteps``."""
         content = payload.parts[:2] if self._request.implicit_shard else None
         write_header(
-            payload.header, self._request, self._target, content, self._weight, self._problems
-        )
+            payload.header, self._request, self._target, content, self._weight, self._problems,
+            self._normalizer,
+        )  # fmt: skip
 
     def conclude(
         self, gathered: Gathered, payload: Payload, total_weight: Tensor | float
@@ -106,7 +108,9 @@ class TorchSteps:
         else:
             poison = ~self._located.allowed
             if gathered.headers is not None:
-                poison |= disagreement(gathered.headers, self._target, self._constant_rows(payload))
+                poison |= disagreement(
+                    gathered.headers, self._target, self._constant_rows(payload), merged.s.dtype
+                )
             # One NaN here makes the loss and the whole gradient of the row NaN, on every rank.
             merged.s = merged.s.masked_fill(poison, torch.nan)
         return Concluded(
@@ -114,7 +118,7 @@ class TorchSteps:
         )
 
     def _raise(self, headers: Tensor, payload: Payload) -> None:
-        read = read_headers(headers)
+        read = read_headers(headers, payload.parts.dtype)
         excused = looks_gathered(read) and bool(self._constant_rows(payload))
         raise_on_problems(read, self._target, excused)
 
@@ -133,9 +137,10 @@ class FusedSteps:
         target: Tensor,
         weight: Tensor | None,
         request: RowRequest,
+        normalizer: Tensor | None,
     ) -> None:
         self._functions, self._target, self._weight = functions, target, weight
-        self._request = request
+        self._request, self._normalizer = request, normalizer
         self._excuse: Tensor | None = None
         self.local_target = functions.locate(
             target, request.start, request.stop, request.ignore_index
@@ -150,6 +155,7 @@ class FusedSteps:
             self._target,
             payload.parts[:2] if request.implicit_shard else None,
             None if weight is None else float_checksum(weight),
+            self._normalizer,
             request.size,
             request.ignore_index,
         )
@@ -172,11 +178,12 @@ def row_steps(
     target: Tensor,
     weight: Tensor | None,
     request: RowRequest,
+    normalizer: Tensor | None,
     on_host: bool,
     alone: bool,
 ) -> RowSteps:
     """The steps of a call that ``engine`` serves; ``alone``: there are no other ranks."""
     functions = engine.ROW_FUNCTIONS
     if functions is None or on_host or target.numel() == 0:
-        return TorchSteps(target, weight, request, on_host, alone)
-    return FusedSteps(functions, target, weight, request)
+        return TorchSteps(target, weight, request, normalizer, on_host, alone)
+    return FusedSteps(functions, target, weight, request, normalizer)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from .collectives import all_gather_flat, communication_device
+
+MAX_VOCAB_SIZE = 2**31 - 1
 
 
 def group_rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
@@ -28,9 +31,27 @@ class VocabShard:
     Column j of the logits is id ``start + j``. Columns beyond ``stop - start`` are padding: they
     take no part in the softmax and their gradient is exactly 0. So are ids from ``vocab_size`` on:
     ``start`` and ``stop`` are cut to it, and the shards of a padded vocabulary can be told as they
-    are stored. An empty shard (start == stop) is legal. Shards of a group must cover
-    [0, vocab_size) without overlap, in any order of ranks; every call of the loss verifies that
-    (an error on CPU, NaN on accelerators).
+    are stored. The shards of a group must cover [0, vocab_size) without overlap, in any order of
+    ranks; every call of the loss verifies that (an error on CPU, NaN on accelerators).
+
+    Args:
+        start: first id of this rank.
+        stop: one past the last id; ``start == stop`` is an empty shard, which is legal.
+        vocab_size: number of ids over all ranks, without padding.
+
+    Raises:
+        TypeError: for a value that is not an int.
+        ValueError: unless 0 <= start <= stop and 1 <= vocab_size < 2^31.
+
+    Communication:
+        None; only ``from_group`` communicates.
+
+    Example:
+        ```python
+        bounds = (0, 25_200, 50_257)  # rank 0 holds 25,200 ids, rank 1 the other 25,057
+        shard = VocabShard(bounds[rank], bounds[rank + 1], vocab_size=50_257)
+        loss = cross_entropy(logits, target, group=tp_group, shard=shard)
+        ```
     """
 
     start: int
@@ -40,12 +61,18 @@ class VocabShard:
     def __post_init__(self) -> None:
         for name in ("start", "stop", "vocab_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
+            if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
                 raise TypeError(f"VocabShard: {name} must be an int, got {value!r}")
+            object.__setattr__(self, name, int(value))
         if not 0 <= self.start <= self.stop or self.vocab_size < 1:
             raise ValueError(
                 "VocabShard: needs 0 <= start <= stop and vocab_size >= 1, got "
                 f"start={self.start}, stop={self.stop}, vocab_size={self.vocab_size}"
+            )
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise ValueError(
+                f"VocabShard: vocab_size={self.vocab_size} is more than {MAX_VOCAB_SIZE}: ids "
+                "travel between ranks as 32-bit integers"
             )
         # Assigned past the freeze, once, before anybody has seen the shard.
         object.__setattr__(self, "start", min(self.start, self.vocab_size))
@@ -61,6 +88,13 @@ class VocabShard:
         """Shards of ceil(vocab_size / world) ids in rank order, the last ones shorter or empty.
 
         This is how ``torch.chunk`` and DTensor's ``Shard`` divide. Nothing is communicated.
+
+        Args:
+            vocab_size: number of ids over all ranks.
+            group: the tensor-parallel group; None is one rank.
+
+        Returns:
+            The shard of this rank.
         """
         rank, world = group_rank_and_size(group)
         size = -(-vocab_size // world)
@@ -73,8 +107,19 @@ class VocabShard:
 
         Communicates once (an all_gather of one int64 a rank) and must be called by every rank of
         the group; call it when the model is built, not at every step.
+
+        Args:
+            local_size: number of ids of this rank, padding not counted.
+            group: the tensor-parallel group; None is one rank.
+
+        Returns:
+            The shard of this rank; ``vocab_size`` is the sum over the group.
+
+        Raises:
+            ValueError: for a size that is not an int >= 0.
         """
-        if not isinstance(local_size, int) or isinstance(local_size, bool) or local_size < 0:
+        integer = isinstance(local_size, (int, np.integer)) and not isinstance(local_size, bool)
+        if not integer or local_size < 0:
             raise ValueError(
                 f"VocabShard.from_group: local_size must be an int >= 0, got {local_size!r}"
             )

@@ -27,8 +27,7 @@ class Located:
 
 
 def locate(target: Tensor, request: RowRequest) -> Located:
-    """Locate ``target`` [N] in the shard of ``request``; no host synchronisation."""
-    target = target.long()
+    """Locate ``target`` [N] int64 in the shard of ``request``; no host synchronisation."""
     ignored = target == request.ignore_index
     here = (target >= request.start) & (target < request.stop)
     local_target = torch.where(here, target - request.start, ELSEWHERE)
@@ -45,7 +44,7 @@ def find_problems(target: Tensor, allowed: Tensor, weight: Tensor | None) -> Val
         bad_row = int((~allowed).to(torch.uint8).argmax())
         bad_target = int(target[bad_row])
     if weight is not None:
-        fine = (weight >= 0) & (weight < torch.inf)
+        fine = weight.isfinite()
         if not bool(fine.all()):
             bad_weight = int((~fine).to(torch.uint8).argmax())
     return ValueProblems(bad_row, bad_target, bad_weight)

@@ -11,8 +11,8 @@ installed; what is not installed is listed as such. Under torchrun it measures t
 
 It ends with the goals, and says plainly which are missed; bench.json holds every number, and
 --csv keeps the medians in a table from which the README's is made (``bench_table``). The exit
-status is 0 also when goals are missed, 1 when ranks died, and with --gate when a goal was missed by
-more than a third.
+status is 0 also when goals are missed, 1 when ranks died, and with --gate when a regression gate
+was missed (``gate.py``, ``goals.py``).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,12 +36,14 @@ import typer
 from rich.console import Console
 
 import vocab_parallel_ce
+from vocab_parallel_ce.launch.bench import gate as bench_gate
 from vocab_parallel_ce.launch.bench import goals as bench_goals
 from vocab_parallel_ce.launch.bench import medians as bench_csv
 from vocab_parallel_ce.launch.bench import report as bench_report
+from vocab_parallel_ce.launch.bench import shares as bench_shares
 from vocab_parallel_ce.launch.bench.peers import PEERS
 from vocab_parallel_ce.launch.bench.rank import BACKENDS, DTYPES, Plan, run_plan, steps
-from vocab_parallel_ce.launch.measuring import measure
+from vocab_parallel_ce.launch.measuring.device import device_name, processor
 
 LABELS = {peer.name: peer.label for peer in PEERS}
 GRID_ROWS = (4096, 8192, 16384, 32768)
@@ -76,9 +79,9 @@ def environment(device: str) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": measure.processor(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
-        "device": measure.device_name(torch.device(device)),
+        "device": device_name(torch.device(device)),
         "versions": {package: version(package) for package in packages},
         "command": sys.argv[1:],
     }
@@ -194,6 +197,20 @@ def _plan(
     )
 
 
+def _look_again(runs: list[dict[str, Any]], plan: Plan, out: Path) -> None:
+    """Measure once more what is too slow for the gate: it must not fail a machine for its noise."""
+    records = bench_shares.read()
+    for run in runs:
+
+        def measure(names: list[str], run: dict[str, Any] = run) -> dict[str, Any]:
+            print(f"too slow, measured again: {', '.join(names)}", file=sys.stderr)
+            shape = ((run["rows"], run["vocab"]),)
+            again = replace(plan, shapes=shape, dtypes=(run["dtype"],), peers=tuple(names))
+            return start_ranks(again, run["ranks"], out)[0]
+
+        bench_gate.look_again(run, records, measure)
+
+
 def main(
     ranks: Annotated[
         list[int] | None,
@@ -238,7 +255,7 @@ def main(
     ] = 2.0,
     quick: Annotated[bool, typer.Option(help="Tiny shapes and 3 repeats: does it run?")] = False,
     gate: Annotated[
-        bool, typer.Option(help="Fail when a goal is below its regression gate (2/3 of it).")
+        bool, typer.Option(help="Fail when a goal is below its regression gate.")
     ] = False,
 ) -> None:
     """Time and memory of the sharded loss beside what one would otherwise use."""
@@ -280,6 +297,8 @@ def main(
                 runs += start_ranks(plan, count, out)
             except RuntimeError as failure:
                 problems.append(f"{bench_goals.ranks_in_words(count)} not measured: {failure}")
+    if gate and not under_torchrun:
+        _look_again(runs, plan, out)
     # A terminal tells its width; a file or a pipe gets what the tables need.
     console = Console() if sys.stdout.isatty() else Console(width=160)
     judged = bench_goals.judge(runs, LABELS)

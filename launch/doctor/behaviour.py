@@ -24,7 +24,7 @@ from vocab_parallel_ce.launch.doctor.cases import (
 )
 from vocab_parallel_ce.launch.doctor.ranks import in_one_line
 from vocab_parallel_ce.launch.doctor.truth import IGNORE_INDEX, Question, batch
-from vocab_parallel_ce.launch.measuring.measure import count_collectives
+from vocab_parallel_ce.launch.measuring.collectives import count_collectives
 from vocab_parallel_ce.testing import Batch
 
 

@@ -29,7 +29,7 @@ from vocab_parallel_ce.launch.doctor.software import (
     package_versions,
 )
 from vocab_parallel_ce.launch.doctor.variables import Judged, judge
-from vocab_parallel_ce.launch.measuring import measure
+from vocab_parallel_ce.launch.measuring.device import processor
 from vocab_parallel_ce.parallel import groups
 
 DTYPES = {
@@ -96,7 +96,7 @@ def collect(asked: str | None, look_around: bool) -> Environment:
         notes.append(f"no NPU is used: {npu}")
     problem = _problem(kind)
     if kind == "cpu":
-        devices = [Device(measure.processor(), *_host_memory())]
+        devices = [Device(processor(), *_host_memory())]
     else:
         devices = [] if problem else _limited(lambda: _cards(kind, look_around), notes, [])
     visible = (
@@ -114,7 +114,7 @@ def collect(asked: str | None, look_around: bool) -> Environment:
         command=sys.argv[1:],
         python=platform.python_version(),
         platform=platform.platform(),
-        processor=measure.processor(),
+        processor=processor(),
         cores=os.cpu_count() or 1,
         versions=versions,
         cann=cann_version(),

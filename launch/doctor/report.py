@@ -18,7 +18,7 @@ from vocab_parallel_ce.launch.doctor.scrub import Names, scrub
 from vocab_parallel_ce.launch.doctor.selftest import Verdict
 from vocab_parallel_ce.launch.doctor.speed import PassTiming, Speed
 from vocab_parallel_ce.launch.doctor.truth import RULE
-from vocab_parallel_ce.launch.measuring.measure import MIB
+from vocab_parallel_ce.launch.measuring.device import MIB
 
 SHOWN_FAILURES = 30
 _COLOUR = {"ok": "green", "FAILED": "red", "skipped": "yellow", "not run": "yellow"}

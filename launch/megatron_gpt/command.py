@@ -24,7 +24,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vocab_parallel_ce.launch.measuring import measure
+from vocab_parallel_ce.launch.measuring.memory import settle_malloc
 from vocab_parallel_ce.launch.megatron_gpt.compare import compare, table
 from vocab_parallel_ce.launch.megatron_gpt.loss import LossChoice
 from vocab_parallel_ce.launch.megatron_gpt.model import megatron, require_megatron
@@ -158,7 +158,7 @@ def main(
         groups = ParallelGroups.open(kind, tp=tp, dp=dp, timeout_seconds=timeout)
     except ValueError as error:
         refuse(error)
-    measure.settle_malloc(strict=False)
+    settle_malloc(strict=False)
     with groups, megatron(groups, seed, timeout):
         try:
             trainer = prepare(groups, options, text or [], cache or default_cache())

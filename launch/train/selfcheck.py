@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vocab_parallel_ce import VocabShard, cross_entropy, testing
-from vocab_parallel_ce.launch.measuring.stopwatch import PeakMemory
+from vocab_parallel_ce.launch.measuring.clock import wall_seconds
+from vocab_parallel_ce.launch.measuring.logits import produced
+from vocab_parallel_ce.launch.measuring.memory import PeakMemory
+from vocab_parallel_ce.launch.measuring.rounds import in_turns, median_known
 from vocab_parallel_ce.parallel.groups import ParallelGroups
 from vocab_parallel_ce.parallel.layers import vocab_parallel_parameters
 from vocab_parallel_ce.testing import Blocks
@@ -56,24 +59,6 @@ class LossCall:
             inplace_backward=self.inplace,
             normalizer=self.normalizer,
         )
-
-
-class _Produced(torch.autograd.Function):
-    """A buffer as if a layer had just produced it: not a leaf, and its gradient goes nowhere."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, buffer: Tensor) -> Tensor:
-        return buffer.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
-        return None, None
-
-
-def produced(buffer: Tensor) -> Tensor:
-    """A non-leaf that shares storage with `buffer`."""
-    result: Tensor = _Produced.apply(torch.zeros((), requires_grad=True), buffer)  # type: ignore[no-untyped-call]
-    return result
 
 
 def gather_columns(part: Tensor, groups: ParallelGroups, shard: VocabShard) -> Tensor:
@@ -226,33 +211,20 @@ def compare_cost(call: LossCall, groups: ParallelGroups, rounds: int = 5) -> lis
     ]
     if groups.tp > 1:
         contenders.append(("gathering them (comes on top)", gather))
-    times: dict[str, list[float]] = {name: [] for name, _ in contenders}
-    peaks: dict[str, list[int | None]] = {name: [] for name, _ in contenders}
-    for measured in [False] + [True] * rounds:  # the first round warms up
-        for name, run in contenders:
-            work.copy_(call.logits)  # in place, the loss has overwritten it
-            seconds, peak = _measure(run, groups)
-            if measured:
-                times[name].append(seconds)
-                peaks[name].append(peak)
+
+    def measured(run: Callable[[], None]) -> tuple[float, int | None]:
+        work.copy_(call.logits)  # in place, the loss has overwritten it
+        memory = PeakMemory(groups.device)
+        groups.barrier()
+        memory.start()
+        return wall_seconds(run, groups.device), memory.stop()
+
+    found = in_turns({name: partial(measured, run) for name, run in contenders}, rounds)
     return [
-        Cost(name, 1000 * statistics.median(times[name]), _median(peaks[name]))
-        for name, _ in contenders
+        Cost(
+            name,
+            1000 * statistics.median(seconds for seconds, _ in runs),
+            median_known([peak for _, peak in runs]),
+        )
+        for name, runs in found.items()
     ]
-
-
-def _measure(run: Callable[[], None], groups: ParallelGroups) -> tuple[float, int | None]:
-    memory = PeakMemory(groups.device)
-    groups.barrier()
-    memory.start()
-    begin = time.perf_counter()
-    run()
-    peak = memory.stop()
-    if groups.device.type != "cpu":
-        torch.get_device_module(groups.device.type).synchronize()
-    return time.perf_counter() - begin, peak
-
-
-def _median(values: list[int | None]) -> int | None:
-    known = [value for value in values if value is not None]
-    return int(statistics.median(known)) if known else None

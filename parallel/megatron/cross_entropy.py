@@ -118,9 +118,7 @@ def per_token_loss(
     try:
         request = prepare(logits, target, None, call, Outputs())
         request = replace(request, label_smoothing=smoothing)
-        stats, _, _, _ = row_statistics(
-            logits, target, None, request, group, options.inplace_backward
-        )
+        stats, *_ = row_statistics(logits, target, None, request, group, options.inplace_backward)
     except ValueError as problem:
         for sign, way_out in _WAYS_OUT.items():
             if sign in str(problem):
@@ -187,4 +185,5 @@ def _without_invalid(target: Tensor, classes: int, ignore_index: int) -> Tensor:
     """Labels that are no class become ``ignore_index``; nothing is read on the host."""
     if not isinstance(target, Tensor):
         return target  # for ``prepare`` to refuse, like a target of a wrong dtype
+    target = target.long()  # ignore_index may be an int that int32 cannot hold
     return torch.where((target >= 0) & (target < classes), target, ignore_index)

@@ -82,7 +82,7 @@ def logits_loss_func(
     installation = current()
     ignore_index = -100 if installation is None else installation.options.ignore_index
     counts = loss_mask.reshape(labels.shape) != 0
-    loss, zloss = installed_loss(output_tensor, torch.where(counts, labels, ignore_index))
+    loss, zloss = installed_loss(output_tensor, torch.where(counts, labels.long(), ignore_index))
     return _reduce(loss_mask, loss, None if zloss is None else zloss.detach())
 
 

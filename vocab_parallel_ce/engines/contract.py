@@ -41,6 +41,11 @@ from torch import Tensor
 ELSEWHERE = -1
 IGNORED = -2
 
+# The hash of ``header.checksum``, which ``RowFunctions.sign`` computes as well: odd, within int64.
+CHECKSUM_STEP = 0x1E3779B97F4A7C15
+CHECKSUM_ROUNDS = ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB))
+"""of each round the shift and the factor"""
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -99,6 +104,9 @@ class HeaderLayout(NamedTuple):
     """in the flags: the shard was not told but follows from the rank"""
     content: int
     """the checksum that tells whether ranks hold the same logits"""
+    normalizer: int
+    """an fp32 number, of which ranks may differ by ``tolerance``, relatively"""
+    tolerance: float
 
 
 class RowFunctions(Protocol):
@@ -118,14 +126,15 @@ class RowFunctions(Protocol):
         target: Tensor,
         content: Tensor | None,
         weight_checksum: Tensor | None,
+        normalizer: Tensor | None,
         size: int,
         ignore_index: int,
     ) -> Tensor:
         """``header.write_header``: the int64 values of a header, into ``slots``.
 
-        ``content`` are the m and s [2, N] of a shard of ``size`` columns. Returns a 0-d int32: 1 if
-        rows that all ranks hold alike are no sign of gathered logits, because every kept row is
-        constant or some target lies beyond the shard.
+        ``content`` are the m and s [2, N] of a shard of ``size`` columns, ``normalizer`` is a 0-d
+        fp32. Returns a 0-d int32: 1 if rows that all ranks hold alike are no sign of gathered
+        logits, because every kept row is constant or some target lies beyond the shard.
         """
         ...
 

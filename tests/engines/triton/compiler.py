@@ -141,7 +141,7 @@ def _call_row_functions(v: Variant, target: torch.Tensor, wanted: Wanted) -> Non
     headers = torch.zeros(2, HEADER_LAYOUT.ints, dtype=torch.int32)
     slots = headers[0, HEADER_LAYOUT.static :].view(torch.int64)
     checksum = torch.zeros((), dtype=torch.int64) if v.weight else None
-    excuse = rows.sign(slots, target, torch.ones(2, ROWS), checksum, v.columns, -100)
+    excuse = rows.sign(slots, target, torch.ones(2, ROWS), checksum, None, v.columns, -100)
     parts, shares = torch.ones(2, len(wanted.rows), ROWS), torch.ones(2)
     gathered = Gathered(parts, shares, headers[:, 0], headers)
     total = torch.ones(()) if v.weight else float(2 * v.columns)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vocab_parallel_ce import (
     cross_entropy,
     cross_entropy_loss,
-    primitive,
+    passes,
     row_steps,
     token_statistics,
 )
@@ -80,7 +80,7 @@ def test_cross_entropy_of_two_ranks(pair: Pool, sharding: Sharding) -> None:
 def _losses_match_as_on_a_card(group: dist.ProcessGroup | None, *args: Any) -> int:
     """Nothing is looked at on the host, and the engine's own row functions serve."""
     with (
-        patch.object(primitive, "_on_host", return_value=False),
+        patch.object(passes, "_on_host", return_value=False),
         patch.object(row_steps, "TorchSteps", None),
     ):
         return _losses_match(group, *args)
@@ -146,7 +146,7 @@ def _launched(group: dist.ProcessGroup) -> tuple[list[str], list[str]]:
     rank = dist.get_rank(group)
     data = batch(ROWS, 64, torch.float32)
     leaf = data.logits[:, 32 * rank : 32 * rank + 32].clone().requires_grad_()
-    with patch.object(primitive, "_on_host", return_value=False):
+    with patch.object(passes, "_on_host", return_value=False):
         with _Counted() as forward:
             loss = cross_entropy(leaf, data.target, group=group, engine="triton")
         with _Counted() as backward:

@@ -50,11 +50,14 @@ def _fill(parts: Tensor, request: RowRequest) -> None:
         named["argmax"].view(torch.int32).copy_(torch.randint(SIZE, (parts.shape[1],)))
 
 
-def _steps(fused: bool, target: Tensor, weight: Tensor | None, request: RowRequest) -> RowSteps:
+def _steps(
+    fused: bool, target: Tensor, weight: Tensor | None, request: RowRequest, normalizer: float
+) -> RowSteps:
+    given = torch.tensor(normalizer) if request.normalized else None
     if fused:
         assert triton.ROW_FUNCTIONS is not None
-        return FusedSteps(triton.ROW_FUNCTIONS, target, weight, request)
-    return TorchSteps(target, weight, request, on_host=False, alone=False)
+        return FusedSteps(triton.ROW_FUNCTIONS, target, weight, request, given)
+    return TorchSteps(target, weight, request, given, on_host=False, alone=False)
 
 
 def _run(
@@ -63,16 +66,18 @@ def _run(
     weight: Tensor | None = None,
     contents: Any = _fill,
     reduced: bool = False,
+    normalizers: tuple[float, ...] = (1.0, 1.0, 1.0),
 ) -> list[Concluded]:
     """Both ways on every rank: headers and local targets the same; what the fused way concludes."""
     concluded = []
     k, world = len(requests[0].wanted.rows), len(requests)
     payloads = [Payload.allocate(k, ROWS, torch.float32, torch.device("cpu")) for _ in requests]
     steps = []
-    for request, target, payload in zip(requests, targets, payloads, strict=True):
+    given = normalizers[:world]
+    for request, target, payload, number in zip(requests, targets, payloads, given, strict=True):
         contents(payload.parts, request)
         payload.shard_weight[0] = float(request.size) if world > 1 else torch.nan  # not told
-        both = [_steps(fused, target, weight, request) for fused in (False, True)]
+        both = [_steps(fused, target, weight, request, number) for fused in (False, True)]
         assert torch.equal(both[0].local_target, both[1].local_target)
         headers = []
         for way in both:
@@ -177,6 +182,28 @@ def test_other_options_and_shards_that_do_not_tile(change: dict[str, Any]) -> No
     requests = [replace(r, implicit_shard="start" not in change) for r in _requests(2)]
     requests[1] = replace(requests[1], **change)
     _check_all_nan(_run(requests, [target] * 2), target.masked_fill(target == -1, -100))
+
+
+@pytest.mark.parametrize(
+    ("normalizers", "alike"),
+    [
+        ((7.0, 7.0, 7.0), True),
+        ((7.0, 7.00005, 6.99995), True),
+        ((7.0, 7.0, 7.001), False),
+        ((0.0, 0.0, 0.0), True),
+        ((0.0, 1e-30, 0.0), False),
+        ((torch.nan, torch.nan, torch.nan), True),
+        ((7.0, torch.nan, 7.0), False),
+        ((torch.inf, torch.inf, torch.inf), True),
+    ],
+)
+def test_normalizers(normalizers: tuple[float, ...], alike: bool) -> None:
+    target = _target(3)
+    outcomes = _run(_requests(3, normalized=True), [target] * 3, normalizers=normalizers)
+    if alike:
+        assert all(bool(o.stats[0].isfinite().any()) for o in outcomes)
+    else:
+        _check_all_nan(outcomes, target)
 
 
 @pytest.mark.parametrize("constant", [False, True])

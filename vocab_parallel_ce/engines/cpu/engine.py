@@ -17,8 +17,9 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from importlib import import_module, metadata
 from typing import Any
@@ -168,17 +169,20 @@ class _Pool:
         self.size = 0
         self.executor: ThreadPoolExecutor | None = None
 
-    def submit(self, work: Callable[[], None], copies: int, size: int) -> list[Future[None]]:
-        """Hand ``copies`` of ``work`` to a pool of ``size`` threads."""
+    def submit(self, work: Callable[[], None], copies: int, size: int) -> None:
+        """Hand up to ``copies`` of ``work`` to a pool of ``size`` threads; fewer if it has none.
+
+        A thread that cannot be started (a limit of the container, an interpreter that shuts down)
+        is no error: ``work`` may run in none of them, or later than anybody waits for it.
+        """
         with self.lock:
             if self.executor is None or self.size != size:
                 if self.executor is not None:
                     self.executor.shutdown(wait=False)
                 self.executor, self.size = ThreadPoolExecutor(size, "vocab_parallel_ce"), size
-            try:
-                return [self.executor.submit(work) for _ in range(copies)]
-            except RuntimeError:
-                return []  # the interpreter is shutting down: the calling thread does it all
+            with suppress(RuntimeError, MemoryError):
+                for _ in range(copies):
+                    self.executor.submit(work)
 
 
 _pool = _Pool()
@@ -204,23 +208,70 @@ def _run(kernel: Callable[..., None], logits: Tensor, *args: Any) -> None:
     if copies <= 0 or rows * columns < SEQUENTIAL_BELOW:
         kernel(0, rows, columns, *args)
         return
-    begins = deque(range(0, rows, size))
 
-    def work() -> None:
+    def run(begin: int) -> None:
+        kernel(begin, min(begin + size, rows), columns, *args)
+
+    job = _Job(range(0, rows, size), run)
+    try:
+        _pool.submit(job.work_in_pool, copies, threads - 1)
+        job.work_here()
+    finally:
+        job.wait()
+    if job.error is not None:
+        raise job.error
+
+
+class _Job:
+    """Row ranges that the calling thread and those of the pool take in turn.
+
+    What is counted are the ranges that the pool works on, and not the threads that were asked to: a
+    pool may lose one on its way, and yet run it later. Who comes late finds nothing left.
+    """
+
+    def __init__(self, begins: Iterable[int], run: Callable[[int], None]) -> None:
+        self.begins, self.run = deque(begins), run
+        self.busy = 0
+        self.error: BaseException | None = None
+        self.idle = threading.Condition()
+
+    def work_here(self) -> None:
+        """Take ranges until there are none. Not counted: an interrupt could lose the count."""
         while True:
             try:
-                begin = begins.popleft()
+                begin = self.begins.popleft()
             except IndexError:
                 return
-            kernel(begin, min(begin + size, rows), columns, *args)
+            self.run(begin)
 
-    futures = _pool.submit(work, copies, threads - 1)
-    try:
-        work()
-    finally:
-        # Who has not begun would find nothing to do; the others must be awaited whatever happened
-        # here, for they write into the caller's memory.
-        errors = [future.exception() for future in futures if not future.cancel()]
-    for error in errors:
-        if error is not None:
-            raise error
+    def work_in_pool(self) -> None:
+        """The same, for a thread that the calling one must wait for."""
+        while True:
+            with self.idle:
+                if not self.begins:
+                    return
+                begin = self.begins.popleft()
+                self.busy += 1
+            try:
+                self.run(begin)
+            except BaseException as problem:
+                self.error = problem
+                self.begins.clear()
+            finally:
+                with self.idle:
+                    self.busy -= 1
+                    self.idle.notify()
+
+    def wait(self) -> None:
+        """Until nobody writes into the caller's memory any more, whatever failed."""
+        interrupt: BaseException | None = None
+        while True:
+            try:
+                with self.idle:
+                    self.begins.clear()
+                    self.idle.wait_for(lambda: self.busy == 0)
+                break
+            except BaseException as problem:  # Ctrl-C, maybe more than once
+                interrupt = problem
+        if interrupt is not None:
+            raise interrupt

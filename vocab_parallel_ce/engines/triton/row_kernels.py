@@ -9,11 +9,24 @@ names; integers wrap as theirs do.
 import triton
 import triton.language as tl
 
+from ..contract import CHECKSUM_ROUNDS, CHECKSUM_STEP
+
 ELSEWHERE = tl.constexpr(-1)
 IGNORED = tl.constexpr(-2)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 NO_ID = tl.constexpr(2**63 - 1)
 HEADER_BLOCK = tl.constexpr(32)
+STEP = tl.constexpr(CHECKSUM_STEP)
+SHIFT_1, FACTOR_1 = (tl.constexpr(number) for number in CHECKSUM_ROUNDS[0])
+SHIFT_2, FACTOR_2 = (tl.constexpr(number) for number in CHECKSUM_ROUNDS[1])
+
+
+@triton.jit
+def _mixed(place, value):
+    """One term of ``header.checksum``; ``place`` counts from 0."""
+    mixed = (place + 1) * STEP + value
+    mixed = (mixed ^ (mixed >> SHIFT_1)) * FACTOR_1
+    return (mixed ^ (mixed >> SHIFT_2)) * FACTOR_2
 
 
 @triton.jit(do_not_specialize=["n_rows", "start", "stop", "ignore_index"])
@@ -28,8 +41,9 @@ def locate_rows(target, out, n_rows, start, stop, ignore_index, BLOCK: tl.conste
 
 @triton.jit(do_not_specialize=["n_rows", "size", "ignore_index"])
 def sign_rows(
-    slots, excuse, target, content, content_bits, weight_checksum, n_rows, size, ignore_index,
-    BLOCK: tl.constexpr, CONTENT: tl.constexpr, WEIGHTED: tl.constexpr,
+    slots, excuse, target, content, content_bits, weight_checksum, normalizer_bits, n_rows, size,
+    ignore_index, BLOCK: tl.constexpr, CONTENT: tl.constexpr, WEIGHTED: tl.constexpr,
+    NORMALIZED: tl.constexpr,
 ):  # fmt: skip
     """One program in all, which adds up in a fixed order and needs no atomics."""
     lane = tl.arange(0, BLOCK)
@@ -42,11 +56,12 @@ def sign_rows(
         inside = row < n_rows
         place = row.to(tl.int64)
         y = tl.load(target + row, mask=inside, other=0).to(tl.int64)
-        of_target += y * (2 * place + 1)
+        of_target += tl.where(inside, _mixed(place, y), 0)
         if CONTENT:
             m = tl.load(content_bits + row, mask=inside, other=0).to(tl.int64)
             s = tl.load(content_bits + n_rows + row, mask=inside, other=0).to(tl.int64)
-            of_content += m * (2 * place + 1) + s * (2 * (place + n_rows) + 1)
+            term = _mixed(place, m) + _mixed(place + n_rows, s)
+            of_content += tl.where(inside, term, 0)
             s = tl.load(content + n_rows + row, mask=inside, other=0.0)
             counts = inside & (y != ignore_index)
             varied |= (counts & (s != size)).to(tl.int32)
@@ -61,6 +76,10 @@ def sign_rows(
     tl.store(slots + 3, tl.full([], -1, tl.int64))
     tl.store(slots + 4, tl.full([], 0, tl.int64))
     tl.store(slots + 5, tl.full([], -1, tl.int64))
+    bits = tl.zeros([], tl.int64)
+    if NORMALIZED:
+        bits = tl.load(normalizer_bits).to(tl.int64)
+    tl.store(slots + 6, bits)
     tl.store(excuse, 1 - (tl.max(varied, 0) & (1 - tl.max(beyond, 0))))
 
 
@@ -69,7 +88,7 @@ def _disagree(
     headers, header_stride, n_ranks, excuse,
     RANKS: tl.constexpr, INTS: tl.constexpr, COMPARED: tl.constexpr, START: tl.constexpr,
     STOP: tl.constexpr, VOCAB: tl.constexpr, FLAGS: tl.constexpr, IMPLICIT_BIT: tl.constexpr,
-    CONTENT: tl.constexpr,
+    CONTENT: tl.constexpr, NORMALIZER: tl.constexpr, TOLERANCE: tl.constexpr,
 ):  # fmt: skip
     """1 if the headers do not fit together, else 0."""
     rank, slot = tl.arange(0, RANKS), tl.arange(0, HEADER_BLOCK)
@@ -82,9 +101,18 @@ def _disagree(
     compared = ((COMPARED >> slot) & 1) != 0
     bad = tl.max(tl.max((differs & compared[None, :]).to(tl.int32), 1), 0)
 
+    numbers = headers + place + NORMALIZER
+    given = tl.load(numbers, mask=here, other=0).to(tl.float32, bitcast=True)
+    ours = tl.load(numbers - place, mask=here, other=0).to(tl.float32, bitcast=True)
+    close = tl.abs(given - ours) < TOLERANCE * tl.maximum(tl.abs(given), tl.abs(ours))
+    both_nan = (given != given) & (ours != ours)
+    apart = here & (given != ours) & (close == 0) & (both_nan == 0)
+    bad |= tl.max(apart.to(tl.int32), 0)
+
     start = tl.load(headers + place + START, mask=here, other=0)
     stop = tl.load(headers + place + STOP, mask=here, other=0)
-    bad |= (tl.sum(stop - start, 0) != tl.load(headers + VOCAB)).to(tl.int32)
+    held = tl.sum((stop - start).to(tl.int64), 0)  # shards that overlap may add up beyond int32
+    bad |= (held != tl.load(headers + VOCAB)).to(tl.int32)
     # Sizes that add up to the vocabulary without any pair that overlaps tile it.
     holds = stop > start
     overlap = (start[:, None] < stop[None, :]) & (start[None, :] < stop[:, None])
@@ -111,13 +139,14 @@ def conclude_rows(
     ARGMAX: tl.constexpr, IGNORED_ROWS: tl.constexpr, JUDGE: tl.constexpr, RANKS: tl.constexpr,
     INTS: tl.constexpr, COMPARED: tl.constexpr, START: tl.constexpr, STOP: tl.constexpr,
     VOCAB: tl.constexpr, FLAGS: tl.constexpr, IMPLICIT_BIT: tl.constexpr, CONTENT: tl.constexpr,
+    NORMALIZER: tl.constexpr, TOLERANCE: tl.constexpr,
 ):  # fmt: skip
     """One program a block of rows; each judges the headers for itself, which are few numbers."""
     bad = tl.zeros([], tl.int32)
     if JUDGE:
         bad = _disagree(
             headers, header_stride, n_ranks, excuse, RANKS, INTS, COMPARED, START, STOP, VOCAB,
-            FLAGS, IMPLICIT_BIT, CONTENT,
+            FLAGS, IMPLICIT_BIT, CONTENT, NORMALIZER, TOLERANCE,
         )  # fmt: skip
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < n_rows

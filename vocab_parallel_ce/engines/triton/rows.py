@@ -45,6 +45,7 @@ def sign(
     target: Tensor,
     content: Tensor | None,
     weight_checksum: Tensor | None,
+    normalizer: Tensor | None,
     size: int,
     ignore_index: int,
 ) -> Tensor:
@@ -54,8 +55,9 @@ def sign(
     with on_device_of(target):
         _kernels().sign_rows[(1,)](
             slots, excuse, target, content, None if content is None else content.view(torch.int32),
-            weight_checksum, target.shape[0], size, ignore_index, BLOCK=_SIGN_BLOCK,
-            CONTENT=content is not None, WEIGHTED=weight_checksum is not None,
+            weight_checksum, None if normalizer is None else normalizer.view(torch.int32),
+            target.shape[0], size, ignore_index, BLOCK=_SIGN_BLOCK, CONTENT=content is not None,
+            WEIGHTED=weight_checksum is not None, NORMALIZED=normalizer is not None,
             num_warps=_SIGN_WARPS,
         )  # fmt: skip
     return excuse
@@ -92,6 +94,7 @@ def conclude(
             JUDGE=judge, RANKS=1 << (ranks - 1).bit_length(), INTS=layout.ints,
             COMPARED=layout.compared, START=layout.start, STOP=layout.stop,
             VOCAB=layout.vocab_size, FLAGS=layout.flags, IMPLICIT_BIT=layout.implicit_bit,
-            CONTENT=layout.content, num_warps=_WARPS,
+            CONTENT=layout.content, NORMALIZER=layout.normalizer, TOLERANCE=layout.tolerance,
+            num_warps=_WARPS,
         )  # fmt: skip
     return stats, m, s, argmax

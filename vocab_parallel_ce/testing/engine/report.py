@@ -83,7 +83,7 @@ def check_engine(
 
     Example:
         >>> from vocab_parallel_ce.engines import eager
-        >>> report = check_engine(eager, "cpu", [torch.float32], many_rows=False)
+        >>> report = check_engine(eager, "cpu", [torch.float32], only="gradient, 1")
         >>> report.passed
         True
     """

@@ -1,0 +1,62 @@
+"""Each example runs as its docstring says, on two ranks, and prints what it promises."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def _run(name: str) -> list[str]:
+    """The lines that its two ranks print, sorted."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc-per-node", "2", str(ROOT / "examples" / name),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # Two ranks may print into one line.
+    return sorted(filter(None, re.split(r"\n|(?=rank \d)", done.stdout)))
+
+
+def test_a_head_before_and_after_gives_the_same() -> None:
+    lines = _run("own_head.py")
+    assert len(lines) == 4
+    told = {re.sub(r"(before|after )", "", line) for line in lines}
+    assert len(told) == 2, lines  # one line a rank: the two ways differ in no digit
+    assert len({re.search(r"loss [\d.]+, gradients: hidden [\d.]+", t)[0] for t in told}) == 1  # type: ignore[index]
+
+
+def test_rl_statistics_are_the_same_on_every_rank() -> None:
+    lines = _run("rl_statistics.py")
+    assert len(lines) == 2
+    assert len({line.partition(": ")[2] for line in lines}) == 1
+    assert all(line.endswith("prompt gradient 0.0") for line in lines)
+
+
+def test_megatron_forward_step_reports_loss_and_z_loss() -> None:
+    pytest.importorskip("megatron.core")
+    lines = [line for line in _run("megatron_forward_step.py") if "lm loss" in line]
+    assert len(lines) == 2
+    assert len({line.partition(": ")[2] for line in lines}) == 1
+    assert "z loss" in lines[0]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_is_short_and_says_how_to_run_it(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 80
+    assert f"torchrun --standalone --nproc-per-node 2 examples/{path.name}" in text
