@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vocab_parallel_ce import VocabShard, cross_entropy, cross_entropy_loss, token_statistics
 from vocab_parallel_ce.checks import check_backend_dtype
-from vocab_parallel_ce.request import CHECK_VARIABLE
+from vocab_parallel_ce.switches import CHECK_VARIABLE
 
 from .ranks import Pool, run_fresh
 

@@ -22,8 +22,8 @@ from vocab_parallel_ce.launch.doctor.cases import (
     prepare,
     same_bits,
 )
-from vocab_parallel_ce.launch.doctor.ranks import in_one_line
 from vocab_parallel_ce.launch.doctor.truth import IGNORE_INDEX, Question, batch
+from vocab_parallel_ce.launch.doctor.worker import in_one_line
 from vocab_parallel_ce.launch.measuring.collectives import count_collectives
 from vocab_parallel_ce.testing import Batch
 
