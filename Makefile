@@ -28,7 +28,7 @@ MEGATRON_FOLDER := .megatron-$(MEGATRON)
 TORCHRUN := $(BIN)/torchrun --standalone
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-megatron quick test test-all lint types docs unit unit-all unit-megatron \
-    unit-npu unit-triton gate bench ascend-triton clean
+    unit-npu unit-triton gate record-shares bench ascend-triton clean
 .DELETE_ON_ERROR:
 
 help: ## this list, and the options
@@ -191,12 +191,18 @@ unit-triton: $(VENV_TRITON)/installed ## the tests of the CUDA engine: Triton's 
 	echo "== tests of the CUDA engine: $$(( $$(date +%s) - start )) s"
 endif
 
-# Against F.cross_entropy, in one run, ratios of medians: fails at two thirds of the goals.
+# Against loops of plain memory and arithmetic in the same run (launch/bench/gate.py), whatever the
+# processor; the ratios to F.cross_entropy are reported.
 gate: $(VENV)/installed ## fails where the loss got slower than this machine's limits allow
 	@start=$$(date +%s); echo "== speed gate"; \
 	$(BIN)/python -m vocab_parallel_ce.launch.bench --gate --ranks 1 --repeats 5 \
 	    --peers ours-inplace,ours,torch --out runs/gate && \
 	echo "== speed gate: $$(( $$(date +%s) - start )) s"
+
+record-shares: $(VENV)/installed ## keeps how near the limits the loss is here: for the gate, on a quiet machine
+	$(BIN)/python -m vocab_parallel_ce.launch.bench --ranks 1 --repeats 15 --wait-idle 10 \
+	    --peers ours-inplace,ours --out runs/shares
+	$(BIN)/python -m vocab_parallel_ce.launch.bench.shares runs/shares/bench.json
 
 bench: $(VENV)/installed ## the loss beside its peers on this machine; writes runs/bench
 	$(BIN)/python -m vocab_parallel_ce.launch.bench --out runs/bench

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -353,6 +354,31 @@ def test_layers_import_downwards_only(
         f"{path} imports {name}"
         for path, name in _all_imports(folder, package)
         if any(_under(name, other) for other in forbidden)
+    ]
+    assert not wrong
+
+
+TESTING = "vocab_parallel_ce.testing"
+
+
+def test_the_library_does_not_import_its_testing() -> None:
+    wrong = [
+        f"{path} imports {name}"
+        for folder, package in (("vocab_parallel_ce", "vocab_parallel_ce"), ("parallel", PARALLEL))
+        for path, name in _all_imports(folder, package)
+        if _under(name, TESTING) and not path.startswith("vocab_parallel_ce/testing/")
+    ]
+    assert not wrong
+
+
+def test_testing_needs_torch_and_the_contract_alone() -> None:
+    """No test framework, nothing above it, and no engine or loss: those are what it judges."""
+    allowed = ("torch", TESTING, "vocab_parallel_ce.engines.contract", "vocab_parallel_ce.shard")
+    wrong = [
+        f"{path} imports {name}"
+        for path, name in _all_imports("vocab_parallel_ce/testing", TESTING)
+        if not any(_under(name, other) for other in allowed)
+        and name.partition(".")[0] not in sys.stdlib_module_names
     ]
     assert not wrong
 

@@ -11,8 +11,8 @@ installed; what is not installed is listed as such. Under torchrun it measures t
 
 It ends with the goals, and says plainly which are missed; bench.json holds every number, and
 --csv keeps the medians in a table from which the README's is made (``table.py``). The exit
-status is 0 also when goals are missed, 1 when ranks died, and with --gate when a goal was missed by
-more than a third; 2 if an option cannot be served.
+status is 0 also when goals are missed, 1 when ranks died, and with --gate when a regression gate
+was missed (``gate.py``, ``goals.py``); 2 if an option cannot be served.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,7 +36,8 @@ import typer
 
 import vocab_parallel_ce
 from vocab_parallel_ce.launch import options
-from vocab_parallel_ce.launch.bench import goals, medians, report
+from vocab_parallel_ce.launch.bench import gate as bench_gate
+from vocab_parallel_ce.launch.bench import goals, medians, report, shares
 from vocab_parallel_ce.launch.bench.peers import PEERS
 from vocab_parallel_ce.launch.bench.rank import Plan, run_plan, steps
 from vocab_parallel_ce.launch.command_line import (
@@ -50,7 +52,7 @@ from vocab_parallel_ce.launch.command_line import (
     usable_device,
     whole,
 )
-from vocab_parallel_ce.launch.measuring import measure
+from vocab_parallel_ce.launch.measuring.device import device_name
 from vocab_parallel_ce.launch.measuring.machine import processor
 from vocab_parallel_ce.launch.options import make_folder, make_writable
 from vocab_parallel_ce.launch.refusal import FAILED, Refusal
@@ -85,7 +87,7 @@ def environment(device: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": processor(),
         "cores": os.cpu_count(),
-        "device": measure.device_name(torch.device(device)),
+        "device": device_name(torch.device(device)),
         "versions": {package: version(package) for package in packages},
         "command": sys.argv[1:],
     }
@@ -198,6 +200,20 @@ def _plan(
     )
 
 
+def _look_again(runs: list[dict[str, Any]], plan: Plan, out: Path) -> None:
+    """Measure once more what is too slow for the gate: it must not fail a machine for its noise."""
+    records = shares.read()
+    for run in runs:
+
+        def measure(names: list[str], run: dict[str, Any] = run) -> dict[str, Any]:
+            print(f"too slow, measured again: {', '.join(names)}", file=sys.stderr)
+            shape = ((run["rows"], run["vocab"]),)
+            again = replace(plan, shapes=shape, dtypes=(run["dtype"],), peers=tuple(names))
+            return start_ranks(again, run["ranks"], out)[0]
+
+        bench_gate.look_again(run, records, measure)
+
+
 def check_counts(counts: Sequence[int], shapes: Sequence[tuple[int, int]], device: str) -> None:
     """Refusal where the vocabulary, or the cards, cannot be shared out."""
     present = devices(device)
@@ -275,7 +291,7 @@ def main(
     ] = 2.0,
     quick: Annotated[bool, typer.Option(help="Tiny shapes and 3 repeats: does it run?")] = False,
     gate: Annotated[
-        bool, typer.Option(help="Fail when a goal is below its regression gate (2/3 of it).")
+        bool, typer.Option(help="Fail when a goal is below its regression gate.")
     ] = False,
 ) -> None:
     """Time and memory of the sharded loss beside what one would otherwise use.
@@ -311,6 +327,8 @@ def main(
                 runs += start_ranks(plan, count, out)
             except RuntimeError as failure:
                 problems.append(f"{goals.ranks_in_words(count)} not measured: {failure}")
+    if gate and not under_torchrun:
+        _look_again(runs, plan, out)
     judged = goals.judge(runs, LABELS)
     report.print_report(runs, judged)
     for problem in problems:

@@ -18,21 +18,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vocab_parallel_ce.launch.bench.peers import Head, Loss, Peer, Setting, Sink
-from vocab_parallel_ce.launch.measuring import measure
+from vocab_parallel_ce.launch.bench.peers import Loss, Peer, Setting
+from vocab_parallel_ce.launch.measuring.device import MIB, cache_bytes, device_module, synchronize
+from vocab_parallel_ce.launch.measuring.logits import Sink, produced
+from vocab_parallel_ce.launch.measuring.passes import Pass, time_copy, time_pass
 
 CACHES = 4  # that must pass between the writing of a buffer and its use
 SPARE_BYTES = 1 << 30  # for what is not logits: kernels, libraries, vectors
 
 
-def buffers_needed(logits_bytes: int, cache_bytes: int) -> int:
+def buffers_needed(logits_bytes: int, cache: int) -> int:
     """How many buffers keep a cache of this size from answering.
 
     One, where the cache holds so little of the logits (a 32nd) that it does not matter.
     """
-    if logits_bytes >= 32 * cache_bytes:
+    if logits_bytes >= 32 * cache:
         return 1
-    return 1 + math.ceil(CACHES * cache_bytes / logits_bytes)
+    return 1 + math.ceil(CACHES * cache / logits_bytes)
 
 
 @dataclass
@@ -44,7 +46,6 @@ class Inputs:
     master: Tensor
     buffers: list[Tensor]
     target: Tensor
-    anchor: Tensor
     sink: Sink
 
     @property
@@ -54,17 +55,16 @@ class Inputs:
     def restore(self, only: int | None = None) -> list[float]:
         """Undo what the last peer did to the logits; seconds that each copy took."""
         chosen = self.buffers if only is None else [self.buffers[only]]
-        return [measure.time_copy(buffer, self.master) for buffer in chosen]
+        return [time_copy(buffer, self.master) for buffer in chosen]
 
     def logits(self, turn: int = 0) -> Tensor:
-        out: Tensor = Head.apply(self.anchor, self.buffers[turn], self.sink)  # type: ignore[no-untyped-call]
-        return out
+        return produced(self.buffers[turn], self.sink)
 
-    def run(self, peer: Peer, loss: Loss, turn: int = 0) -> measure.Pass:
+    def run(self, peer: Peer, loss: Loss, turn: int = 0) -> Pass:
         logits = self.logits(turn)
-        measure.synchronize(self.setting.device)
+        synchronize(self.setting.device)
         with peer.around():
-            return measure.time_pass(lambda: loss(logits, self.target), self.setting.device)
+            return time_pass(lambda: loss(logits, self.target), self.setting.device)
 
 
 def gather(value: Any) -> list[Any]:
@@ -76,7 +76,7 @@ def gather(value: Any) -> list[Any]:
 
 def row_chunks(tensor: Tensor) -> list[slice]:
     """Slices of rows whose fp64 copy takes about 64 MiB."""
-    step = max(1, (64 * measure.MIB) // (8 * max(1, tensor.shape[1])))
+    step = max(1, (64 * MIB) // (8 * max(1, tensor.shape[1])))
     return [slice(i, i + step) for i in range(0, tensor.shape[0], step)]
 
 
@@ -87,11 +87,11 @@ def fits(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> b
     """
     if device.type == "cpu":
         return True
-    module = measure.device_module(device)
+    module = device_module(device)
     gc.collect()
     module.empty_cache()
     size = rows * columns * dtype.itemsize
-    copies = 1 + buffers_needed(size, measure.cache_bytes(device))
+    copies = 1 + buffers_needed(size, cache_bytes(device))
     return copies * size + SPARE_BYTES <= int(module.mem_get_info(device)[0])
 
 
@@ -108,9 +108,8 @@ def make(rows: int, vocab: int, setting: Setting, rank: int, dtype: torch.dtype)
         master[chunk] = piece.to(device, dtype)
     everywhere = torch.Generator().manual_seed(7)  # targets are the same on all ranks
     target = torch.randint(vocab, (rows,), generator=everywhere).to(device)
-    anchor = torch.zeros((), device=device, requires_grad=True)
     count = 1
     if device.type != "cpu":
-        count = buffers_needed(master.nbytes, measure.cache_bytes(device))
+        count = buffers_needed(master.nbytes, cache_bytes(device))
     buffers = [torch.clone(master) for _ in range(count)]
-    return Inputs(setting, rank, master, buffers, target, anchor, Sink())
+    return Inputs(setting, rank, master, buffers, target, Sink())

@@ -1,10 +1,8 @@
-"""Who is measured: one small function a competitor, and one source of logits for all of them.
+"""Who is measured: one small function a competitor.
 
 Idea: every peer is a function (logits, target) -> scalar mean loss that autograd can go back
-through. All are handed the same tensor in the same state: a non-leaf, as a head's output is,
-whose gradient is dropped as soon as it arrives (``Head``). Were it a leaf, autograd would keep,
-and at times copy, a gradient that no training step keeps. Imports happen in ``prepare``, so that
-a peer that is missing or broken costs nothing but its own row.
+through. All are handed the same tensor in the same state (``measuring/logits.py``). Imports happen
+in ``prepare``, so that a peer that is missing or broken costs nothing but its own row.
 """
 
 from __future__ import annotations
@@ -21,36 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-class Sink:
-    """Where the logits' gradient ends: dropped, or kept when a check asked for it."""
-
-    def __init__(self) -> None:
-        self.keep = False
-        self.gradient: Tensor | None = None
-
-
-class Head(torch.autograd.Function):
-    """Stands for the layer that made the logits: hands them out, drops their gradient.
-
-    ``anchor`` is a scalar leaf that gives the output a place in the graph. The output shares the
-    buffer's memory but is no view of it to autograd, as a real head's output is none: several
-    peers write into their logits, which autograd refuses on views made here.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, buffer: Tensor, sink: Sink) -> Tensor:
-        ctx.sink = sink
-        return torch.empty(0, dtype=buffer.dtype, device=buffer.device).set_(
-            buffer.untyped_storage(), buffer.storage_offset(), buffer.shape, buffer.stride()
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
-        if ctx.sink.keep:
-            ctx.sink.gradient = gradients[0]
-        return None, None, None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,15 @@ import torch.distributed as dist
 from vocab_parallel_ce.launch.bench.inputs import Inputs, fits, gather, make
 from vocab_parallel_ce.launch.bench.peers import BY_NAME, Loss, Peer, Setting
 from vocab_parallel_ce.launch.bench.truth import Reference, check, reference
-from vocab_parallel_ce.launch.measuring import measure
-from vocab_parallel_ce.launch.measuring.calibrate import calibrate
+from vocab_parallel_ce.launch.measuring.calibration import calibrate
+from vocab_parallel_ce.launch.measuring.collectives import count_collectives
+from vocab_parallel_ce.launch.measuring.device import MIB, device_module, synchronize
+from vocab_parallel_ce.launch.measuring.idle import wait_until_idle
+from vocab_parallel_ce.launch.measuring.limits import Loops, limit, run_loops
+from vocab_parallel_ce.launch.measuring.machine import processor_model
+from vocab_parallel_ce.launch.measuring.memory import exact_peaks, peak_extra, settle_malloc
+from vocab_parallel_ce.launch.measuring.passes import Pass
+from vocab_parallel_ce.launch.measuring.rounds import lower_quartile, summary, turns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
@@ -83,8 +90,10 @@ def barrier(device: torch.device) -> None:
 class Timed:
     """What one rank measured: a list entry for every timed run, in the same order on all ranks."""
 
-    times: dict[str, list[measure.Pass]] = field(default_factory=dict)
+    times: dict[str, list[Pass]] = field(default_factory=dict)
     copies: list[float] = field(default_factory=list)
+    loops: list[Loops] = field(default_factory=list)
+    """on a CPU, once a repetition"""
     quiet: list[bool | None] = field(default_factory=list)
     peaks: dict[str, list[int | None]] = field(default_factory=dict)
 
@@ -108,10 +117,10 @@ def _prepare(
         inputs.restore(only=0)
         logits = inputs.logits()
         with peer.around():
-            value, forward = measure.count_collectives(lambda: loss(logits, inputs.target))
-            _, backward = measure.count_collectives(value.backward)
+            value, forward = count_collectives(lambda: loss(logits, inputs.target))
+            _, backward = count_collectives(value.backward)
         facts["collectives"] = {"forward": forward, "backward": backward}
-        measure.synchronize(device)
+        synchronize(device)
         loss_of[peer.name] = loss
     except torch.OutOfMemoryError:  # says something about the peer, and nothing against it
         error = NO_ROOM
@@ -125,7 +134,7 @@ def _prepare(
         facts["status"] = errors[0]
         gc.collect()
         if device.type != "cpu":
-            measure.device_module(device).empty_cache()
+            device_module(device).empty_cache()
     return facts
 
 
@@ -135,22 +144,28 @@ def _time(
     """Round robin; the start moves on, so that nobody always follows the same neighbour."""
     device = inputs.setting.device
     timed = Timed({peer.name: [] for peer in ready})
-    for repeat in range(plan.repeats):
+    limited = device.type == "cpu"
+    if limited:
+        run_loops(inputs.master, inputs.buffers[0])  # compiled, and its memory touched
+    for repeat, peer in turns(ready, plan.repeats):
         text = f"timing, repetition {repeat + 1} of {plan.repeats}"
-        for place in range(len(ready)):
-            peer = ready[(repeat + place) % len(ready)]
-            tell(text, 0)
+        if limited and len(timed.loops) == repeat:
             gc.collect()
-            if inputs.rank == 0:  # the others wait at the barrier, asleep
-                timed.quiet.append(measure.wait_until_idle(plan.wait_idle))
+            wait_until_idle(plan.wait_idle if inputs.rank == 0 else 0)
             barrier(device)
-            timed.copies += inputs.restore()
-            time.sleep(SETTLE)
-            for turn in range(len(inputs.buffers)):
-                barrier(device)
-                measure.synchronize(device)
-                timed.times[peer.name].append(inputs.run(peer, loss_of[peer.name], turn))
-            tell(text, 1)
+            timed.loops.append(run_loops(inputs.master, inputs.buffers[0]))
+        tell(text, 0)
+        gc.collect()
+        if inputs.rank == 0:  # the others wait at the barrier, asleep
+            timed.quiet.append(wait_until_idle(plan.wait_idle))
+        barrier(device)
+        timed.copies += inputs.restore()
+        time.sleep(SETTLE)
+        for turn in range(len(inputs.buffers)):
+            barrier(device)
+            synchronize(device)
+            timed.times[peer.name].append(inputs.run(peer, loss_of[peer.name], turn))
+        tell(text, 1)
     return timed
 
 
@@ -159,27 +174,22 @@ def _weigh(
 ) -> None:
     """Peaks of memory, after the times: they need another setting of malloc than times do."""
     device = inputs.setting.device
-    measure.settle_malloc(strict=True)
-    for peer in ready:
-        tell(f"memory of {peer.label}", 0)
-        timed.peaks[peer.name] = []
-        for run in range(MEMORY_RUNS + 1):
-            inputs.restore(only=0)
-            barrier(device)
-            peak = measure.peak_extra(partial(inputs.run, peer, loss_of[peer.name]), device)
-            if run:  # the first one warms up under the new setting
-                timed.peaks[peer.name].append(peak)
-        tell(f"memory of {peer.label}", 1)
-    measure.settle_malloc(strict=False)
-
-
-def _summary(values: list[float]) -> dict[str, Any]:
-    return {"median": statistics.median(values), "min": min(values), "all": values}
+    with exact_peaks():
+        for peer in ready:
+            tell(f"memory of {peer.label}", 0)
+            timed.peaks[peer.name] = []
+            for run in range(MEMORY_RUNS + 1):
+                inputs.restore(only=0)
+                barrier(device)
+                peak = peak_extra(partial(inputs.run, peer, loss_of[peer.name]), device)
+                if run:  # the first one warms up under the new setting
+                    timed.peaks[peer.name].append(peak)
+            tell(f"memory of {peer.label}", 1)
 
 
 def budget(ours: str, rows: int, gradient: int, world: int) -> int:
     """Bytes a rank that this library may add at its peak: the design's promise."""
-    small = measure.MIB + (64 + 4 * PARTIALS * (world + 1)) * rows
+    small = MIB + (64 + 4 * PARTIALS * (world + 1)) * rows
     return small if ours == "in place" else gradient + small
 
 
@@ -188,9 +198,9 @@ def _merge(every: list[Timed], peer: Peer, rows: int, size: int, speed: float) -
     world = len(every)
     passes = list(zip(*(timed.times[peer.name] for timed in every), strict=True))  # [run][rank]
     facts: dict[str, Any] = {
-        "forward_s": _summary([max(p.forward for p in ranks) for ranks in passes]),
-        "backward_s": _summary([max(p.backward for p in ranks) for ranks in passes]),
-        "total_s": _summary([max(p.total for p in ranks) for ranks in passes]),
+        "forward_s": summary([max(p.forward for p in ranks) for ranks in passes]),
+        "backward_s": summary([max(p.backward for p in ranks) for ranks in passes]),
+        "total_s": summary([max(p.total for p in ranks) for ranks in passes]),
         "faults": statistics.median(max(p.faults for p in ranks) for ranks in passes),
     }
     ideal = PASSES["both"] * size * world
@@ -205,6 +215,15 @@ def _merge(every: list[Timed], peer: Peer, rows: int, size: int, speed: float) -
         facts["bytes_moved"] = ideal  # one read forward, one read and one write backward
         facts["budget_bytes"] = budget(peer.ours, rows, size, world)
     return facts
+
+
+def _limit(loops: list[Loops], run: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
+    """What this machine allows in memory and arithmetic, and how many times that ours took."""
+    elements = run["rows"] * (run["vocab"] // run["ranks"])
+    inplace = peer["ours"] == "in place"
+    found = limit(Loops.usual(loops), elements, DTYPES[run["dtype"]], inplace)
+    taken = lower_quartile(peer["total_s"]["all"])
+    return {"limit_s": asdict(found), "taken_s": taken, "times_limit": taken / found.total}
 
 
 def run_case(
@@ -235,6 +254,7 @@ def run_case(
         "rows": rows,
         "vocab": vocab,
         "device": device.type,
+        "processor": processor_model(),
         "threads_per_rank": torch.get_num_threads(),
         "repeats": plan.repeats,
         "logits_bytes_per_rank": size,
@@ -281,8 +301,17 @@ def run_case(
     for peer in ready:
         speed = statistics.median(bandwidth)
         result[peer.name].update(_merge(every, peer, rows, size, speed))
+    if timed.loops:
+        loops = [Loops.slowest(r) for r in zip(*(o.loops for o in every), strict=True)]
+        run["loops"] = {
+            f"{column.name}_s": summary([getattr(one, column.name) for one in loops])
+            for column in fields(Loops)
+        }
+        for peer in ready:
+            if peer.ours:
+                result[peer.name].update(_limit(loops, run, result[peer.name]))
     return run | {
-        "copy_bandwidth": _summary(bandwidth),
+        "copy_bandwidth": summary(bandwidth),
         "timed_runs": len(every[0].quiet),
         "busy_runs": sum(state is False for state in every[0].quiet),
         "idle_checked": any(state is not None for state in every[0].quiet),
@@ -304,8 +333,8 @@ def run_plan(plan: Plan, tell: Tell, init_method: str | None = None) -> list[dic
         importlib.import_module("torch_npu")  # registers the device
     if plan.device != "cpu":
         device = torch.device(plan.device, int(os.environ.get("LOCAL_RANK", rank)))
-        measure.device_module(device).set_device(device)
-    measure.settle_malloc(strict=False)
+        device_module(device).set_device(device)
+    settle_malloc(strict=False)
     dist.init_process_group(
         BACKENDS[plan.device],
         init_method=init_method,

@@ -18,7 +18,7 @@ from vocab_parallel_ce.launch.doctor.scrub import Names
 from vocab_parallel_ce.launch.doctor.selftest import Verdict, plan, run_checks
 from vocab_parallel_ce.launch.doctor.speed import COLLECTIVES, Sizes, Speed, run_speed, timed
 from vocab_parallel_ce.launch.doctor.worker import in_one_line
-from vocab_parallel_ce.launch.measuring.measure import count_collectives
+from vocab_parallel_ce.launch.measuring.collectives import count_collectives
 from vocab_parallel_ce.launch.refusal import FAILED, Refusal
 from vocab_parallel_ce.launch.terminal import progress
 from vocab_parallel_ce.parallel.groups import ParallelGroups

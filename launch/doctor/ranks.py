@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import torch.distributed as dist
 
 from vocab_parallel_ce.launch.doctor.worker import LateError, Worker, in_one_line
-from vocab_parallel_ce.launch.measuring.measure import device_module
+from vocab_parallel_ce.launch.measuring.device import device_module
 from vocab_parallel_ce.parallel.groups import ParallelGroups
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from vocab_parallel_ce.launch.doctor.findings import Environment
 from vocab_parallel_ce.launch.doctor.selftest import Verdict
 from vocab_parallel_ce.launch.doctor.speed import PassTiming, Speed
 from vocab_parallel_ce.launch.doctor.truth import RULE
-from vocab_parallel_ce.launch.measuring.measure import MIB
+from vocab_parallel_ce.launch.measuring.device import MIB
 from vocab_parallel_ce.launch.terminal import Coloured, Table, numbers, show, show_line, words
 
 SHOWN_FAILURES = 30

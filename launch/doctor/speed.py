@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,8 +30,12 @@ from vocab_parallel_ce.launch.doctor.cases import Place
 from vocab_parallel_ce.launch.doctor.environment import DTYPES
 from vocab_parallel_ce.launch.doctor.ranks import Outcome, Ranks
 from vocab_parallel_ce.launch.doctor.selftest import Tell
-from vocab_parallel_ce.launch.measuring import measure
-from vocab_parallel_ce.launch.train.selfcheck import produced
+from vocab_parallel_ce.launch.measuring.collectives import time_collective
+from vocab_parallel_ce.launch.measuring.device import synchronize
+from vocab_parallel_ce.launch.measuring.logits import produced
+from vocab_parallel_ce.launch.measuring.memory import exact_peaks, peak_extra, settle_malloc
+from vocab_parallel_ce.launch.measuring.passes import time_copy, time_pass
+from vocab_parallel_ce.launch.measuring.rounds import slowest
 
 TIMED_DTYPES = ("fp32", "bf16", "fp16")
 PARTIALS = 3  # floats a row that plain cross-entropy exchanges
@@ -99,7 +102,7 @@ def _align(place: Place) -> None:
     """Ranks begin together; a collective of the work's own group, so that nothing else is mixed."""
     if place.group is not None:
         dist.all_reduce(torch.zeros(1, device=place.device), group=place.group)
-    measure.synchronize(place.device)
+    synchronize(place.device)
 
 
 # --- the loss ---------------------------------------------------------------------------------
@@ -153,29 +156,28 @@ def _time_loss(place: Place, sizes: Sizes, what: Timed) -> Raw:
     def both() -> None:
         forward().backward()
 
-    measure.settle_malloc(strict=False)
+    settle_malloc(strict=False)
     raw = Raw([], [], [], None)
     for run in range(WARM_UP + sizes.repeats):
-        copied = measure.time_copy(buffer, master)
+        copied = time_copy(buffer, master)
         _align(place)
-        taken = measure.time_pass(forward, place.device)
+        taken = time_pass(forward, place.device)
         if run >= WARM_UP:
             raw.copy.append(copied)
             raw.forward.append(taken.forward)
             raw.backward.append(taken.backward)
-    measure.settle_malloc(strict=True)  # so that a peak holds nothing that was freed before
     peaks: list[int | None] = []
-    for _ in range(2):  # the first one warms up under the new setting
-        measure.time_copy(buffer, master)
-        _align(place)
-        peaks.append(measure.peak_extra(both, place.device))
-    measure.settle_malloc(strict=False)
+    with exact_peaks():
+        for _ in range(2):  # the first one warms up under the new setting
+            time_copy(buffer, master)
+            _align(place)
+            peaks.append(peak_extra(both, place.device))
     return Raw(raw.forward, raw.backward, raw.copy, peaks[-1])
 
 
 def _slowest(ranks: list[list[float]]) -> float | None:
     """Median over runs of the slowest rank; None where the device's clock stands still."""
-    median = statistics.median(max(run) for run in zip(*ranks, strict=True))
+    median = statistics.median(slowest(ranks))
     return median if median > 0 else None
 
 
@@ -239,14 +241,7 @@ def _time_collective(place: Place, name: str, rows: int, repeats: int) -> RawCol
         headers = world * 2 * HEADER_INTS
         received = torch.zeros((PARTIALS - 1) * rows + headers, device=place.device)
         sent, call = received.nbytes, lambda: dist.all_reduce(received, op.SUM, group=group)
-    times = []
-    for run in range(WARM_UP + repeats):
-        _align(place)
-        started = time.perf_counter()
-        call()
-        measure.synchronize(place.device)
-        if run >= WARM_UP:
-            times.append(time.perf_counter() - started)
+    times = time_collective(call, partial(_align, place), place.device, repeats, WARM_UP)
     return RawCollective(sent, received.nbytes, times)
 
 

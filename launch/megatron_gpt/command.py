@@ -44,7 +44,7 @@ from vocab_parallel_ce.launch.command_line import (
     usable_device,
     whole,
 )
-from vocab_parallel_ce.launch.measuring import measure
+from vocab_parallel_ce.launch.measuring.memory import settle_malloc
 from vocab_parallel_ce.launch.megatron_gpt.compare import compare, table
 from vocab_parallel_ce.launch.megatron_gpt.loss import LossChoice
 from vocab_parallel_ce.launch.megatron_gpt.model import megatron, require_megatron
@@ -185,7 +185,7 @@ def main(
         kind = usable_device(device)
         require_megatron(kind)
         groups = open_groups(kind, tp, dp, timeout)
-    measure.settle_malloc(strict=False)
+    settle_malloc(strict=False)
     with groups, megatron(groups, seed, timeout):
         with what_was_asked_for():
             trainer = prepare(groups, options, text or [], cache or default_cache())

@@ -20,8 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vocab_parallel_ce import VocabShard
-from vocab_parallel_ce.launch.bench.peers import Head, Sink
-from vocab_parallel_ce.launch.measuring import measure
+from vocab_parallel_ce.launch.measuring.collectives import count_collectives
+from vocab_parallel_ce.launch.measuring.device import MIB, synchronize
+from vocab_parallel_ce.launch.measuring.logits import produced
+from vocab_parallel_ce.launch.measuring.memory import exact_peaks, peak_extra
+from vocab_parallel_ce.launch.measuring.passes import Pass, time_pass
+from vocab_parallel_ce.launch.measuring.rounds import turns
 from vocab_parallel_ce.launch.megatron_gpt.loss import LossChoice, loss_in_use
 from vocab_parallel_ce.launch.megatron_gpt.model import has_compiler
 from vocab_parallel_ce.launch.megatron_gpt.trainer import MegatronTrainer, MicroBatch
@@ -66,7 +70,7 @@ class Result:
     """Of the gradient of the logits."""
     collectives: tuple[int | None, int | None] = (None, None)
     """Forward and backward of the loss."""
-    passes: list[measure.Pass] = field(default_factory=list)
+    passes: list[Pass] = field(default_factory=list)
     peak_bytes: int | None = None
     """Beyond what was there before the loss was called, its gradient included."""
 
@@ -122,7 +126,6 @@ class _Comparison:
             logits = trainer.gpt(self.batch.ids, positions, trainer.attention_mask)
         self.logits: Tensor = logits.transpose(0, 1).contiguous()  # [s, b, C_r], as in training
         self.buffer = torch.empty_like(self.logits)
-        self.anchor = torch.zeros((), device=self.groups.device, requires_grad=True)
 
     def use(self, contender: Contender) -> AbstractContextManager[None]:
         options = self.trainer.options
@@ -142,25 +145,23 @@ class _Comparison:
             self.trainer.meter.take()
             errors = check_against_reference(self._call(contender), self.groups)
             logits = self._fresh_logits()
-            loss, forward = measure.count_collectives(
-                lambda: _mean_loss(self.trainer, logits, self.batch)
-            )
-            _, backward = measure.count_collectives(loss.backward)
+            loss, forward = count_collectives(lambda: _mean_loss(self.trainer, logits, self.batch))
+            _, backward = count_collectives(loss.backward)
         return Result(
             contender, report["lm loss"], report.get("z loss"), norm, errors, (forward, backward)
         )
 
-    def time(self, contender: Contender) -> measure.Pass:
+    def time(self, contender: Contender) -> Pass:
         with self.use(contender):
             logits = self._fresh_logits()
-            return measure.time_pass(
+            return time_pass(
                 lambda: _mean_loss(self.trainer, logits, self.batch), self.groups.device
             )
 
     def peak(self, contender: Contender) -> int | None:
         with self.use(contender):
             logits = self._fresh_logits()
-            return measure.peak_extra(
+            return peak_extra(
                 lambda: _mean_loss(self.trainer, logits, self.batch).backward(),
                 self.groups.device,
             )
@@ -168,9 +169,9 @@ class _Comparison:
     def _fresh_logits(self) -> Tensor:
         """As the head had just made them: a non-leaf whose gradient is dropped when it arrives."""
         self.buffer.copy_(self.logits)  # the last contender may have written into them
-        logits: Tensor = Head.apply(self.anchor, self.buffer, Sink())  # type: ignore[no-untyped-call]
+        logits = produced(self.buffer)
         self.groups.barrier()
-        measure.synchronize(self.groups.device)
+        synchronize(self.groups.device)
         return logits
 
     def _call(self, contender: Contender) -> _ModelLossCall:
@@ -205,15 +206,12 @@ def compare(trainer: MegatronTrainer, rounds: int = ROUNDS) -> list[Result]:
     comparison = _Comparison(trainer)
     results = [comparison.judge(contender) for contender in CONTENDERS]
     gc.collect()
-    for _ in range(rounds):
+    for _, result in turns(results, rounds):
+        result.passes.append(comparison.time(result.contender))
+    with exact_peaks():  # afterwards: times need another setting of malloc
         for result in results:
-            result.passes.append(comparison.time(result.contender))
-    # Peaks afterwards: they need another setting of malloc than times do.
-    measure.settle_malloc(strict=True)
-    for result in results:
-        comparison.peak(result.contender)  # warms up under the new setting
-        result.peak_bytes = comparison.peak(result.contender)
-    measure.settle_malloc(strict=False)
+            comparison.peak(result.contender)  # warms up under the new setting
+            result.peak_bytes = comparison.peak(result.contender)
     return results
 
 
@@ -251,7 +249,7 @@ def table(results: Sequence[Result], trainer: MegatronTrainer) -> Table:
             f"{result.errors.gradient_error:.1e}",
             f"{forward:.1f}",
             f"{backward:.1f}",
-            "?" if result.peak_bytes is None else f"{result.peak_bytes / measure.MIB:.1f}",
+            "?" if result.peak_bytes is None else f"{result.peak_bytes / MIB:.1f}",
             " + ".join("?" if n is None else str(n) for n in result.collectives),
         )
     return out

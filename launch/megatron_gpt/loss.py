@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vocab_parallel_ce.launch.measuring.stopwatch import LossTimer, PeakMemory
+from vocab_parallel_ce.launch.measuring.in_step import LossTimer
+from vocab_parallel_ce.launch.measuring.memory import PeakMemory
 from vocab_parallel_ce.parallel.megatron import install
 
 

@@ -1,8 +1,9 @@
 """Runs a case on this machine's CPU and puts the model's prediction beside it.
 
 The benchmark starts the ranks, over Gloo, and times every way as it always does. In the same run
-the ranks measure what the model needs of the machine (``calibrate.py``), and the copy that restores
-the logits before every timed pass gives the bandwidth. Nothing of a preset enters the prediction.
+the ranks measure what the model needs of the machine (``measuring/calibration.py``), and the copy
+that restores the logits before every timed pass gives the bandwidth. Nothing of a preset enters
+the prediction.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from vocab_parallel_ce.launch.bench import command as bench
 from vocab_parallel_ce.launch.bench.rank import Plan
 from vocab_parallel_ce.launch.measuring.machine import processor
+from vocab_parallel_ce.launch.measuring.memory import available_bytes
 from vocab_parallel_ce.launch.plan.devices import DEVICES, Device, Figure
 from vocab_parallel_ce.launch.plan.model import Prediction, predict
 from vocab_parallel_ce.launch.plan.ways import Case, ways
@@ -96,16 +98,6 @@ def needed_bytes(case: Case) -> int:
     """Memory of all ranks together: two copies of the logits, and the largest peak beside them."""
     peak = max(way.peak for way in ways(case, "cpu", compiles=True))
     return case.ranks * (2 * case.elements * case.itemsize + peak)
-
-
-def available_bytes() -> int | None:
-    """Memory that the system could hand out now; None where it does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines)
-    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
 
 
 def run_case(case: Case, names: tuple[str, ...], repeats: int, wait_idle: float) -> Run:

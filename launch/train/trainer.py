@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vocab_parallel_ce import VocabShard, cross_entropy
-from vocab_parallel_ce.launch.measuring.stopwatch import LossTimer
+from vocab_parallel_ce.launch.measuring.in_step import LossTimer
 from vocab_parallel_ce.launch.train.checkpoint import Checkpoints, RunState
 from vocab_parallel_ce.launch.train.gpt import GPT, GPTShape
 from vocab_parallel_ce.launch.train.progress import StepMetrics, TrainingLog

@@ -7,13 +7,9 @@ once with an empty kernel cache (everything is compiled) and once with the cache
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
-from statistics import median
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -22,6 +18,7 @@ import typer
 
 from vocab_parallel_ce import cross_entropy
 from vocab_parallel_ce.launch.command_line import job, whole
+from vocab_parallel_ce.launch.measuring.calls import first_call_seconds, fixed_costs
 from vocab_parallel_ce.launch.terminal import Table, numbers, show, words
 
 ROWS, VOCAB = 1, 8
@@ -37,39 +34,19 @@ print(time.perf_counter() - start)
 """
 
 
-def microseconds(step: Callable[[], None], calls: int) -> float:
-    """Mean time of one of ``calls`` calls."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        step()
-    return (time.perf_counter() - start) / calls * 1e6
-
-
 def fixed_cost(rounds: int = 30, calls: int = 100) -> dict[str, float]:
     """Medians over interleaved rounds, forward and backward together, in microseconds."""
     logits = torch.zeros(ROWS, VOCAB, requires_grad=True)
     target = torch.zeros(ROWS, dtype=torch.int64)
-    losses: dict[str, Callable[[], torch.Tensor]] = {
-        "F.cross_entropy": lambda: F.cross_entropy(logits, target),
-        "cross_entropy": lambda: cross_entropy(logits, target),
+    losses: dict[str, Callable[..., torch.Tensor]] = {
+        "F.cross_entropy": F.cross_entropy,
+        "cross_entropy": cross_entropy,
     }
-    times: dict[str, list[float]] = {name: [] for name in losses}
-    for _ in range(rounds + 1):
-        for name, loss in losses.items():
-            times[name].append(microseconds(lambda loss=loss: loss().backward(), calls))  # type: ignore[misc]
-    return {name: median(values[1:]) for name, values in times.items()}  # the first warms up
 
+    def step(loss: Callable[..., torch.Tensor]) -> None:
+        loss(logits, target).backward()
 
-def first_call_seconds(dtype: str, cache: str) -> float:
-    """First forward and backward of a fresh process whose kernel cache is the folder ``cache``."""
-    run = subprocess.run(
-        [sys.executable, "-c", _FIRST_CALL, dtype],
-        env=os.environ | {"NUMBA_CACHE_DIR": cache},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return float(run.stdout)
+    return fixed_costs({name: partial(step, loss) for name, loss in losses.items()}, rounds, calls)
 
 
 def main(
@@ -93,7 +70,7 @@ def main(
     table = Table("First call of a process, on CPU tensors", columns)
     for name, dtype in DTYPES.items():
         with tempfile.TemporaryDirectory() as cache:
-            cold, warm = (first_call_seconds(dtype, cache) for _ in range(2))
+            cold, warm = (first_call_seconds(_FIRST_CALL, dtype, cache) for _ in range(2))
         table.add(name, f"{cold:.1f}", f"{warm:.2f}")
     show(table)
 

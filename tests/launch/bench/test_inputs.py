@@ -17,7 +17,7 @@ from vocab_parallel_ce.launch.bench import peers
 from vocab_parallel_ce.launch.bench import rank as one_rank
 from vocab_parallel_ce.launch.bench.inputs import CACHES, Inputs, buffers_needed
 from vocab_parallel_ce.launch.bench.peers import BY_NAME, Peer, Setting
-from vocab_parallel_ce.launch.measuring.measure import MIB
+from vocab_parallel_ce.launch.measuring.device import MIB
 
 
 @pytest.mark.parametrize(

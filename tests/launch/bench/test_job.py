@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from vocab_parallel_ce.launch.bench import goals, peers
-from vocab_parallel_ce.launch.measuring import measure
 
 ROOT = Path(__file__).parents[3]
 LABELS = {peer.name: peer.label for peer in peers.PEERS}
@@ -173,9 +172,9 @@ def run_of(times: dict[str, float], **changes: Any) -> dict[str, Any]:
     [
         (12.0, "met", "met exactly"),
         (18.0, "met", "met, with 50% to spare"),
-        (9.0, "MISSED", "MISSED by 25%, above the regression gate"),
-        (8.0, "MISSED", "MISSED by 33%, above the regression gate"),
-        (6.0, "below the gate", "MISSED by 50%, below the regression gate"),
+        (9.0, "MISSED", "MISSED by 25%"),
+        (8.0, "MISSED", "MISSED by 33%"),
+        (6.0, "MISSED", "MISSED by 50%"),
     ],
 )
 def test_a_ratio_is_judged(theirs: float, verdict: str, words: str) -> None:
@@ -242,38 +241,6 @@ def test_a_wrong_peer_is_named() -> None:
     (line,) = goals.failures([run])
     assert "F.cross_entropy is WRONG: loss 1 instead of 2" in line
     assert goals.failures([run], ours_only=True) == []
-
-
-def test_peak_memory_sees_a_buffer_and_its_absence() -> None:
-    measure.settle_malloc(strict=True)
-    try:
-        size, device = 64 * measure.MIB, torch.device("cpu")
-        for _ in range(2):  # the first one brings torch's own threads and code into memory
-            seen = measure.peak_extra(lambda: torch.ones(size, dtype=torch.int8), device)
-        if seen is None:
-            pytest.skip("this system tells no peak")
-        assert abs(seen - size) < measure.MIB
-        nothing = measure.peak_extra(lambda: None, device)
-        assert nothing is not None
-        assert nothing < measure.MIB
-    finally:
-        measure.settle_malloc(strict=False)
-
-
-def test_logits_are_a_non_leaf_whose_gradient_is_dropped() -> None:
-    head: Any = peers.Head.apply
-    buffer, anchor, sink = torch.randn(3, 5), torch.zeros((), requires_grad=True), peers.Sink()
-    logits = head(anchor, buffer, sink)
-    assert not logits.is_leaf
-    assert logits._base is None
-    assert logits.data_ptr() == buffer.data_ptr()
-    logits.sum().backward()
-    assert sink.gradient is None
-    assert anchor.grad is None
-    sink.keep = True
-    head(anchor, buffer, sink).sum().backward()
-    assert sink.gradient is not None
-    assert torch.equal(sink.gradient, torch.ones(3, 5))
 
 
 def test_ranks_that_die_are_reported(tmp_path: Path) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 
-from vocab_parallel_ce.launch.doctor.cases import Found, shards
+from vocab_parallel_ce.launch.doctor.cases import Found
 from vocab_parallel_ce.launch.doctor.ranks import Outcome
 from vocab_parallel_ce.launch.doctor.selftest import judge
-from vocab_parallel_ce.launch.doctor.truth import Comparison, Question, batch, compare, truth
+from vocab_parallel_ce.launch.doctor.truth import Question, batch, truth
+from vocab_parallel_ce.testing import Comparison, compare
 
 
 def test_a_result_is_compared_by_the_rule() -> None:
@@ -61,7 +60,7 @@ def test_the_truth_knows_how_torch_errs() -> None:
     right = truth(q, "loss", torch.device("cpu"))
     logits = batch(q).logits.requires_grad_()
     loss = torch.nn.functional.cross_entropy(logits, batch(q).target, reduction="none")
-    loss.backward(batch(q).upstream[0])
+    loss.backward(batch(q).upstream)
     assert logits.grad is not None
     for name, result in (("loss", loss), ("gradient", logits.grad)):
         found = compare(name, result, right.exact[name], right.error[name])
@@ -69,11 +68,3 @@ def test_the_truth_knows_how_torch_errs() -> None:
         assert found.allowed < 1e-5
     wider = truth(Question(torch.float64, 16, 1000, "none"), "loss", torch.device("cpu"))
     assert wider.error["loss"] < 1e-13
-
-
-@pytest.mark.parametrize("kind", ["even", "uneven", "padded", "reversed", "empty"])
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_shards_of_checks_tile_the_vocabulary(kind: str, world: int) -> None:
-    cut = sorted((start, stop) for start, stop, _ in shards(kind, 8 * world, world))
-    assert (cut[0][0], cut[-1][1]) == (0, 8 * world)
-    assert all(one[1] == other[0] for one, other in pairwise(cut))

@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ import torch
 from torch import Tensor
 
 from tests.launch.running import invoke, one_line
-from vocab_parallel_ce.launch.measuring.stopwatch import LossTimer, PeakMemory
 from vocab_parallel_ce.launch.train import text as text_module
 from vocab_parallel_ce.launch.train.command import Resume, prepare, train_and_check
 from vocab_parallel_ce.launch.train.gpt import GPTShape
@@ -418,45 +416,6 @@ def test_the_log_starts_again_after_the_last_checkpoint(tmp_path: Path) -> None:
     with TrainingLog(path, done=2, steps=5, line_every=1):
         pass
     assert [metrics.step for metrics in read_metrics(path)] == [1, 2]
-
-
-class _Slow(torch.autograd.Function):
-    """The identity, after a sleep of so many seconds each way."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, forward: float, backward: float) -> Tensor:
-        ctx.backward_seconds = backward
-        time.sleep(forward)
-        return values * 1
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        time.sleep(ctx.backward_seconds)
-        return gradients[0], None, None
-
-
-def test_the_timer_counts_the_loss_and_nothing_else() -> None:
-    timer = LossTimer(torch.device("cpu"))
-    slow: Any = _Slow.apply
-    logits = slow(torch.ones(3, requires_grad=True), 0.5, 0.5)
-    with timer.forward():
-        loss = slow(logits, 0.02, 0.05).sum()
-    timer.watch_backward(loss, logits)
-    loss.backward()
-    assert 0.07 <= timer.take() < 0.5
-    assert timer.take() == 0.0
-
-
-def test_peak_memory_sees_what_was_freed_again() -> None:
-    memory = PeakMemory(torch.device("cpu"))
-    memory.start()
-    torch.ones(64 * 2**20, dtype=torch.uint8)
-    peak = memory.stop()
-    if Path("/proc/self/clear_refs").exists() and os.access("/proc/self/clear_refs", os.W_OK):
-        assert peak is not None
-        assert 60 * 2**20 < peak < 100 * 2**20
-    else:
-        assert peak is None
 
 
 def test_the_gradient_norm_is_accurate_over_millions_of_values() -> None:

@@ -8,9 +8,9 @@ own; the slowest rank counts, and a rate of the machine is that of the slowest t
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,13 +18,17 @@ import torch.distributed as dist
 from vocab_parallel_ce.collectives import all_gather_flat
 from vocab_parallel_ce.engines import select
 from vocab_parallel_ce.engines.contract import Coefficients, Wanted
-from vocab_parallel_ce.launch.measuring import measure
+from vocab_parallel_ce.launch.measuring.clock import wall_seconds
+from vocab_parallel_ce.launch.measuring.collectives import time_collective
+from vocab_parallel_ce.launch.measuring.device import MIB
+from vocab_parallel_ce.launch.measuring.rounds import repeated
 
-FIRST_TOUCH_BYTES = 64 * measure.MIB  # above what malloc keeps, see measure.settle_malloc
+FIRST_TOUCH_BYTES = 64 * MIB  # above what malloc keeps, see memory.settle_malloc
 IN_CACHE = (64, 256)  # rows of COLUMNS a thread: 1 and 4 MiB of fp32, within a server's caches
 COLUMNS = 4096
 CALLS = 50  # of a rate: long enough for ranks that share a core to take turns
-LINK_BYTES = 4 * measure.MIB
+LINK_BYTES = 4 * MIB
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,7 @@ class Calibration:
 
 def _median(run: Callable[[], object], barrier: Callable[[], None], repeats: int) -> float:
     """Median seconds of ``run`` on this rank, all ranks beginning together."""
-    times = []
-    for _ in range(repeats + 1):  # the first one warms up
-        barrier()
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+    return statistics.median(repeated(partial(wall_seconds, run, _CPU), barrier, repeats))
 
 
 def _first_touch(barrier: Callable[[], None], repeats: int) -> float:
@@ -120,10 +118,13 @@ def _collectives(
         every = torch.zeros(world * len(mine), dtype=torch.int32)
         return lambda: all_gather_flat(every, mine, group)
 
+    def median(call: Callable[[], object], rounds: int) -> float:
+        return statistics.median(time_collective(call, barrier, _CPU, rounds))
+
     row = torch.zeros(1)
-    small = _median(gather(64), barrier, 3 * repeats)
-    large = _median(gather(LINK_BYTES), barrier, repeats)
-    reduce = _median(lambda: dist.all_reduce(row, group=group), barrier, 3 * repeats)
+    small = median(gather(64), 3 * repeats)
+    large = median(gather(LINK_BYTES), repeats)
+    reduce = median(lambda: dist.all_reduce(row, group=group), 3 * repeats)
     link = (world - 1) * LINK_BYTES / max(large - small, 1e-9)
     return small, reduce, link
 
