@@ -305,15 +305,19 @@ def _imports(path: Path, package: str) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             name = _literal_head(node.args[0])
-            yield package + name if name.startswith(".") else name
+            if name:
+                yield package + name if name.startswith(".") else name
 
 
 def _literal_head(argument: ast.expr) -> str:
-    """A module's name as written; of an f-string the package in front of what is filled in."""
+    """A module's name as written; of an f-string the package in front of what is filled in.
+
+    Empty for a name that is computed.
+    """
     if isinstance(argument, ast.JoinedStr):
         package, _, _ = ast.literal_eval(argument.values[0]).rpartition(".")
         return str(package)
-    return str(ast.literal_eval(argument))
+    return str(argument.value) if isinstance(argument, ast.Constant) else ""
 
 
 def _all_imports(folder: str, package: str) -> Iterator[tuple[str, str]]:
@@ -393,9 +397,10 @@ def test_no_engine_imports_another() -> None:
         seen.add(engine)
         if engine == "__init__" or not _under(name, "vocab_parallel_ce"):
             continue
-        allowed = name == package or _under(name, f"{package}.contract")
+        words = (f"{package}.contract", "vocab_parallel_ce.switches")  # environment variables
+        allowed = name == package or any(_under(name, word) for word in words)
         own = engine != "contract" and _under(name, f"{package}.{engine}")
-        assert allowed or own, f"{file} imports {name}: an engine may import the contract only"
+        assert allowed or own, f"{file} imports {name}: an engine may import the contract"
     assert {"cpu", "eager", "npu", "triton"} <= seen
 
 
