@@ -4,7 +4,7 @@
     <!-- run -->           it runs as printed: Python on two ranks, a command by the shell
     <!-- given: a, b -->   it runs on two ranks where these names are there already
     <!-- fragment: why --> it is not run, and why
-    <!-- output: why -->   what a command printed
+    <!-- output: command -->  what this command prints, in 80 columns
 
 A shell block must say one of them. Blocks of other languages (text, json) show something.
 """

@@ -96,6 +96,24 @@ def test_shell_blocks_run_as_printed(block: Block, tmp_path: Path) -> None:
     assert done.returncode == 0, f"{block.name}:\n{done.stdout}{done.stderr}"
 
 
+@pytest.mark.parametrize(
+    "block", [b for b in BLOCKS if b.word == "output"], ids=lambda block: block.name
+)
+def test_what_a_page_shows_is_what_the_command_prints(block: Block, tmp_path: Path) -> None:
+    command = block.rest.split()
+    assert command.pop(0) == "vocab-parallel-ce"
+    done = subprocess.run(
+        [sys.executable, "-m", "vocab_parallel_ce.launch", *command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80", "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == block.code.strip()
+
+
 def test_every_block_says_what_it_is() -> None:
     for block in SHELL:
         assert block.word, f"{block.name}: a shell block runs, or is marked as a fragment"
@@ -128,6 +146,39 @@ def _commands() -> list[tuple[str, str]]:
         ):
             found.append((str(page.relative_to(ROOT)), code))
     return found
+
+
+def _options_of(name: str) -> str:
+    """What a job says of itself with --help."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vocab_parallel_ce.launch", name, "--help"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+_JOB = re.compile(r"(?:vocab-parallel-ce|-m vocab_parallel_ce\.launch)[ .]([a-z_.-]+)(.*)")
+
+
+def test_jobs_and_their_options_exist() -> None:
+    used: dict[str, set[tuple[str, str]]] = {}
+    for where, command in _commands():
+        match = _JOB.search(command)
+        if match and not match[1].startswith("-"):
+            name = match[1].replace("bench.call_cost", "call-cost").replace("_", "-")
+            found = re.findall(r"(?<!\S)--[a-z][\w-]*", match[2])
+            used.setdefault(name, set()).update((where, option) for option in found)
+    assert {"doctor", "train", "bench", "plan"} <= set(used)
+    for name, options in used.items():
+        if name == "bench.table":  # no job of its own: what it makes is tested
+            continue
+        told = _options_of(name)
+        for where, option in sorted(options):
+            assert option in told, f"{where}: {name} has no {option}"
 
 
 def test_make_targets_exist() -> None:
