@@ -43,7 +43,8 @@ from vocab_parallel_ce.launch.bench import report as bench_report
 from vocab_parallel_ce.launch.bench import shares as bench_shares
 from vocab_parallel_ce.launch.bench.peers import PEERS
 from vocab_parallel_ce.launch.bench.rank import BACKENDS, DTYPES, Plan, run_plan, steps
-from vocab_parallel_ce.launch.measuring.device import device_name, processor
+from vocab_parallel_ce.launch.measuring.device import device_name
+from vocab_parallel_ce.launch.measuring.machine import processor
 
 LABELS = {peer.name: peer.label for peer in PEERS}
 GRID_ROWS = (4096, 8192, 16384, 32768)

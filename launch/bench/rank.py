@@ -36,11 +36,11 @@ from vocab_parallel_ce.launch.measuring.collectives import count_collectives
 from vocab_parallel_ce.launch.measuring.device import (
     MIB,
     device_module,
-    processor_model,
     synchronize,
 )
 from vocab_parallel_ce.launch.measuring.idle import wait_until_idle
 from vocab_parallel_ce.launch.measuring.limits import Loops, limit, run_loops
+from vocab_parallel_ce.launch.measuring.machine import processor_model
 from vocab_parallel_ce.launch.measuring.memory import exact_peaks, peak_extra, settle_malloc
 from vocab_parallel_ce.launch.measuring.passes import Pass
 from vocab_parallel_ce.launch.measuring.rounds import lower_quartile, summary, turns

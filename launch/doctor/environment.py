@@ -29,7 +29,7 @@ from vocab_parallel_ce.launch.doctor.software import (
     package_versions,
 )
 from vocab_parallel_ce.launch.doctor.variables import Judged, judge
-from vocab_parallel_ce.launch.measuring.device import processor
+from vocab_parallel_ce.launch.measuring.machine import processor
 from vocab_parallel_ce.parallel import groups
 
 DTYPES = {

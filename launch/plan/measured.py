@@ -15,7 +15,7 @@ from typing import Any
 
 from vocab_parallel_ce.launch.bench import command as bench
 from vocab_parallel_ce.launch.bench.rank import Plan
-from vocab_parallel_ce.launch.measuring.device import processor
+from vocab_parallel_ce.launch.measuring.machine import processor
 from vocab_parallel_ce.launch.measuring.memory import available_bytes
 from vocab_parallel_ce.launch.plan.devices import DEVICES, Device, Figure
 from vocab_parallel_ce.launch.plan.model import Prediction, predict
