@@ -27,7 +27,6 @@ import math
 import os
 import time
 import uuid
-import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -41,6 +40,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from vocab_parallel_ce.collectives import BACKEND_OF_DEVICE, backends_of
 from vocab_parallel_ce.torch_import import AUTOLOAD_VARIABLE, why_backend_failed
+from vocab_parallel_ce.warning import warn
 
 VISIBLE_CARDS_VARIABLE = "ASCEND_RT_VISIBLE_DEVICES"
 HCCL_HEAD_START = 60.0
@@ -107,7 +107,35 @@ def default_device_type() -> str:
 def _warn_that_no_npu_is_used() -> None:
     """Once: who installed torch_npu did not mean to run on the CPU."""
     if importlib.util.find_spec("torch_npu") is not None:
-        warnings.warn(f"running on the CPU: {npu_problem()}", stacklevel=3)
+        warn(f"running on the CPU: {npu_problem()}")
+
+
+def device_problem(kind: str) -> str | None:
+    """Why this process cannot use a device of this kind, and the way out; None where it can."""
+    if kind == "cpu":
+        return None
+    if kind == "npu":
+        problem = npu_problem()
+    else:
+        problem = None if torch.cuda.is_available() else "this machine shows none; use --device cpu"
+    return problem or _crowding(kind, int(torch.get_device_module(kind).device_count()))
+
+
+def _crowding(kind: str, count: int) -> str | None:
+    """More processes than devices: told on every rank, not only on those that have no device."""
+    local_rank = _environment_int("LOCAL_RANK", 0)
+    processes = _environment_int("LOCAL_WORLD_SIZE", 1)
+    if processes > count:
+        return (
+            f"LOCAL_WORLD_SIZE={processes} processes were started on this machine, which shows "
+            f"{count} {kind} devices; start at most {count} (torchrun --nproc-per-node {count})"
+        )
+    if local_rank >= count:
+        return (
+            f"LOCAL_RANK={local_rank} has no {kind} device: this machine shows {count}; "
+            f"start at most {count} processes here (torchrun --nproc-per-node {count})"
+        )
+    return None
 
 
 def local_device(device_type: str | None = None) -> torch.device:
@@ -115,29 +143,13 @@ def local_device(device_type: str | None = None) -> torch.device:
     kind = device_type or default_device_type()
     if kind not in BACKEND_OF_DEVICE:
         raise ValueError(f"device={kind!r} is not one of {', '.join(BACKEND_OF_DEVICE)}")
-    if kind == "cpu":
-        return torch.device("cpu")
-    if kind == "npu":
-        problem = npu_problem()
-    else:
-        problem = None if torch.cuda.is_available() else "this machine shows none; use --device cpu"
+    problem = device_problem(kind)
     if problem is not None:
         raise ValueError(f"device={kind!r}, but {problem}")
-    module = torch.get_device_module(kind)
-    local_rank, count = _environment_int("LOCAL_RANK", 0), int(module.device_count())
-    processes = _environment_int("LOCAL_WORLD_SIZE", 1)
-    if processes > count:  # told on every rank, not only on those that have no device
-        raise ValueError(
-            f"LOCAL_WORLD_SIZE={processes} processes were started on this machine, which shows "
-            f"{count} {kind} devices; start at most {count} (torchrun --nproc-per-node {count})"
-        )
-    if local_rank >= count:
-        raise ValueError(
-            f"LOCAL_RANK={local_rank} has no {kind} device: this machine shows {count}; "
-            f"start at most {count} processes here (torchrun --nproc-per-node {count})"
-        )
-    device = torch.device(kind, local_rank)
-    module.set_device(device)
+    if kind == "cpu":
+        return torch.device("cpu")
+    device = torch.device(kind, _environment_int("LOCAL_RANK", 0))
+    torch.get_device_module(kind).set_device(device)
     return device
 
 
@@ -297,10 +309,9 @@ def _prepare_hccl(timeout_seconds: float, deterministic: bool) -> timedelta:
     if deterministic:
         switch = os.environ.setdefault("HCCL_DETERMINISTIC", "true")
         if switch.lower() not in ("true", "strict"):
-            warnings.warn(
+            warn(
                 f"deterministic=True, but HCCL_DETERMINISTIC={switch!r} is set and stays: sums "
-                "over the groups may differ from run to run; unset it",
-                stacklevel=3,
+                "over the groups may differ from run to run; unset it"
             )
     return timedelta(seconds=max(timeout_seconds, patience) + HCCL_HEAD_START)
 

@@ -12,6 +12,8 @@ import os
 import torch
 from torch import Tensor
 
+from vocab_parallel_ce import testing
+
 DEVICE = os.environ.get(
     "VOCAB_PARALLEL_CE_TEST_DEVICE", "npu" if "NPU_SIM_DEVICES" in os.environ else "cpu"
 )
@@ -33,9 +35,4 @@ if INTERPRETED:  # Python runs kernels slowly: what says nothing about them is l
 
 def move(tensor: Tensor) -> Tensor:
     """A copy on the device, strides and overlaps included; the tensor itself on the CPU."""
-    if DEVICE == "cpu":
-        return tensor
-    items = tensor.untyped_storage().nbytes() // tensor.itemsize
-    flat = tensor.detach().new_empty(0).set_(tensor.untyped_storage(), 0, (items,), (1,))
-    moved = flat.to(DEVICE).as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
-    return moved.requires_grad_(tensor.requires_grad)
+    return testing.move(tensor, DEVICE)

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vocab_parallel_ce import cross_entropy, cross_entropy_loss, token_statistics
+from vocab_parallel_ce.testing import Batch, assert_close, batch, even
 
-from .cases import Batch, Findings, batch, check_gradient, even, expected, gloo_events
+from .cases import Findings, check_gradient, expected, gloo_events
 from .ranks import Pool
-from .tolerance import assert_close
 
 VOCAB = 60
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)

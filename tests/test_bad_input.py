@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vocab_parallel_ce import VocabShard, cross_entropy, cross_entropy_loss, token_statistics
 from vocab_parallel_ce.checks import check_backend_dtype
-from vocab_parallel_ce.request import CHECK_VARIABLE
+from vocab_parallel_ce.switches import CHECK_VARIABLE
 
 from .ranks import Pool, run_fresh
 
@@ -225,7 +225,7 @@ def _values(world: int) -> dict[str, tuple[Call, str]]:
         return weight
 
     classes = rf"neither a class in \[0, {vocab}\) nor ignore_index=-100"
-    not_fine = f"weight must be finite and not negative: class {vocab - 2} is not"
+    not_fine = f"weight must be finite, .* holds NaN or inf for class {vocab - 2};"
     return {
         "target V": ({"target": with_target(vocab)}, f"row 2 holds {vocab} .*{classes}"),
         "target -1": ({"target": with_target(-1)}, f"row 2 holds -1 .*{classes}"),
@@ -235,7 +235,7 @@ def _values(world: int) -> dict[str, tuple[Call, str]]:
             {"ignore_index": 0},
             rf"row 3 holds -100 .*\[0, {vocab}\) nor ignore_index=0",
         ),
-        "weight -1": ({"weight": with_weight(-1.0)}, not_fine),
+        "weight -inf": ({"weight": with_weight(-float("inf"))}, not_fine),
         "weight nan": ({"weight": with_weight(float("nan"))}, not_fine),
         "weight inf": ({"weight": with_weight(float("inf")).bfloat16()}, not_fine),
     }

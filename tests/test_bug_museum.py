@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vocab_parallel_ce import VocabShard, cross_entropy, cross_entropy_loss, token_statistics
+from vocab_parallel_ce.testing import Sharding, assert_close, batch, even, sized
 
-from .cases import Findings, Sharding, batch, check_gradient, even, expected, sized
+from .cases import Findings, check_gradient, expected
 from .ranks import Pool
-from .tolerance import assert_close
 
 COLLECTIVES = ("all_gather", "all_reduce")
 

@@ -17,10 +17,10 @@ from vocab_parallel_ce import (
     token_statistics,
 )
 from vocab_parallel_ce.request import RowRequest
+from vocab_parallel_ce.testing import assert_close, batch, even
 
-from .cases import Findings, batch, check_gradient, even, expected
+from .cases import Findings, check_gradient, expected
 from .ranks import Pool
-from .tolerance import assert_close
 
 COLUMNS = 12
 Result = tuple[Tensor, ...]

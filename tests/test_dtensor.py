@@ -20,10 +20,10 @@ from torch.distributed.tensor import (
 )
 
 from vocab_parallel_ce import VocabShard, cross_entropy, cross_entropy_loss, token_statistics
+from vocab_parallel_ce.testing import assert_close, batch
 
-from .cases import Findings, batch, expected
+from .cases import Findings, expected
 from .ranks import Pool
-from .tolerance import assert_close
 
 Placements = tuple[Placement, ...]
 OPTIONS: dict[str, Any] = {
@@ -257,6 +257,22 @@ def test_normalizer(pool: Pool) -> None:
     pool.run(_normalizer, 4)
 
 
+def _target_elsewhere(group: dist.ProcessGroup) -> None:
+    """A target that is split over another mesh dimension than the rows is moved."""
+    mesh = _grid()
+    data = batch(8, 10, torch.float32)
+    logits = distribute_tensor(data.logits, mesh, (Shard(0), Shard(1)))
+    want = _as_dtensor(cross_entropy(logits, data.target, reduction="none")).full_tensor()
+    for placements in ((Replicate(), Shard(0)), (Shard(0), Shard(0)), (Shard(0), Replicate())):
+        target = distribute_tensor(data.target, mesh, placements)
+        loss = _as_dtensor(cross_entropy(logits, target, reduction="none"))
+        assert torch.equal(loss.full_tensor(), want), placements
+
+
+def test_a_target_that_lies_otherwise_is_redistributed(pool: Pool) -> None:
+    pool.run(_target_elsewhere, 4)
+
+
 def _refusals(group: dist.ProcessGroup) -> list[tuple[str, str]]:
     mesh, line = _grid(), _line(group)
     data = batch(8, 12, torch.float32)
@@ -272,7 +288,8 @@ def _refusals(group: dist.ProcessGroup) -> list[tuple[str, str]]:
         "shard": {"input": good, "target": target, "shard": VocabShard(0, 12, 12)},
         "shape": {"input": good, "target": target[:3]},
         "target placement": {
-            "input": good, "target": distribute_tensor(target, mesh, [Replicate(), Shard(0)]),
+            "input": good,
+            "target": DTensor.from_local(target, mesh, [Replicate(), Partial()], run_check=False),
         },
         "target mesh": {"input": good, "target": distribute_tensor(target, line, [Replicate()])},
         "weight": {

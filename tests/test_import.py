@@ -59,7 +59,7 @@ def test_torch_itself_fails_there(without_cann: Path) -> None:
 
 def test_a_command_ends_in_one_line(without_cann: Path) -> None:
     process = _python("-m", "vocab_parallel_ce.launch.train", path=without_cann)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert process.stdout == ""
     assert len(process.stderr.splitlines()) == 1, process.stderr
     for part in ("torch_npu is installed but does not load because CANN is not found",
@@ -106,7 +106,7 @@ def test_the_way_out_works(without_cann: Path) -> None:
 def test_another_backend_that_fails_is_named(tmp_path: Path) -> None:
     path = _backend(tmp_path, "torch_xyz", "OSError('version 3 wanted\\nand more')")
     process = _python("-m", "vocab_parallel_ce.launch.train", path=path)
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert len(process.stderr.splitlines()) == 1, process.stderr
     assert (
         "torch_xyz is installed but does not load (version 3 wanted): install the version made "
@@ -116,9 +116,11 @@ def test_another_backend_that_fails_is_named(tmp_path: Path) -> None:
 
 def test_torch_that_is_not_installed() -> None:
     process = _python("-S", "-m", "vocab_parallel_ce.launch.train")  # -S: no site-packages
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert len(process.stderr.splitlines()) == 1, process.stderr
-    assert "torch is not installed; pip install torch (2.5 or newer)" in process.stderr
+    assert process.stderr == (
+        "vocab-parallel-ce train: torch is not installed; pip install torch (2.5 or newer)\n"
+    )
 
 
 def test_a_torch_that_is_broken_otherwise_is_not_talked_over(tmp_path: Path) -> None:

@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from vocab_parallel_ce import cross_entropy, cross_entropy_loss, token_statistics
-from vocab_parallel_ce.reference import ReferenceLoss
+from vocab_parallel_ce.testing import Expected, ReferenceLoss, assert_close, naive_error
 
-from .cases import Expected, expected
-from .tolerance import assert_close, naive_error
+from .cases import expected
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("none", "mean", "sum")
@@ -587,3 +586,20 @@ def test_a_row_without_a_maximum_has_no_argmax(engine: str) -> None:
     best = token_statistics(logits, target, argmax=True, engine=engine).argmax
     assert best is not None
     assert best.tolist() == [int(logits[0].argmax()), -1, int(logits[2].argmax())]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_negative_class_weights_are_pytorchs_to_allow(reduction: str, smoothing: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 9, generator=g, dtype=torch.float64)
+    target = torch.tensor([0, 3, 8, -100, 3, 1])
+    weight = torch.linspace(-2, 3, 9, dtype=torch.float64)
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    options: dict[str, Any] = {"reduction": reduction, "label_smoothing": smoothing}
+    loss = cross_entropy(ours, target, weight, **options)
+    want = functional.cross_entropy(theirs, target, weight, **options)
+    torch.testing.assert_close(loss, want)
+    loss.sum().backward()
+    want.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)

@@ -16,21 +16,19 @@ from vocab_parallel_ce import (
     cross_entropy_loss,
     token_statistics,
 )
-from vocab_parallel_ce.reference import ReferenceLoss
-
-from .cases import (
-    SHARDINGS,
-    Findings,
+from vocab_parallel_ce.testing import (
+    ReferenceLoss,
     Sharding,
+    assert_close,
     batch,
-    check_gradient,
     even,
-    expected,
+    naive_error,
     sized,
 )
+
+from .cases import SHARDINGS, Findings, check_gradient, expected
 from .device import DEVICE, DTYPES, move
 from .ranks import Pool
-from .tolerance import assert_close, naive_error
 
 REDUCTIONS = ("none", "mean", "sum")
 ROWS = 96  # the naive error of few rows may be small by luck
@@ -74,7 +72,9 @@ def _losses_match(group: dist.ProcessGroup, sharding: Sharding, dtype: torch.dty
     rank, ways, done, findings = dist.get_rank(group), _ways(), 0, Findings()
     for name, chosen in OPTIONS.items():
         ignore_index = chosen.get("ignore_index", -100)
-        data = batch(ROWS, sharding.vocab_size, dtype, ignore_index, seed=len(name))
+        data = batch(
+            ROWS, sharding.vocab_size, dtype, ignore_index, seed=len(name), unreadable=True
+        )
         options = {k: v for k, v in chosen.items() if k != "weight"}
         weight = data.weight if "weight" in chosen else None
         for reduction in REDUCTIONS:
@@ -147,7 +147,8 @@ def _one_operator_call(
     rank: int,
     what: str,
 ) -> None:
-    data = batch(ROWS, sharding.vocab_size, dtype, chosen.get("ignore_index", -100), seed=3)
+    ignore_index = chosen.get("ignore_index", -100)
+    data = batch(ROWS, sharding.vocab_size, dtype, ignore_index, seed=3, unreadable=True)
     weight = data.weight if chosen.pop("weight", False) else None
     want = expected(data.logits, data.target, weight, reduction=reduction, **chosen)
     z_scale = chosen.pop("lse_square_scale", 0.0)

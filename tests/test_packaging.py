@@ -57,6 +57,7 @@ def test_the_wheel_holds_every_module_once(archives: tuple[Path, Path]) -> None:
     modules = {name for name in names if name.endswith(".py")}
     assert modules == wanted  # a folder that pyproject.toml does not name would be missing
     assert "vocab_parallel_ce/py.typed" in names
+    assert "vocab_parallel_ce/launch/ascend/run.sh" in names  # `vocab-parallel-ce ascend` runs it
 
 
 def test_the_sdist_holds_every_tracked_file(archives: tuple[Path, Path]) -> None:

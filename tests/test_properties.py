@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vocab_parallel_ce import cross_entropy, cross_entropy_loss, token_statistics
-from vocab_parallel_ce.reference import ReferenceLoss
+from vocab_parallel_ce.testing import ReferenceLoss, Sharding, assert_close, naive_error, sized
 
-from .cases import Findings, Sharding, check_gradient, expected, sized
+from .cases import Findings, check_gradient, expected
 from .device import DTYPES, move
 from .ranks import Pool
-from .tolerance import assert_close, naive_error
 
 SETTINGS: dict[str, Any] = {
     "deadline": None,

@@ -11,8 +11,7 @@ from torch import Tensor
 from vocab_parallel_ce.engines import eager
 from vocab_parallel_ce.engines.contract import ELSEWHERE, IGNORED, Wanted
 from vocab_parallel_ce.statistics import Merged, finish, merge, merge_single, rescale_, stat_names
-
-from .tolerance import assert_close
+from vocab_parallel_ce.testing import assert_close
 
 ALL = Wanted(smooth=True, entropy=True, argmax=True)
 NO_ARGMAX = Wanted(smooth=True, entropy=True)

@@ -19,8 +19,9 @@ from .collectives import check_backend_dtype as check_backend_dtype
 from .engines import ENGINES, select
 from .header import REDUCTIONS
 from .preflight import preflight
-from .request import RowRequest, check_is_on
+from .request import RowRequest
 from .shard import VocabShard, group_rank_and_size
+from .switches import check_is_on
 
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TARGET_DTYPES = (torch.int64, torch.int32)

@@ -9,7 +9,6 @@ numerator and denominator), and gradients come back in the logits' placement.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +73,8 @@ def unwrap(
     """Local tensors and options of a call; plain tensors pass through.
 
     Raises ValueError for placements that the loss cannot serve. Communicates nothing, unless
-    ``normalizer`` is a DTensor that must be reduced.
+    ``normalizer`` is a DTensor that must be reduced, or ``target`` one that lies otherwise than the
+    rows of ``input``.
     """
     if not isinstance(input, DTensor):
         for name, value in (("target", target), ("weight", weight)):
@@ -146,12 +146,10 @@ def _local_target(target: Tensor, local: Tensor, layout: Layout, offset: tuple[i
     if isinstance(target, DTensor):
         if target.device_mesh != layout.mesh:
             raise ValueError("target is a DTensor on another mesh than input")
-        given: tuple[Any, ...] = tuple(target.placements)
-        same = given == layout.row_placements
-        if not same and not all(p.is_replicate() for p in given):
+        if any(p.is_partial() for p in target.placements):
             raise ValueError(
-                f"target has placements {given}, but input needs {layout.row_placements} "
-                "(its rows' own) or Replicate; use target.redistribute(...)"
+                f"target has placements {tuple(target.placements)}: ids must not be Partial sums; "
+                "use target.redistribute(...)"
             )
         return target.redistribute(placements=layout.row_placements).to_local()
     if target.shape == local.shape[:-1]:

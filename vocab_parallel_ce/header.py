@@ -300,8 +300,8 @@ def _raise_on_values(rank: int, header: Header) -> None:
         )
     if header.checksums["bad_weight"] != _NONE:
         raise ValueError(
-            f"weight must be finite and not negative: class {header.checksums['bad_weight']} is "
-            f"not on rank {rank} of the group; use 0 to leave a class out"
+            f"weight must be finite, but rank {rank} of the group holds NaN or inf for class "
+            f"{header.checksums['bad_weight']}; use 0 to leave a class out"
         )
 
 

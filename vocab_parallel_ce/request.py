@@ -6,13 +6,11 @@ what the header tells the other ranks.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields
 from typing import Any
 
 from .engines.contract import Wanted
-
-CHECK_VARIABLE = "VOCAB_PARALLEL_CE_CHECK"
+from .switches import check_is_on
 
 
 @dataclass(frozen=True)
@@ -56,10 +54,3 @@ class RowRequest:
     def scalars(self) -> tuple[Any, ...]:
         """The fields in order, for a custom operator; ``RowRequest(*scalars)`` restores it."""
         return tuple(getattr(self, field.name) for field in fields(self))
-
-
-def check_is_on(check: str) -> bool:
-    """Whether ranks compare notes before they start."""
-    if check == "environment":
-        return os.environ.get(CHECK_VARIABLE, "0").lower() not in ("", "0", "false", "no", "off")
-    return check == "on"

@@ -44,7 +44,7 @@ def find_problems(target: Tensor, allowed: Tensor, weight: Tensor | None) -> Val
         bad_row = int((~allowed).to(torch.uint8).argmax())
         bad_target = int(target[bad_row])
     if weight is not None:
-        fine = (weight >= 0) & (weight < torch.inf)
+        fine = weight.isfinite()
         if not bool(fine.all()):
             bad_weight = int((~fine).to(torch.uint8).argmax())
     return ValueProblems(bad_row, bad_target, bad_weight)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import re
 
 AUTOLOAD_VARIABLE = "TORCH_DEVICE_BACKEND_AUTOLOAD"
@@ -35,6 +36,7 @@ def why_backend_failed(name: str, error: BaseException) -> str:
 @functools.cache
 def torch_problem() -> str | None:
     """None if torch can be imported. Found once: torch cannot be imported a second time."""
+    autoload = os.environ.get(AUTOLOAD_VARIABLE)
     try:
         importlib.import_module("torch")
     except ModuleNotFoundError as error:
@@ -45,6 +47,11 @@ def torch_problem() -> str | None:
         failed = re.match(r"Failed to load the backend extension: (\w+)", str(error))
         if failed is None:
             raise
+        # torch_npu changes the variable and does not restore it when it fails.
+        if autoload is None:
+            os.environ.pop(AUTOLOAD_VARIABLE, None)
+        else:
+            os.environ[AUTOLOAD_VARIABLE] = autoload
         return f"torch cannot be imported: {why_backend_failed(failed[1], error)}"
     return None
 

@@ -1,4 +1,4 @@
-"""What launch/ascend/run.sh asks before it starts torchrun: are the cards here, and all machines?
+"""What run.sh asks before it starts torchrun: are the cards here, and all machines?
 
 Without this a missing machine, a blocked port or a NODE_RANK given twice shows as a hang, or as
 tracebacks of torchrun's store. Here each machine gets one line, and status 2. The machines meet
@@ -18,12 +18,10 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
-import torch
+from vocab_parallel_ce.launch import options
+from vocab_parallel_ce.launch.refusal import say_and_leave
+from vocab_parallel_ce.torch_import import torch_problem
 
-from vocab_parallel_ce.collectives import BACKEND_OF_DEVICE
-from vocab_parallel_ce.parallel.groups import npu_problem
-
-USAGE_ERROR = 2
 LONGEST_LINE = 4096
 
 
@@ -85,10 +83,20 @@ def _integer(name: str, least: int, most: int | None = None) -> int:
 
 
 def check_cards(device: str, nproc: int) -> None:
+    try:
+        options.device(device)
+    except ValueError as error:
+        raise ProblemError(f"--device {error}") from None
+    problem = torch_problem()  # torchrun is part of it
+    if problem is not None:
+        raise ProblemError(problem)
     if device == "cpu":
         return
-    if device not in BACKEND_OF_DEVICE:
-        raise ProblemError(f"--device {device} is not one of {', '.join(BACKEND_OF_DEVICE)}")
+
+    import torch
+
+    from vocab_parallel_ce.parallel.groups import npu_problem
+
     if device == "npu":
         problem = npu_problem()
     else:
@@ -237,8 +245,7 @@ def main(device: str) -> None:
         check_cards(device, machine.nproc)
         meet(machine, place)
     except ProblemError as problem:
-        print(f"launch/ascend/run.sh: {problem}", file=sys.stderr, flush=True)
-        sys.exit(USAGE_ERROR)
+        say_and_leave("ascend", str(problem))
 
 
 if __name__ == "__main__":

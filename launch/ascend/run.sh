@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Starts the training job, or another module, on all cards of one Ascend machine or of several.
+# Starts the training job, or another job, on all cards of one Ascend machine or of several.
 #
-#   launch/ascend/run.sh --tp 8                                                one machine, 8 cards
+#   vocab-parallel-ce ascend --tp 8                                         one machine, 8 cards
 #
-#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 launch/ascend/run.sh --tp 8      two machines: this on the
-#   NNODES=2 NODE_RANK=1 MASTER_ADDR=10.0.0.1 launch/ascend/run.sh --tp 8      first, this on the second
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 vocab-parallel-ce ascend --tp 8     the first of two
+#   NNODES=2 NODE_RANK=1 MASTER_ADDR=10.0.0.1 vocab-parallel-ce ascend --tp 8     the second
 #
-#   MODULE=vocab_parallel_ce.launch.doctor launch/ascend/run.sh --selftest     the check of all cards
+#   JOB=doctor vocab-parallel-ce ascend --selftest                    the check of all cards
 #
-# Arguments go to the module. tp ranks are neighbours: with --tp 8 the vocabulary is split inside a
-# machine, and only gradients travel between machines (dp is what remains, here 2).
+# In a clone that is not installed, launch/ascend/run.sh is the same. Options go to the job:
+# `vocab-parallel-ce train --help` tells those of the training. tp ranks are neighbours: with
+# --tp 8 the vocabulary is split inside a machine, and only gradients travel between machines (dp is
+# what remains, here 2). With `--device cpu` and NPROC=2 it runs anywhere.
 #
 # Variables, all optional on one machine:
 #   NPROC         processes, one a card, on each machine (8)
@@ -18,22 +20,33 @@
 #   MASTER_ADDR   address of machine 0, as all machines reach it
 #   MASTER_PORT   port on machine 0, for this script and then for torchrun (29500)
 #   WAIT_SECONDS  how long machines wait for each other (600)
-#   IFNAME        network interface between the machines, such as eth0. Set it where hosts have more
-#                 than one: HCCL and Gloo each pick one by themselves, and not always the right one
+#   IFNAME        network interface between the machines, such as eth0. Set it where hosts have
+#                 more than one: HCCL and Gloo each pick one by themselves, and not always the
+#                 right one
 #   MAX_RESTARTS  how often a failed run starts again from its last checkpoint (0)
-#   MODULE        what to run (vocab_parallel_ce.launch.train)
+#   JOB           what to run (train), a job of `vocab-parallel-ce --help`
+#   MODULE        or any other module (vocab_parallel_ce.launch.train)
 #   PYTHON        interpreter of the environment (python3)
 #   SET_ENV       CANN's set_env.sh (/usr/local/Ascend/ascend-toolkit/set_env.sh)
 #   ASCEND_RT_VISIBLE_DEVICES   cards to use, such as 0,1,2,3; NPROC then must fit
 #
-# It lies in the clone and is not in the wheel. With `--device cpu` and NPROC=2 it runs anywhere.
 # Exit status: 2 and one line if it cannot start, else that of torchrun.
 set -euo pipefail
+
+for argument in "$@"; do
+    case $argument in
+    -h | --help)
+        sed -n '2,${/^#/!q;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+    esac
+done
 
 export NPROC=${NPROC:-8} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK-} MASTER_ADDR=${MASTER_ADDR-}
 export MASTER_PORT=${MASTER_PORT:-29500} WAIT_SECONDS=${WAIT_SECONDS:-600}
 python=${PYTHON:-python3}
-module=${MODULE:-vocab_parallel_ce.launch.train}
+job=${JOB:-train}
+module=${MODULE:-vocab_parallel_ce.launch.${job//-/_}}
 set_env=${SET_ENV:-/usr/local/Ascend/ascend-toolkit/set_env.sh}
 
 device=""
@@ -66,11 +79,15 @@ if [[ -n ${IFNAME-} ]]; then
 fi
 # Processes share the host's cores; torchrun would set the same, with a warning.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-clone=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-export PYTHONPATH=$clone${PYTHONPATH:+:$PYTHONPATH}
+# A clone need not be installed. What is installed needs no path, and the package's own folder must
+# never be one: its files would hide modules of Python.
+clone=$(cd "$(dirname "${BASH_SOURCE[0]}")" && cd -P ../.. && pwd)
+if [[ -f $clone/pyproject.toml && -d $clone/vocab_parallel_ce ]]; then
+    export PYTHONPATH=$clone${PYTHONPATH:+:$PYTHONPATH}
+fi
 
 if ! command -v "$python" >/dev/null; then
-    echo "launch/ascend/run.sh: PYTHON=$python is not found; name the environment's interpreter" >&2
+    echo "vocab-parallel-ce ascend: PYTHON=$python is not found; name the environment's interpreter" >&2
     exit 2
 fi
 # Its own line says what is wrong: torch's warnings of every attempt to connect are left out.

@@ -4,15 +4,15 @@ Idea: logits-level forward and backward, on one process with all of torch's thre
 ranks that the benchmark starts itself (Gloo, NCCL or HCCL by device), against every peer that is
 installed; what is not installed is listed as such. Under torchrun it measures the ranks it finds.
 
-    python -m vocab_parallel_ce.launch.bench                  1 process and 2 ranks, fp32 and bf16
-    python -m vocab_parallel_ce.launch.bench --ranks 4 --dtype bf16 --rows 2048 --vocab 131072
-    python -m vocab_parallel_ce.launch.bench --device cuda    every shape of the grid, on one card
+    vocab-parallel-ce bench                  1 process and 2 ranks, fp32 and bf16
+    vocab-parallel-ce bench --ranks 4 --dtype bf16 --rows 2048 --vocab 131072
+    vocab-parallel-ce bench --device cuda    every shape of the grid, on one card
     torchrun --nproc-per-node 8 -m vocab_parallel_ce.launch.bench --device cuda
 
 It ends with the goals, and says plainly which are missed; bench.json holds every number, and
---csv keeps the medians in a table from which the README's is made (``bench_table``). The exit
+--csv keeps the medians in a table from which the README's is made (``table.py``). The exit
 status is 0 also when goals are missed, 1 when ranks died, and with --gate when a regression gate
-was missed (``gate.py``, ``goals.py``).
+was missed (``gate.py``, ``goals.py``); 2 if an option cannot be served.
 """
 
 from __future__ import annotations
@@ -33,30 +33,35 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 import vocab_parallel_ce
+from vocab_parallel_ce.launch import options
 from vocab_parallel_ce.launch.bench import gate as bench_gate
-from vocab_parallel_ce.launch.bench import goals as bench_goals
-from vocab_parallel_ce.launch.bench import medians as bench_csv
-from vocab_parallel_ce.launch.bench import report as bench_report
-from vocab_parallel_ce.launch.bench import shares as bench_shares
+from vocab_parallel_ce.launch.bench import goals, medians, report, shares
 from vocab_parallel_ce.launch.bench.peers import PEERS
-from vocab_parallel_ce.launch.bench.rank import BACKENDS, DTYPES, Plan, run_plan, steps
+from vocab_parallel_ce.launch.bench.rank import Plan, run_plan, steps
+from vocab_parallel_ce.launch.command_line import (
+    ROWS,
+    VOCAB,
+    DeviceName,
+    file,
+    folder,
+    job,
+    number,
+    option,
+    usable_device,
+    whole,
+)
 from vocab_parallel_ce.launch.measuring.device import device_name
 from vocab_parallel_ce.launch.measuring.machine import processor
+from vocab_parallel_ce.launch.options import make_folder, make_writable
+from vocab_parallel_ce.launch.refusal import FAILED, Refusal
+from vocab_parallel_ce.launch.terminal import Coloured, progress, show_line
 
 LABELS = {peer.name: peer.label for peer in PEERS}
 GRID_ROWS = (4096, 8192, 16384, 32768)
 GRID_VOCABS = (16384, 32768, 131072, 262144)
 BESIDE = ("numba", "triton", "torch_npu")  # what peers and engines are built on
-
-
-def default_device() -> str:
-    for device in ("npu", "cuda"):
-        if hasattr(torch, device) and getattr(torch, device).is_available():
-            return device
-    return "cpu"
 
 
 def devices(device: str) -> int | None:
@@ -152,10 +157,6 @@ def start_ranks(plan: Plan, ranks: int, logs: Path) -> list[dict[str, Any]]:
         return runs
 
 
-def _bad(option: str, message: str) -> typer.BadParameter:
-    return typer.BadParameter(message, param_hint=option)
-
-
 def shapes_of(
     device: str, rows: list[int] | None, vocabs: list[int] | None, quick: bool
 ) -> tuple[tuple[int, int], ...]:
@@ -170,6 +171,14 @@ def shapes_of(
     return tuple((n, size) for n in rows or default[0] for size in vocabs or default[1])
 
 
+def peer_names(text: str) -> tuple[str, ...]:
+    """From a list separated by commas; empty stands for all that the device can run."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        options.one_of(name, tuple(LABELS))
+    return tuple(name for name in LABELS if name in names)
+
+
 def _plan(
     device: str,
     shapes: tuple[tuple[int, int], ...],
@@ -179,20 +188,13 @@ def _plan(
     wait_idle: float,
     quick: bool,
 ) -> Plan:
-    unknown = [dtype for dtype in dtypes if dtype not in DTYPES]
-    if unknown:
-        raise _bad("--dtype", f"{unknown[0]!r} is none of {', '.join(DTYPES)}")
-    names = [name.strip() for name in peers.split(",") if name.strip()]
-    names = names or [peer.name for peer in PEERS if peer.device in ("", device)]
-    unknown = [name for name in names if name not in LABELS]
-    if unknown:
-        raise _bad("--peers", f"{unknown[0]!r} is none of {', '.join(LABELS)}")
     return Plan(
         shapes=shapes,
         dtypes=tuple(dtypes),
         device=device,
         repeats=repeats or (3 if quick else 11),
-        peers=tuple(name for name in LABELS if name in names),
+        peers=peer_names(peers)
+        or tuple(peer.name for peer in PEERS if peer.device in ("", device)),
         # What a CPU does beside an accelerator's work does not slow it down.
         wait_idle=0.0 if quick or device != "cpu" else wait_idle,
     )
@@ -200,7 +202,7 @@ def _plan(
 
 def _look_again(runs: list[dict[str, Any]], plan: Plan, out: Path) -> None:
     """Measure once more what is too slow for the gate: it must not fail a machine for its noise."""
-    records = bench_shares.read()
+    records = shares.read()
     for run in runs:
 
         def measure(names: list[str], run: dict[str, Any] = run) -> dict[str, Any]:
@@ -212,83 +214,110 @@ def _look_again(runs: list[dict[str, Any]], plan: Plan, out: Path) -> None:
         bench_gate.look_again(run, records, measure)
 
 
+def check_counts(counts: Sequence[int], shapes: Sequence[tuple[int, int]], device: str) -> None:
+    """Refusal where the vocabulary, or the cards, cannot be shared out."""
+    present = devices(device)
+    for count in counts:
+        for _, size in shapes:
+            if size % count:
+                raise Refusal(
+                    f"--vocab {size} does not divide into {count} equal shards; "
+                    f"{-(-size // count) * count} does"
+                )
+        if present is not None and present < count:
+            raise Refusal(
+                f"--ranks {count} needs {count} {device} devices, this machine shows {present}"
+            )
+
+
+def rank_counts(asked: list[int] | None, device: str) -> list[int]:
+    """How many ranks to measure with; under torchrun those that there are."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        world = int(os.environ["WORLD_SIZE"])
+        if asked and asked != [world]:
+            raise Refusal(f"--ranks {asked[0]}: torchrun started {world} ranks; leave --ranks out")
+        return [world]
+    if asked:
+        return sorted(set(asked))
+    return [1] if devices(device) == 1 else [1, 2]
+
+
 def main(
     ranks: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Process counts to measure; repeatable. [default: 1 and 2]"),
+        whole("Processes to measure; repeatable. [default: 1 and 2]", "--ranks"),
     ] = None,
     rows: Annotated[
         list[int] | None,
-        typer.Option(
-            min=1, help="Tokens; repeatable. [default: 4096 on CPU, 4096 to 32768 on CUDA]"
-        ),
+        whole("Tokens; repeatable. [default: 4096 on CPU, 4096 to 32768 on CUDA]", *ROWS),
     ] = None,
     vocab: Annotated[
         list[int] | None,
-        typer.Option(
-            min=2,
-            help="Vocabulary of all ranks; repeatable. [default: 32768 on CPU, 16384 to 262144 on "
-            "CUDA]",
+        whole(
+            "Vocabulary of all ranks; repeatable. [default: 32768 on CPU, 16384 to 262144 on CUDA]",
+            *VOCAB,
+            least=2,
         ),
     ] = None,
     dtype: Annotated[
         list[str] | None,
-        typer.Option(help="fp32, bf16 or fp16; repeatable. [default: fp32 and bf16]"),
+        option(
+            options.dtype,
+            "--dtype",
+            metavar="fp32|bf16|fp16",
+            help="Of the logits; repeatable. [default: fp32 and bf16]",
+        ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda or npu")] = default_device(),
-    repeats: Annotated[
-        int | None, typer.Option(min=1, help="Timed runs of each. [default: 11]")
-    ] = None,
+    device: DeviceName = None,
+    repeats: Annotated[int | None, whole("Timed runs of each. [default: 11]", "--repeats")] = None,
     peers: Annotated[
         str,
-        typer.Option(
-            help=f"Comma-separated, of: {', '.join(LABELS)}. [default: all that the device can run]"
+        option(
+            lambda text: ",".join(peer_names(text)),
+            "--peers",
+            metavar="NAMES",
+            help=f"Separated by commas, of {', '.join(LABELS)}. "
+            "[default: all that the device can run]",
         ),
     ] = "",
     csv: Annotated[
-        Path | None, typer.Option(help="Also add the medians to this table, replacing older ones.")
+        Path | None, file("Also add the medians to this table, replacing older ones.", "--csv")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where bench.json and bench.png go.")] = Path(
+    out: Annotated[Path, folder("Where bench.json and bench.png go.", "--out")] = Path(
         "runs/bench"
     ),
     wait_idle: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait for a quiet machine before a timed run.")
+        float, number("Seconds to wait for a quiet machine before a timed run.", "--wait-idle")
     ] = 2.0,
     quick: Annotated[bool, typer.Option(help="Tiny shapes and 3 repeats: does it run?")] = False,
     gate: Annotated[
         bool, typer.Option(help="Fail when a goal is below its regression gate.")
     ] = False,
 ) -> None:
-    """Time and memory of the sharded loss beside what one would otherwise use."""
-    if gate and quick:
-        raise _bad("--gate", "tiny shapes prove nothing: drop --quick")
-    if csv is not None and quick:
-        raise _bad("--csv", "tiny shapes prove nothing: drop --quick")
-    if device not in BACKENDS:
-        raise _bad("--device", f"{device!r} is none of {', '.join(BACKENDS)}")
-    shapes = shapes_of(device, rows, vocab, quick)
-    plan = _plan(device, shapes, dtype or ["fp32", "bf16"], repeats, peers, wait_idle, quick)
+    """Time and memory of the sharded loss beside what one would otherwise use.
+
+    It starts the ranks itself; under torchrun it measures those that it finds.
+    """
+    for name, given in (("--gate", gate), ("--csv", csv is not None)):
+        if given and quick:
+            raise Refusal(f"{name}: tiny shapes prove nothing; drop --quick")
+    kind = usable_device(device)
+    shapes = shapes_of(kind, rows, vocab, quick)
+    plan = _plan(kind, shapes, dtype or ["fp32", "bf16"], repeats, peers, wait_idle, quick)
     under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if under_torchrun:
-        world = int(os.environ["WORLD_SIZE"])
-        if ranks and ranks != [world]:
-            raise _bad("--ranks", f"torchrun started {world} ranks: leave --ranks out")
-        counts = [world]
-    else:
-        counts = sorted(set(ranks)) if ranks else [1, 2]
-        if not ranks and devices(device) == 1:
-            counts = [1]
-    for count in counts:
-        for _, size in shapes:
-            if size % count:
-                raise _bad("--vocab", f"{size} does not divide into {count} equal shards")
+    counts = rank_counts(ranks, kind)
+    # Ranks of torchrun may lie on several machines, and have a device each: usable_device saw that.
+    check_counts(counts, shapes, "cpu" if under_torchrun else kind)
     first = not under_torchrun or os.environ["RANK"] == "0"
     if first:
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder("--out", out)
+        make_writable("--out", out / "bench.json")
+        if csv is not None:
+            make_writable("--csv", csv)
     runs: list[dict[str, Any]] = []
     problems: list[str] = []
     if under_torchrun:
-        with bench_report.progress(steps(plan), counts[0], first) as tell:
+        with progress(steps(plan), goals.ranks_in_words(counts[0]), first) as tell:
             runs = run_plan(plan, tell)
         if not first:
             return
@@ -297,28 +326,29 @@ def main(
             try:
                 runs += start_ranks(plan, count, out)
             except RuntimeError as failure:
-                problems.append(f"{bench_goals.ranks_in_words(count)} not measured: {failure}")
+                problems.append(f"{goals.ranks_in_words(count)} not measured: {failure}")
     if gate and not under_torchrun:
         _look_again(runs, plan, out)
-    # A terminal tells its width; a file or a pipe gets what the tables need.
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    judged = bench_goals.judge(runs, LABELS)
-    bench_report.print_report(console, runs, judged)
+    judged = goals.judge(runs, LABELS)
+    report.print_report(runs, judged)
     for problem in problems:
-        console.print(f"[red]{problem}[/]")
+        show_line(Coloured(problem, "red"))
     here = environment(plan.device)
-    report = {
+    found = {
         "environment": here,
         "runs": runs,
-        "goals": bench_goals.as_json(judged),
+        "goals": goals.as_json(judged),
         "not_run": problems,
     }
-    (out / "bench.json").write_text(json.dumps(report, indent=1) + "\n")
-    bench_report.draw(runs, out / "bench.png")
-    console.print(f"Written to {out}")
+    (out / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
+    report.draw(runs, out / "bench.png")
+    show_line(f"Written to {out}")
     if csv is not None:
-        bench_csv.add(csv, runs, here)
-        console.print(f"Medians added to {csv}")
+        medians.add(csv, runs, here)
+        show_line(f"Medians added to {csv}")
     below = any(row.verdict == "below the gate" for row in judged)
-    if problems or (gate and (below or bench_goals.failures(runs, ours_only=True))):
-        raise typer.Exit(1)
+    if problems or (gate and (below or goals.failures(runs, ours_only=True))):
+        raise typer.Exit(FAILED)
+
+
+app = job("bench", main)

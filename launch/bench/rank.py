@@ -1,7 +1,7 @@
 """What one rank of the benchmark does: every peer in turn on the same logits, numbers at the end.
 
 Idea: the peers run round robin, so that a slow minute of the machine falls on all of them. Their
-logits are restored before each timed run (``bench_inputs.py``); that restore is itself timed: it is
+logits are restored before each timed run (``inputs.py``); that restore is itself timed: it is
 a copy of the same size in the same minute, hence the bandwidth the peers are compared with. A
 repetition takes as long as its slowest rank.
 """
@@ -33,11 +33,7 @@ from vocab_parallel_ce.launch.bench.peers import BY_NAME, Loss, Peer, Setting
 from vocab_parallel_ce.launch.bench.truth import Reference, check, reference
 from vocab_parallel_ce.launch.measuring.calibration import calibrate
 from vocab_parallel_ce.launch.measuring.collectives import count_collectives
-from vocab_parallel_ce.launch.measuring.device import (
-    MIB,
-    device_module,
-    synchronize,
-)
+from vocab_parallel_ce.launch.measuring.device import MIB, device_module, synchronize
 from vocab_parallel_ce.launch.measuring.idle import wait_until_idle
 from vocab_parallel_ce.launch.measuring.limits import Loops, limit, run_loops
 from vocab_parallel_ce.launch.measuring.machine import processor_model
@@ -374,11 +370,13 @@ def _leave_with_parent() -> None:
 def main(plan: str, init_method: str, result: str) -> None:
     """A rank started by the benchmark itself: rank 0 draws progress and writes the result."""
     _leave_with_parent()
-    from vocab_parallel_ce.launch.bench.report import progress
+    from vocab_parallel_ce.launch.bench.goals import ranks_in_words
+    from vocab_parallel_ce.launch.terminal import progress
 
     rank = int(os.environ["RANK"])
     todo = Plan.load(plan)
-    with progress(steps(todo), int(os.environ["WORLD_SIZE"]), rank == 0) as tell:
+    name = ranks_in_words(int(os.environ["WORLD_SIZE"]))
+    with progress(steps(todo), name, rank == 0) as tell:
         runs = run_plan(todo, tell, init_method)
     if rank == 0:
         Path(result).write_text(json.dumps(runs))

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from vocab_parallel_ce.launch.bench.goals import (
     MIB,
@@ -19,36 +13,21 @@ from vocab_parallel_ce.launch.bench.goals import (
     Run,
     failures,
     peer_of,
-    ranks_in_words,
     times,
     where_of,
+)
+from vocab_parallel_ce.launch.terminal import (
+    Coloured,
+    Table,
+    numbers,
+    show,
+    show_line,
+    words,
 )
 
 PANELS = 8  # of the picture
 
 # --- terminal -------------------------------------------------------------------------------
-
-
-@contextmanager
-def progress(total: int, ranks: int, show: bool) -> Iterator[Callable[[str, int], None]]:
-    """A progress bar on standard error; yields ``tell(text, steps)``."""
-    columns = (
-        TextColumn(f"[bold]{ranks_in_words(ranks)}[/]"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    console = Console(stderr=True, quiet=not show)
-    # Drawn only when told something: a drawing thread would run inside the timed parts.
-    with Progress(*columns, console=console, auto_refresh=False, disable=not show) as bar:
-        task = bar.add_task("starting", total=total)
-
-        def tell(text: str, done: int) -> None:
-            bar.update(task, description=text, advance=done, refresh=console.is_terminal)
-
-        yield tell
-        bar.update(task, description="done", completed=total, refresh=True)
 
 
 def _milliseconds(summary: dict[str, Any]) -> str:
@@ -59,23 +38,21 @@ def run_table(run: Run) -> Table:
     """One run: a row for each peer, those that could not run included."""
     threads = run["threads_per_rank"]
     title = f"{where_of(run)}, {threads} thread{'s' if threads > 1 else ''} each"
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column("implementation")
-    for column in (
+    columns = numbers(
         "forward\nms",
         "backward\nms",
         "both\nmedian",
         "both\nmin",
-        "against\nours in pl.",
+        "against ours\nin place",
         "peak +\nMiB",
         "faults",
-        "share of\ncopy bw",
+        "share of a\ncopy's speed",
         "bytes an\nelement",
-        "collect.\nf + b",
+        "collectives\nf + b",
         "loss -\nfp64",
-        "grad norm\nrel. error",
-    ):
-        table.add_column(column, justify="right")
+        "gradient norm\nrelative error",
+    )
+    table = Table(title, [*words("implementation"), *columns])
     base = peer_of(run, "ours-inplace")
     itemsize = run["logits_bytes_per_rank"] * run["ranks"] / (run["rows"] * run["vocab"])
     unit = base["total_s"]["median"] if base and not base["status"] else None
@@ -83,12 +60,13 @@ def run_table(run: Run) -> Table:
         if peer["status"]:
             if peer["status"].startswith(("not installed", "failed")):
                 short = peer["status"].split(":")[0]
-                table.add_row(f"[dim]{peer['label']}: {short}[/]", *[""] * 12)
+                table.add(Coloured(f"{peer['label']}: {short}", "dim"), *[""] * len(columns))
             continue
         total = peer["total_s"]
         counts = [peer["collectives"][way] for way in ("forward", "backward")]
-        table.add_row(
-            f"[bold]{peer['label']}[/]" if peer["ours"] else peer["label"],
+        error = f"{peer['gradient_norm_error']:.0e}"
+        table.add(
+            Coloured(peer["label"], "bold") if peer["ours"] else peer["label"],
             _milliseconds(peer["forward_s"]),
             _milliseconds(peer["backward_s"]),
             _milliseconds(total),
@@ -100,9 +78,7 @@ def run_table(run: Run) -> Table:
             f"{3 * itemsize / peer['bandwidth_share']:.1f}",
             " + ".join("?" if count is None else str(count) for count in counts),
             f"{peer['loss_error']:+.0e}",
-            f"[red]WRONG[/] {peer['gradient_norm_error']:.0e}"
-            if peer["wrong"]
-            else f"{peer['gradient_norm_error']:.0e}",
+            Coloured(f"WRONG {error}", "red") if peer["wrong"] else error,
         )
     table.caption = _caption(run)
     return table
@@ -146,15 +122,12 @@ def _caption(run: Run) -> str:
 
 
 def goals_table(judged: list[Judged], shape: tuple[int, int]) -> Table:
-    table = Table(title="Goals", title_justify="left", caption_justify="left")
-    table.add_column("what")
-    for column in ("goal", "gate", "measured"):
-        table.add_column(column, justify="right")
-    table.add_column("in words")
+    columns = [*words("what"), *numbers("goal", "gate", "measured"), *words("in words")]
+    table = Table("Goals", columns)
     colour = {"met": "green", "MISSED": "yellow", "below the gate": "red", "not measured": "dim"}
     for row in judged:
-        words = f"[{colour[row.verdict]}]{row.words}[/]"
-        table.add_row(row.what, row.goal, row.gate, row.measured, words)
+        in_words = Coloured(row.words, colour[row.verdict])
+        table.add(row.what, row.goal, row.gate, row.measured, in_words)
     if shape != SHAPE:
         table.caption = (
             f"the CPU ratios are stated for {list(SHAPE)}; these are of {list(shape)}, "
@@ -163,22 +136,23 @@ def goals_table(judged: list[Judged], shape: tuple[int, int]) -> Table:
     return table
 
 
-def print_report(console: Console, runs: list[Run], judged: list[Judged]) -> None:
+def print_report(runs: list[Run], judged: list[Judged]) -> None:
     for run in runs:
-        console.print(run_table(run))
-        console.print()
+        show(run_table(run))
+        show_line("")
     if runs:
-        console.print(goals_table(judged, (runs[0]["rows"], runs[0]["vocab"])))
+        show(goals_table(judged, (runs[0]["rows"], runs[0]["vocab"])))
     for line in failures(runs):
-        console.print(f"[red]{line}[/]")
+        show_line(Coloured(line, "red"))
     count = {verdict: sum(j.verdict == verdict for j in judged) for verdict in VERDICTS}
     busy, timed = (sum(run[key] for run in runs) for key in ("busy_runs", "timed_runs"))
     if 4 * busy > timed:
-        console.print(
-            f"[yellow]{busy} of {timed} timed runs found the machine busy: "
-            "repeat on a quiet one before believing a ratio.[/]"
+        line = (
+            f"{busy} of {timed} timed runs found the machine busy: "
+            "repeat on a quiet one before believing a ratio."
         )
-    console.print(
+        show_line(Coloured(line, "yellow"))
+    show_line(
         f"{count['met']} goals met, {count['MISSED']} missed but above the gate, "
         f"{count['below the gate']} below the gate, {count['not measured']} not measured."
     )

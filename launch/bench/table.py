@@ -9,14 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from vocab_parallel_ce.launch.bench import medians as bench_csv
+from vocab_parallel_ce.launch.bench import medians
 from vocab_parallel_ce.launch.bench.goals import judge_times, ranks_in_words
 from vocab_parallel_ce.launch.bench.medians import Row, runs_of
 from vocab_parallel_ce.launch.bench.peers import PEERS
+from vocab_parallel_ce.launch.plain_parser import PlainParser
+from vocab_parallel_ce.launch.refusal import FAILED, Refusal, say_and_leave
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 BEGIN, END = "<!-- bench_table: begin -->", "<!-- bench_table: end -->"
@@ -133,24 +132,34 @@ def rewritten(text: str, rows: list[Row]) -> str:
     return f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.split(END)[1]}"
 
 
-def main(
-    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail if stale.")] = False,
-    csv: Annotated[Path, typer.Option(help="The table of medians.")] = bench_csv.PATH,
-    readme: Annotated[Path, typer.Option(help="The file to rewrite.")] = README,
-) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Makes the README's table of times from the CSV."""
+    parser = PlainParser(prog="python -m vocab_parallel_ce.launch.bench.table", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if stale")
+    parser.add_argument("--csv", type=Path, default=medians.PATH, help="the table of medians")
+    parser.add_argument("--readme", type=Path, default=README, help="the file to rewrite")
+    try:
+        asked = parser.parse_args(arguments)
+        rewrite(asked.readme, asked.csv, asked.check)
+    except Refusal as refusal:
+        say_and_leave("bench.table", str(refusal), refusal.status)
+
+
+def rewrite(readme: Path, csv: Path, check: bool) -> None:
+    if not csv.is_file():
+        raise Refusal(f"--csv {csv}: No such file or directory")
     try:
         old = readme.read_text()
-        new = rewritten(old, bench_csv.read(csv))
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from None
+        new = rewritten(old, medians.read(csv))
+        if not check:
+            readme.write_text(new)
+    except OSError as error:
+        raise Refusal(f"--readme {readme}: {error.strerror}") from None
+    except ValueError as error:
+        raise Refusal(error) from None
     if check and new != old:
-        print(f"{readme} is not what {csv} gives: run this without --check", file=sys.stderr)
-        raise typer.Exit(1)
-    if not check:
-        readme.write_text(new)
+        raise Refusal(f"{readme} is not what {csv} gives; run this without --check", FAILED)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main(sys.argv[1:])

@@ -1,8 +1,10 @@
 """Whether a peer is right: its loss and gradient beside fp64 sums that no peer made.
 
 Idea: a fast wrong number is worthless, so every peer is checked before it is timed. The truth is
-taken from the logits as the peers get them, already rounded to their dtype. Tolerances tell wrong
-from rounded, no more: the deviations themselves are reported.
+taken from the logits as the peers get them, already rounded to their dtype. The rule of
+``vocab_parallel_ce.testing`` does not judge here: peers that round more than it grants (a softmax
+or a loss in bf16) are peers all the same, so tolerances tell wrong from rounded, no more, and the
+deviations themselves are reported.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vocab_parallel_ce import testing
 from vocab_parallel_ce.launch.bench.inputs import Inputs, gather, row_chunks
 from vocab_parallel_ce.launch.bench.peers import Loss, Peer
 
@@ -34,32 +37,16 @@ def _fp64_device(device: torch.device) -> torch.device:
 
 
 def reference(inputs: Inputs) -> Reference:
-    """Loss and gradient norm from each rank's fp64 sums, merged here and not by the library."""
+    """Loss and gradient norm from each rank's fp64 sums, which no engine made."""
     where = _fp64_device(inputs.setting.device)
-    target = inputs.target.to(where) - inputs.first_column
-    local = (target >= 0) & (target < inputs.master.shape[1])
-    parts = []
-    for rows in row_chunks(inputs.master):
-        x = inputs.master[rows].to(where, torch.float64)
-        column = target[rows].clamp(0, x.shape[1] - 1)
-        wanted = x.gather(1, column[:, None])[:, 0].masked_fill(~local[rows], -torch.inf)
-        top = x.amax(1)
-        e = x.sub_(top[:, None]).exp_()
-        total = e.sum(1)
-        parts.append(torch.stack([top, total, e.square_().sum(1), wanted]))
-    every = torch.stack(gather(torch.cat(parts, 1).cpu()))  # [world, 4, N]
-    tops, totals, squares, wanteds = every.unbind(1)
-    top = tops.amax(0)
-    shift = (tops - top).exp()
-    total, square = (totals * shift).sum(0), (squares * shift.square()).sum(0)
-    lse, wanted = top + total.log(), wanteds.amax(0)
-    n = len(lse)
-    # per row: sum of p^2 with the target's p replaced by p - 1
-    norm = (square / total.square() - 2 * (wanted - lse).exp() + 1).sum().sqrt() / n
+    target = inputs.target - inputs.first_column
+    sums = testing.shard_sums(inputs.master, target, row_chunks(inputs.master), where)
+    truth = testing.merge_sums(torch.stack(gather(sums)))
+    n = len(truth.lse)
     sampled = torch.linspace(0, n - 1, min(n, SAMPLED_ROWS)).long()
     sample = inputs.master[sampled.to(inputs.master.device)].to("cpu", torch.float64)
-    softmax = (sample - lse[sampled, None]).exp() / n
-    return Reference(float((lse - wanted).mean()), float(norm), sampled, softmax)
+    softmax = (sample - truth.lse[sampled, None]).exp() / n
+    return Reference(truth.loss, truth.gradient_norm, sampled, softmax)
 
 
 def check(inputs: Inputs, peer: Peer, loss: Loss, truth: Reference) -> dict[str, Any]:
@@ -95,7 +82,6 @@ def check(inputs: Inputs, peer: Peer, loss: Loss, truth: Reference) -> dict[str,
     softmax_error = (sums[1] / sums[2]) ** 0.5 if sums[2] else 0.0
     loss_error = found - truth.loss
     wrong = []
-    # Tolerances tell wrong from rounded, no more: the deviations themselves are in the table.
     slack = max(1e-5, 4 * torch.finfo(dtype).eps) * abs(truth.loss)
     if not abs(loss_error) <= slack:
         wrong.append(f"loss {found:.6f} instead of {truth.loss:.6f}")

@@ -1,6 +1,6 @@
 """python -m vocab_parallel_ce.launch.doctor"""
 
-from vocab_parallel_ce.launch.doctor.command import app
+from vocab_parallel_ce.launch.jobs import run
 
 if __name__ == "__main__":
-    app()
+    run("doctor")

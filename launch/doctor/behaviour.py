@@ -22,9 +22,10 @@ from vocab_parallel_ce.launch.doctor.cases import (
     prepare,
     same_bits,
 )
-from vocab_parallel_ce.launch.doctor.ranks import in_one_line
-from vocab_parallel_ce.launch.doctor.truth import IGNORE_INDEX, Batch, Question, batch
+from vocab_parallel_ce.launch.doctor.truth import IGNORE_INDEX, Question, batch
+from vocab_parallel_ce.launch.doctor.worker import in_one_line
 from vocab_parallel_ce.launch.measuring.collectives import count_collectives
+from vocab_parallel_ce.testing import Batch
 
 
 def _small(place: Place, dtype: torch.dtype, **changes: Any) -> tuple[Case, Batch, Prepared]:
@@ -143,7 +144,7 @@ def repeated(place: Place, dtype: torch.dtype) -> Found:
     for _ in range(2):
         case, b, made = _small(place, dtype)
         loss = ask(replace(case, collective="all_gather"), made, place)["loss"]
-        loss.backward(b.upstream[0].to(loss))
+        loss.backward(b.upstream.to(loss))
         results.append((loss, made.own_gradient()))
     (loss, gradient), (again, gradient_again) = results
     found.expect(same_bits(loss, again), "the loss of a second call has other bits")

@@ -19,15 +19,13 @@ from vocab_parallel_ce import VocabShard, cross_entropy, cross_entropy_loss, tok
 from vocab_parallel_ce.engines.contract import arithmetic_dtype
 from vocab_parallel_ce.launch.doctor.truth import (
     IGNORE_INDEX,
-    Batch,
-    Comparison,
     Question,
     Truth,
     batch,
-    compare,
     objective,
     truth,
 )
+from vocab_parallel_ce.testing import Batch, Comparison, compare, sharding
 
 
 @dataclass(frozen=True)
@@ -72,30 +70,13 @@ class Case:
     function: str = "loss"
     """loss: cross_entropy; operator: cross_entropy_loss; tokens: token_statistics"""
     sharding: str = "even"
+    """one of ``testing.KINDS``"""
     collective: str = "auto"
     inplace: bool = False
     strided: bool = False
     lead: tuple[int, ...] | None = None
     """the leading shape of the logits, where it is not [N]"""
     check: bool | None = None
-
-
-def shards(kind: str, vocab: int, world: int) -> list[tuple[int, int, int]]:
-    """(start, stop, padding columns) of every rank."""
-    share = vocab // world
-    if kind == "even" or world == 1:
-        padding = 5 if kind == "padded" else 0
-        return [(r * share, (r + 1) * share, padding) for r in range(world)]
-    # Each rank but the last lacks one column more than the one before it.
-    sizes = [share - 1 - r % 3 for r in range(world - 1)]
-    if kind == "empty":
-        sizes[0] = 0
-    sizes.append(vocab - sum(sizes))
-    starts = [sum(sizes[:r]) for r in range(world)]
-    cut = [(start, start + size, 0) for start, size in zip(starts, sizes, strict=True)]
-    if kind == "padded":
-        cut = [(start, stop, 2 * r + 1) for r, (start, stop, _) in enumerate(cut)]
-    return cut[::-1] if kind == "reversed" else cut
 
 
 @dataclass
@@ -120,11 +101,9 @@ class Prepared:
 
 def prepare(case: Case, b: Batch, place: Place) -> Prepared:
     q = case.question
-    start, stop, padding = shards(case.sharding, q.vocab, place.world)[place.rank]
-    # Padding is filled with what nobody may read.
-    junk = torch.full((q.rows, padding), torch.nan, dtype=q.dtype)
-    junk[:, ::2] = torch.inf
-    local = torch.cat([b.logits[:, start:stop], junk], 1)
+    plan = sharding(case.sharding, q.vocab, place.world)
+    start, stop = plan.bounds[place.rank]
+    local = plan.local(b.logits, place.rank)
     columns = local.shape[1]
     if case.strided:
         local = torch.cat([local, local[:, :3]], 1)
@@ -135,8 +114,8 @@ def prepare(case: Case, b: Batch, place: Place) -> Prepared:
         leaf=leaf,
         logits=logits.clone() if case.inplace else logits,
         target=b.target.view(shape).to(place.device, copy=True),
-        weight=None if b.weight is None else b.weight.to(place.device),
-        shard=None if case.sharding == "even" else VocabShard(start, stop, q.vocab),
+        weight=b.weight.to(place.device) if q.weight else None,
+        shard=plan.shard(place.rank),
         start=start,
         stop=stop,
     )
@@ -196,7 +175,7 @@ def against_truth(case: Case, place: Place, dtype: torch.dtype) -> Found:
     answers = ask(case, made, place)
     found = Found()
     differentiable = {name: value for name, value in answers.items() if value.requires_grad}
-    objective(q, case.function, differentiable, b.upstream.to(place.device)).backward()
+    objective(case.function, differentiable, b.upstream.to(place.device)).backward()
 
     for name, value in answers.items():
         if name == "argmax":

@@ -72,7 +72,7 @@ def for_dtype(place: Place, dtype: torch.dtype) -> list[Check]:
             "all_reduce": Case(per_row, collective="all_reduce"),
             "all_reduce, every option": Case(everything, collective="all_reduce"),
             "uneven shards": Case(replace(everything, reduction="none"), sharding="uneven"),
-            "shards out of rank order": Case(per_row, sharding="reversed"),
+            "shards out of rank order": Case(per_row, sharding="backwards"),
             "an empty shard": Case(per_row, sharding="empty"),
         }
     if not place.quick and dtype == torch.float32:

@@ -6,13 +6,10 @@ a time limit. The only verdict is ``problem``, why the device in question cannot
 
 from __future__ import annotations
 
-import datetime
 import os
-import platform
-import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,15 +18,10 @@ import torch
 from vocab_parallel_ce.checks import DEVICES_WITHOUT_FP64
 from vocab_parallel_ce.collectives import BACKEND_OF_DEVICE
 from vocab_parallel_ce.engines import engine_name, engine_of_device, select, why_not
-from vocab_parallel_ce.launch.doctor.ranks import LateError, Worker, in_one_line
-from vocab_parallel_ce.launch.doctor.software import (
-    NOT_FOUND,
-    cann_version,
-    driver_version,
-    package_versions,
-)
-from vocab_parallel_ce.launch.doctor.variables import Judged, judge
-from vocab_parallel_ce.launch.measuring.machine import processor
+from vocab_parallel_ce.launch.doctor.findings import Choice, Device, Environment
+from vocab_parallel_ce.launch.doctor.software import NOT_FOUND, without_torch
+from vocab_parallel_ce.launch.doctor.variables import judge
+from vocab_parallel_ce.launch.doctor.worker import LateError, Worker, in_one_line
 from vocab_parallel_ce.parallel import groups
 
 DTYPES = {
@@ -43,44 +35,6 @@ DEVICE_SECONDS = 60.0
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Device:
-    name: str
-    total: int | None
-    free: int | None
-    """bytes; None where nobody tells"""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The engine that serves a dtype."""
-
-    engine: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Environment:
-    date: str
-    command: list[str]
-    python: str
-    platform: str
-    processor: str
-    cores: int
-    versions: dict[str, str]
-    cann: str
-    driver: str
-    device: str
-    """the kind in question: what was asked for, else the best that is here"""
-    problem: str
-    """why that device cannot be used; empty when it can"""
-    notes: list[str]
-    devices: list[Device]
-    backend: str
-    engines: dict[str, Choice]
-    variables: list[Judged]
-
-
 def collect(asked: str | None, look_around: bool) -> Environment:
     """Everything about this process; ``asked`` is the device that the user named, if any.
 
@@ -91,12 +45,12 @@ def collect(asked: str | None, look_around: bool) -> Environment:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that no NPU is used is one of the notes
         kind = asked or _limited(groups.default_device_type, notes, "cpu")
-    versions = package_versions(npu)
-    if asked is None and npu and "torch_npu" in versions:
+    found = without_torch(kind, npu)
+    if asked is None and npu and "torch_npu" in found.versions:
         notes.append(f"no NPU is used: {npu}")
     problem = _problem(kind)
     if kind == "cpu":
-        devices = [Device(processor(), *_host_memory())]
+        devices = [Device(found.processor, *_host_memory())]
     else:
         devices = [] if problem else _limited(lambda: _cards(kind, look_around), notes, [])
     visible = (
@@ -108,24 +62,16 @@ def collect(asked: str | None, look_around: bool) -> Environment:
     if not problem and all(choice.engine == "none" for choice in engines.values()):
         why = next((choice.why for choice in engines.values()), notes[-1] if notes else "")
         problem = f"device={kind!r} does not work: {why}"
-    kinds = tuple(dict.fromkeys((kind, "npu") if "torch_npu" in versions else (kind,)))
-    return Environment(
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        command=sys.argv[1:],
-        python=platform.python_version(),
-        platform=platform.platform(),
-        processor=processor(),
-        cores=os.cpu_count() or 1,
-        versions=versions,
-        cann=cann_version(),
-        driver=driver_version(kinds),
-        device=kind,
+    torch_version = f"{torch.__version__} (CUDA: {torch.version.cuda or 'none'})"
+    return replace(
+        found,
+        versions=found.versions | {"torch": torch_version},
         problem=problem,
         notes=notes,
         devices=devices,
         backend=BACKEND_OF_DEVICE.get(kind, NOT_FOUND),
         engines=engines,
-        variables=judge(os.environ, kinds, visible),
+        variables=judge(os.environ, found.kinds, visible),
     )
 
 
@@ -144,31 +90,13 @@ def _limited(call: Callable[[], T], notes: list[str], otherwise: T) -> T:
 
 def _problem(kind: str) -> str:
     """Why devices of this kind cannot be used by the processes that were started here."""
-
-    def make_current() -> str:
-        groups.local_device(kind)
-        return _crowded(kind)
-
     try:
-        return Worker().call(make_current, DEVICE_SECONDS)
+        Worker().call(lambda: groups.local_device(kind), DEVICE_SECONDS)
     except LateError as late:
         return f"device={kind!r} does not answer: making it current {late}"
     except Exception as error:
         return str(error) if isinstance(error, ValueError) else in_one_line(error)
-
-
-def _crowded(kind: str) -> str:
-    """More ranks than cards, told to every rank and not only to those without one."""
-    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    if kind not in ("npu", "cuda") or not local.isdecimal():
-        return ""
-    count = int(torch.get_device_module(kind).device_count())
-    if int(local) <= count:
-        return ""
-    return (
-        f"{local} processes were started here, but there are {count} {kind} devices; start at "
-        f"most {count} (torchrun --nproc-per-node {count})"
-    )
+    return ""
 
 
 def _cards(kind: str, look_around: bool) -> list[Device]:

@@ -9,17 +9,14 @@ no more work is begun.
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 
+from vocab_parallel_ce.launch.doctor.worker import LateError, Worker, in_one_line
 from vocab_parallel_ce.launch.measuring.device import device_module
 from vocab_parallel_ce.parallel.groups import ParallelGroups
 
@@ -29,41 +26,6 @@ GRACE = 15.0
 """Seconds by which the groups' own timeouts are longer than a piece of work may take."""
 
 
-class LateError(Exception):
-    """A call did not end in time."""
-
-
-class Worker:
-    """A thread that makes calls one after the other. One that is late is left behind in it."""
-
-    def __init__(self, prepare: Callable[[], object] = lambda: None) -> None:
-        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
-        self._prepare = prepare
-        threading.Thread(target=self._serve, daemon=True).start()
-
-    def call(self, function: Callable[[], T], seconds: float) -> T:
-        """What ``function`` returns or raises; LateError after ``seconds``."""
-        future: Future[T] = Future()
-        self._calls.put((function, future))
-        try:
-            error = future.exception(seconds)
-        except FutureTimeoutError:
-            raise LateError(f"did not end within {seconds:g} s") from None
-        if error is not None:
-            raise error
-        return future.result()
-
-    def _serve(self) -> None:
-        self._prepare()
-        while True:
-            function, future = self._calls.get()
-            try:
-                future.set_result(function())
-            except BaseException as error:  # also what would end the thread is the caller's
-                future.set_exception(error)
-            del function, future  # whatever they hold ends with the call
-
-
 @dataclass(frozen=True)
 class Outcome(Generic[T]):
     """What became of a piece of work on one rank."""
@@ -71,12 +33,6 @@ class Outcome(Generic[T]):
     value: T | None = None
     error: str = ""
     late: bool = False
-
-
-def in_one_line(error: BaseException) -> str:
-    """Class and first line of an exception."""
-    first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 class Ranks:

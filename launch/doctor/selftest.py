@@ -17,7 +17,7 @@ from vocab_parallel_ce.launch.doctor.cases import Found, Place
 from vocab_parallel_ce.launch.doctor.checks import Check, for_dtype
 from vocab_parallel_ce.launch.doctor.environment import DTYPES
 from vocab_parallel_ce.launch.doctor.ranks import Outcome, Ranks
-from vocab_parallel_ce.launch.doctor.truth import Comparison
+from vocab_parallel_ce.testing import Comparison
 
 Word = Literal["ok", "FAILED", "skipped", "not run"]
 

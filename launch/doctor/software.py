@@ -1,25 +1,58 @@
-"""Versions of what the loss stands on: packages, CANN, the cards' driver.
+"""What can be found out without torch: versions of packages, CANN and driver, and variables.
 
-Nothing here raises or hangs: what is not there is said in words, and tools get a time limit.
+Nothing here raises or hangs: what is not there is said in words, and tools get a time limit. And
+nothing here imports torch, typer or rich: the doctor begins here on any machine.
 """
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import os
+import platform
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 import vocab_parallel_ce
-from vocab_parallel_ce.launch.doctor.ranks import Worker
+from vocab_parallel_ce.launch.doctor.findings import Environment
+from vocab_parallel_ce.launch.doctor.variables import judge
+from vocab_parallel_ce.launch.doctor.worker import Worker
+from vocab_parallel_ce.launch.measuring.machine import processor
 
 PACKAGES = ("torch", "torch_npu", "numba", "triton", "triton-ascend", "numpy", "megatron-core")
 NOT_FOUND = "not found"
 TOOL_SECONDS = 10.0
+
+
+def without_torch(device: str, npu_problem: str, torch_problem: str = "") -> Environment:
+    """What is known before any device is asked. ``npu_problem``: why torch_npu does not import.
+
+    ``torch_problem``: why torch does not; then nothing more will be known.
+    """
+    found = Environment(
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        command=sys.argv[1:],
+        python=platform.python_version(),
+        platform=platform.platform(),
+        processor=processor(),
+        cores=os.cpu_count() or 1,
+        versions=package_versions(npu_problem),
+        cann=cann_version(),
+        driver="",
+        device=device,
+        problem=torch_problem,
+        notes=[],
+        devices=[],
+        backend=NOT_FOUND,
+        engines={},
+        variables=[],
+    )
+    return replace(
+        found, driver=driver_version(found.kinds), variables=judge(os.environ, found.kinds)
+    )
 
 
 def package_versions(npu_problem: str) -> dict[str, str]:
@@ -30,20 +63,18 @@ def package_versions(npu_problem: str) -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found["torch"] = f"{torch.__version__} (CUDA: {torch.version.cuda or 'none'})"
-    if "torch_npu" in found and "torch_npu" not in sys.modules:
+    if "torch_npu" in found and "torch_npu" not in sys.modules and npu_problem:
         found["torch_npu"] += f", does not import: {npu_problem}"
     return found
 
 
 def _own_version() -> str:
+    version = vocab_parallel_ce.__version__
     try:
-        return importlib.metadata.version("vocab_parallel_ce")
+        importlib.metadata.version("vocab_parallel_ce")
     except importlib.metadata.PackageNotFoundError:
-        project = Path(vocab_parallel_ce.__path__[0]).parent / "pyproject.toml"
-        text = project.read_text() if project.is_file() else ""
-        version = re.search(r'^version = "(.+)"', text, re.MULTILINE)
-        return f"{version[1] if version else 'unknown'} (not installed, run from its source)"
+        return f"{version} (not installed, run from its source)"
+    return version
 
 
 def _field(path: Path, names: tuple[str, ...]) -> str:

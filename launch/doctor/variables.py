@@ -2,7 +2,7 @@
 
 One table: name, the devices it matters to, what holds when it is unset, and a rule. A rule reads
 the value, and where it must the rest of the environment, and returns what is wrong with it in one
-sentence, or nothing. No device is asked here.
+sentence, or nothing. No device is asked here, and torch is not needed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vocab_parallel_ce.engines.npu import SCRATCH_MIB, SCRATCH_VARIABLE
-from vocab_parallel_ce.request import CHECK_VARIABLE, check_is_on
+from vocab_parallel_ce.switches import (
+    CHECK_VARIABLE,
+    SCRATCH_MIB,
+    SCRATCH_VARIABLE,
+    check_is_on,
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a machine says of itself, without torch."""
+"""What a machine says of itself without torch."""
 
 from __future__ import annotations
 

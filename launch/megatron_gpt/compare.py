@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from rich.table import Table
 from torch import Tensor
 
 from vocab_parallel_ce import VocabShard
@@ -30,6 +29,7 @@ from vocab_parallel_ce.launch.measuring.rounds import turns
 from vocab_parallel_ce.launch.megatron_gpt.loss import LossChoice, loss_in_use
 from vocab_parallel_ce.launch.megatron_gpt.model import has_compiler
 from vocab_parallel_ce.launch.megatron_gpt.trainer import MegatronTrainer, MicroBatch
+from vocab_parallel_ce.launch.terminal import Table, numbers, words
 from vocab_parallel_ce.launch.train.selfcheck import Errors, LossCall, check_against_reference
 from vocab_parallel_ce.launch.train.text import IGNORE_INDEX
 from vocab_parallel_ce.launch.train.trainer import sum_of_squares
@@ -225,24 +225,23 @@ def table(results: Sequence[Result], trainer: MegatronTrainer) -> Table:
     )
     if trainer.groups.device.type == "cpu" and not has_compiler():
         caption += " Megatron's fused loss is not compiled here, for want of a C++ compiler."
-    out = Table(
-        title=f"The next batch of this run, the same weights; logits {shape} "
-        f"{trainer.options.dtype} on each rank, tp {trainer.groups.tp}",
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-    )
     has_z = any(result.z_loss is not None for result in results)
-    out.add_column("loss of")
-    for name in (
-        "loss", *["of it z"] * has_z, "gradient norm", "gradient error", "forward ms",
-        "backward ms", "peak MiB", "collectives",
-    ):  # fmt: skip
-        out.add_column(name, justify="right")
+    out = Table(
+        f"The next batch of this run, the same weights; logits {shape} "
+        f"{trainer.options.dtype} on each rank, tp {trainer.groups.tp}",
+        [
+            *words("loss of"),
+            *numbers(
+                "loss", *["of it z"] * has_z, "gradient\nnorm", "gradient\nerror", "forward\nms",
+                "backward\nms", "peak\nMiB", "collectives",
+            ),
+        ],
+        caption=caption,
+    )  # fmt: skip
     for result in results:
         forward, backward = result.milliseconds
         z_loss = "none" if result.z_loss is None else f"{result.z_loss:.6f}"
-        out.add_row(
+        out.add(
             result.contender.label,
             f"{result.loss:.6f}",
             *[z_loss] * has_z,

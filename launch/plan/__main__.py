@@ -1,8 +1,6 @@
 """python -m vocab_parallel_ce.launch.plan"""
 
-import typer
-
-from vocab_parallel_ce.launch.plan.command import main
+from vocab_parallel_ce.launch.jobs import run
 
 if __name__ == "__main__":
-    typer.run(main)
+    run("plan")

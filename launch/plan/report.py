@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from vocab_parallel_ce.launch.bench.goals import ranks_in_words
 from vocab_parallel_ce.launch.plan.devices import GB, MIB, US, Device, Figure
 from vocab_parallel_ce.launch.plan.measured import Compared, Run
 from vocab_parallel_ce.launch.plan.model import LEFT_OUT, Prediction
 from vocab_parallel_ce.launch.plan.ways import Case
+from vocab_parallel_ce.launch.terminal import Coloured, Table, numbers, show, show_line, words
 
 
 def _mib(size: float) -> str:
@@ -29,12 +27,6 @@ def _title(case: Case, device: Device) -> str:
     return f"{shape}: {device.label}"
 
 
-def _columns(table: Table, *names: str) -> None:
-    table.add_column("implementation")
-    for name in names:
-        table.add_column(name, justify="right")
-
-
 def _collectives(prediction: Prediction) -> str:
     """For example: 1 all_gather, 96.1 KiB."""
     kinds = [kind for kind, _ in prediction.collectives]
@@ -45,9 +37,7 @@ def _collectives(prediction: Prediction) -> str:
 
 
 def predictions_table(case: Case, device: Device, predictions: list[Prediction]) -> Table:
-    table = Table(title=_title(case, device), title_justify="left", caption_justify="left")
-    _columns(
-        table,
+    columns = numbers(
         "held\nMiB",
         "peak\nMiB",
         "moved\nGB",
@@ -57,13 +47,14 @@ def predictions_table(case: Case, device: Device, predictions: list[Prediction])
         "backward\nkernels",
         "both\nms",
         "against\nours",
-        "collectives, bytes a rank gives",
+        "collectives,\nbytes a rank gives",
     )
+    table = Table(_title(case, device), [*words("implementation"), *columns])
     best = predictions[0].total_s
     for p in predictions:
         moved = p.forward_bytes + p.backward_bytes
         each = [f"{size / case.elements:.0f}" for size in (p.forward_bytes, p.backward_bytes)]
-        table.add_row(
+        table.add(
             p.label,
             _mib(p.held_bytes),
             _mib(p.peak_bytes),
@@ -109,17 +100,14 @@ def figures(device: Device) -> dict[str, tuple[str, Figure]]:
 
 
 def figures_table(device: Device) -> Table:
-    table = Table("figure", "value", "where it comes from", title="What the model was told")
-    table.title_justify = "left"
-    for name, (words, figure) in figures(device).items():
-        table.add_row(name, words, figure.source)
+    table = Table("What the model was told", words("figure", "value", "where it comes from"))
+    for name, (value, figure) in figures(device).items():
+        table.add(name, value, figure.source)
     return table
 
 
 def compared_table(run: Run) -> Table:
-    table = Table(title=_title(run.case, run.device), title_justify="left", caption_justify="left")
-    _columns(
-        table,
+    columns = numbers(
         "forward ms\nmodel",
         "forward ms\nseen",
         "backward ms\nmodel",
@@ -132,8 +120,9 @@ def compared_table(run: Run) -> Table:
         "peak MiB\nseen",
         "collectives\nmodel, seen",
     )
+    table = Table(_title(run.case, run.device), [*words("implementation"), *columns])
     for row in run.compared:
-        table.add_row(*_compared_row(row))
+        table.add(*_compared_row(row))
     table.caption = "measured in this run, all ranks together: " + _measured_in_words(run)
     return table
 
@@ -154,10 +143,10 @@ def _compared_row(row: Compared) -> list[str]:
     if row.total_s is None or row.forward_s is None or row.backward_s is None:
         cells = [_ms(p.forward_s), "", _ms(p.backward_kernel_s), "", _ms(p.total_s), "", ""]
         cells += [_ms(p.communication_s), _mib(p.peak_bytes), "", str(len(p.collectives))]
-        return [f"[dim]{p.label}: {row.status.split(':')[0]}[/]", *cells]
+        return [Coloured(f"{p.label}: {row.status.split(':')[0]}", "dim"), *cells]
     counted = "?" if row.collectives is None else str(row.collectives)
     return [
-        f"{p.label}: [red]WRONG[/]" if row.status else p.label,
+        Coloured(f"{p.label}: WRONG", "red") if row.status else p.label,
         _ms(p.forward_s),
         _ms(row.forward_s),
         _ms(p.backward_kernel_s),
@@ -172,19 +161,17 @@ def _compared_row(row: Compared) -> list[str]:
     ]
 
 
-def print_predictions(
-    console: Console, case: Case, device: Device, predictions: list[Prediction]
-) -> None:
-    console.print(predictions_table(case, device, predictions))
-    console.print()
-    console.print(figures_table(device))
+def print_predictions(case: Case, device: Device, predictions: list[Prediction]) -> None:
+    show(predictions_table(case, device, predictions))
+    show_line("")
+    show(figures_table(device))
 
 
-def print_compared(console: Console, runs: list[Run]) -> None:
+def print_compared(runs: list[Run]) -> None:
     for run in runs:
-        console.print(compared_table(run))
-        console.print()
-    console.print(f"The model leaves out: {LEFT_OUT}.")
+        show(compared_table(run))
+        show_line("")
+    show_line(f"The model leaves out: {LEFT_OUT}.")
 
 
 def as_json(case: Case, device: Device, predictions: list[Prediction]) -> dict[str, Any]:

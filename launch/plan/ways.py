@@ -46,10 +46,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vocab_parallel_ce.collectives import GATHER_LIMIT_BYTES
-from vocab_parallel_ce.engines.npu import SCRATCH_MIB
 from vocab_parallel_ce.header import HEADER_INTS
 from vocab_parallel_ce.launch.bench.rank import DTYPES, PARTIALS
 from vocab_parallel_ce.launch.plan.devices import MIB
+from vocab_parallel_ce.switches import SCRATCH_MIB
 
 Kind = Literal["all_gather", "all_reduce"]
 ROW_SCRATCH = 64  # bytes a row of [N] vectors at peak, whoever computes the loss

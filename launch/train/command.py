@@ -1,28 +1,52 @@
 """Trains a small GPT with the vocabulary split across ranks; the library's main job.
 
-    python -m vocab_parallel_ce.launch.train
+    vocab-parallel-ce train
     torchrun --nproc-per-node 2 -m vocab_parallel_ce.launch.train --tp 2
+    torchrun --nproc-per-node 2 -m vocab_parallel_ce.launch.train --tp 2 --steps 500 --dtype bf16
 
 The vocabulary is byte-level BPE of 32,768 tokens, trained on the spot on the sources of Python's
 standard library, or on `--text`. Leaves in --out: metrics.jsonl, loss.png and sharded checkpoints,
 from which the same command continues; so a run survives the loss of a rank under
 `torchrun --max-restarts`. At its end it compares its loss and gradient with an unsharded fp64
 reference and fails if they are off.
+
+Exit status: 0, 1 if that comparison failed or the run broke off, 2 if an option cannot be served.
 """
 
 from __future__ import annotations
 
 import enum
 import os
-import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
+import torch
 import torch.distributed as dist
 import typer
 
+from vocab_parallel_ce.launch.command_line import (
+    Cache,
+    DataParallel,
+    DeviceName,
+    ModelVocab,
+    TensorParallel,
+    Text,
+    Timeout,
+    TrainingDtype,
+    choice,
+    folder,
+    job,
+    number,
+    open_groups,
+    positive,
+    say,
+    whole,
+)
+from vocab_parallel_ce.launch.options import make_folder
+from vocab_parallel_ce.launch.refusal import FAILED, Refusal
 from vocab_parallel_ce.launch.train.gpt import GPTShape
 from vocab_parallel_ce.launch.train.progress import TrainingLog, draw_curve, read_metrics
 from vocab_parallel_ce.launch.train.selfcheck import (
@@ -30,13 +54,15 @@ from vocab_parallel_ce.launch.train.selfcheck import (
     compare_cost,
     replicas_agree,
 )
-from vocab_parallel_ce.launch.train.text import Corpus, default_cache, load_corpus
+from vocab_parallel_ce.launch.train.text import (
+    Corpus,
+    default_cache,
+    load_corpus,
+    require_vocab_size,
+    text_files,
+)
 from vocab_parallel_ce.launch.train.trainer import Trainer, TrainOptions
 from vocab_parallel_ce.parallel.groups import ParallelGroups
-
-USAGE_ERROR = 2
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class Resume(str, enum.Enum):
@@ -45,12 +71,6 @@ class Resume(str, enum.Enum):
     auto = "auto"
     never = "never"
     must = "must"
-
-
-def say(groups: ParallelGroups, text: str) -> None:
-    """Prints on rank 0."""
-    if groups.rank == 0:
-        print(text, flush=True)
 
 
 def shared_corpus(
@@ -91,18 +111,21 @@ def check_and_compare(trainer: Trainer) -> bool:
     """Prints what the run proves of itself; False if something is off."""
     groups = trainer.groups
     call = trainer.last_loss_call()
+    say(
+        groups,
+        f"Comparing the loss of the last batch, {len(call.target)} rows of "
+        f"{call.shard.vocab_size}, with the unsharded fp64 reference ...",
+    )
     errors = check_against_reference(call, groups)
     agree = replicas_agree(trainer.model, groups)
     verdicts: list[bool] = [False] * groups.world_size
     dist.all_gather_object(verdicts, errors.within and agree, group=groups.control)
     say(
         groups,
-        f"Last batch against the unsharded fp64 reference, {len(call.target)} rows of "
-        f"{call.shard.vocab_size}:\n"
         f"  loss      {errors.loss:.7f}, reference {errors.reference:.7f}, "
         f"relative error {errors.loss_error:.1e}\n"
-        f"  gradient  largest error {errors.gradient_error:.1e} of the largest element "
-        f"(F.cross_entropy in fp32: {errors.plain_gradient_error:.1e})\n"
+        f"  gradient  largest error {errors.gradient_error:.1e} of the largest element\n"
+        f"            (F.cross_entropy in fp32: {errors.plain_gradient_error:.1e})\n"
         f"  replicated parameters are {'' if agree else 'NOT '}equal on all ranks, bit for bit",
     )
     say(groups, "Forward and backward of that batch, medians of rank 0:")
@@ -118,11 +141,11 @@ def prepare(
     groups: ParallelGroups, options: TrainOptions, paths: list[Path], cache: Path, resume: Resume
 ) -> Trainer:
     """Everything before the first step. A ValueError from here is about what the user asked for."""
+    make_folder("--out", options.out)
     begin = time.perf_counter()
     corpus = shared_corpus(groups, paths, options.shape.vocab_size, cache)
     say(groups, f"{len(corpus.tokens):,} tokens of text ({time.perf_counter() - begin:.1f} s)")
     trainer = Trainer(options, groups, corpus)
-    options.out.mkdir(parents=True, exist_ok=True)
     prepare_folder(trainer, resume)
     parameters = sum(p.numel() for p in trainer.model.parameters())
     say(
@@ -149,55 +172,76 @@ def train_and_check(trainer: Trainer, check: bool) -> bool:
     with log or nullcontext():
         trainer.train(log)
     if groups.rank == 0:
-        draw_curve(read_metrics(options.metrics), options.out / "loss.png")
+        shape = options.shape
+        title = (
+            f"GPT of width {shape.width}, vocabulary of {shape.vocab_size:,}, {options.dtype}; "
+            f"tp {groups.tp}, dp {groups.dp} on {groups.device.type}"
+        )
+        draw_curve(read_metrics(options.metrics), options.out / "loss.png", title)
     say(groups, f"Metrics, curve and checkpoints are in {options.out}.")
     return check_and_compare(trainer) if check else True
 
 
-def refuse(error: ValueError) -> NoReturn:
-    """Ends this rank with the message and no traceback: the user can act on it."""
-    print(f"rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
-    raise typer.Exit(USAGE_ERROR)
+@contextmanager
+def what_was_asked_for() -> Iterator[None]:
+    """A ValueError, or a file that cannot be had, ends the job in one line: both are the user's."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refusal(error) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise Refusal(
+            f"{error.filename}: {error.strerror}; see --text, --cache and --out"
+        ) from None
 
 
-@app.command()
 def main(
-    steps: Annotated[int, typer.Option(help="Train up to this step.")] = 120,
-    batch: Annotated[int, typer.Option(help="Sequences a step, over all ranks.")] = 16,
-    context: Annotated[int, typer.Option(help="Tokens a sequence.")] = 128,
-    accumulate: Annotated[int, typer.Option(help="Micro-batches a step.")] = 1,
-    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-3,
-    warmup: Annotated[int, typer.Option(help="Steps over which lr rises.")] = 10,
-    clip: Annotated[float, typer.Option(help="Largest gradient norm; 0: no limit.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of weights, order of the text, dropout.")] = 0,
-    tp: Annotated[int | None, typer.Option(help="Ranks that split the vocabulary.")] = None,
-    dp: Annotated[int | None, typer.Option(help="Copies of the model.")] = None,
-    vocab_size: Annotated[int, typer.Option(help="Size of the BPE vocabulary.")] = 32768,
-    width: Annotated[int, typer.Option(help="Width of the model.")] = 128,
-    layers: Annotated[int, typer.Option(help="Transformer blocks.")] = 2,
-    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
-    dropout: Annotated[float, typer.Option(help="Dropped part of each block's output.")] = 0.0,
+    steps: Annotated[int, whole("Train up to this step.")] = 120,
+    batch: Annotated[int, whole("Sequences a step, over all ranks.")] = 16,
+    context: Annotated[int, whole("Tokens a sequence.")] = 128,
+    accumulate: Annotated[int, whole("Micro-batches a step.")] = 1,
+    lr: Annotated[float, positive("Learning rate of AdamW.")] = 1e-3,
+    warmup: Annotated[int, whole("Steps over which lr rises.", least=0)] = 10,
+    clip: Annotated[float, number("Largest gradient norm; 0: no limit.")] = 1.0,
+    seed: Annotated[int, whole("Of weights, order of the text, dropout.", least=None)] = 0,
+    tp: TensorParallel = None,
+    dp: DataParallel = None,
+    vocab: ModelVocab = 32768,
+    width: Annotated[int, whole("Width of the model.")] = 128,
+    layers: Annotated[int, whole("Transformer blocks.")] = 2,
+    heads: Annotated[int, whole("Attention heads.")] = 4,
+    dropout: Annotated[float, number("Dropped part of each block's output.")] = 0.0,
     tied: Annotated[bool, typer.Option(help="One weight for embedding and head.")] = False,
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 by autocast.")] = "float32",
-    label_smoothing: Annotated[float, typer.Option(help="In [0, 1].")] = 0.0,
-    z_loss: Annotated[float, typer.Option(help="Adds this times lse squared.")] = 0.0,
+    dtype: TrainingDtype = "fp32",
+    label_smoothing: Annotated[float, number("In [0, 1].")] = 0.0,
+    z_loss: Annotated[float, number("Adds this times lse squared.")] = 0.0,
     inplace: Annotated[bool, typer.Option(help="Gradient overwrites the logits.")] = True,
-    text: Annotated[list[Path] | None, typer.Option(help="Files or folders to train on.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Keeps the tokens between runs.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/train"),
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
-    resume: Annotated[Resume, typer.Option(help="If --out has a checkpoint.")] = Resume.auto,
+    text: Text = None,
+    cache: Cache = None,
+    out: Annotated[Path, folder("Folder of the run.")] = Path("runs/train"),
+    checkpoint_every: Annotated[int, whole("Steps between checkpoints.")] = 50,
+    resume: Annotated[
+        Resume, choice(Resume, "Whether to continue what lies in --out.")
+    ] = Resume.auto,
     check: Annotated[bool, typer.Option(help="Compare with the reference at the end.")] = True,
-    log_every: Annotated[int, typer.Option(help="Steps between lines off a terminal.")] = 10,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or npu; else the best.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds a rank waits for others.")] = 600.0,
+    log_every: Annotated[int, whole("Steps between lines off a terminal.")] = 10,
+    device: DeviceName = None,
+    timeout: Timeout = 600.0,
     die_at_step: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
-    """Trains a GPT whose vocabulary is split across tensor-parallel ranks."""
+    """Trains a GPT whose vocabulary is split across tensor-parallel ranks.
+
+    Alone it is one process; for several ranks: torchrun -m vocab_parallel_ce.launch.train. It
+    continues from the checkpoints in --out, and at its end compares its loss and gradient with an
+    unsharded fp64 reference.
+    """
+    torch.set_float32_matmul_precision("highest")  # tp=2 follows tp=1 closely only without TF32
     begin = time.perf_counter()
-    try:
+    with what_was_asked_for():
         options = TrainOptions(
-            shape=GPTShape(vocab_size, context, width, layers, heads, dropout, tied),
+            shape=GPTShape(vocab, context, width, layers, heads, dropout, tied),
             steps=steps,
             batch=batch,
             accumulate=accumulate,
@@ -214,15 +258,17 @@ def main(
             log_every=log_every,
             die_at_step=die_at_step,
         )
-        groups = ParallelGroups.open(device, tp=tp, dp=dp, timeout_seconds=timeout)
-    except ValueError as error:
-        refuse(error)
+        # Here, where every rank finds the same: only one of them will make the text.
+        require_vocab_size(vocab)
+        text_files(text or [])
+        groups = open_groups(device, tp, dp, timeout)
     with groups:
-        try:
+        with what_was_asked_for():
             trainer = prepare(groups, options, text or [], cache or default_cache(), resume)
-        except ValueError as error:
-            refuse(error)
         ok = train_and_check(trainer, check)
         say(groups, f"{time.perf_counter() - begin:.0f} s in all.")
     if not ok:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
+
+
+app = job("train", main)

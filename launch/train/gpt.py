@@ -22,7 +22,7 @@ INITIAL_STD = 0.02
 
 @dataclass(frozen=True)
 class GPTShape:
-    """Sizes of the model; `context` counts tokens."""
+    """Sizes of the model; `context` counts tokens. Errors name the command-line option."""
 
     vocab_size: int
     context: int
@@ -35,11 +35,12 @@ class GPTShape:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context", "width", "layers", "heads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                option = name.removesuffix("_size")
+                raise ValueError(f"--{option} {getattr(self, name)} must be at least 1")
         if self.width % self.heads:
-            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
+            raise ValueError(f"--width {self.width} is not a multiple of --heads {self.heads}")
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+            raise ValueError(f"--dropout {self.dropout} must be in [0, 1)")
 
 
 def _linear(

@@ -104,15 +104,19 @@ def read_metrics(path: Path, kind: type[StepMetrics] = StepMetrics) -> list[Any]
     return [kind(**json.loads(line)) for line in lines if line.endswith("\n")]
 
 
-def draw_curve(lines: Sequence[StepMetrics], picture: Path) -> None:
-    """The loss over the steps as a PNG."""
+def draw_curve(lines: Sequence[StepMetrics], picture: Path, title: str) -> None:
+    """The loss over the steps as a PNG. `title`: what was trained, how."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot([line.step for line in lines], [line.loss for line in lines], linewidth=1.2)
+    steps, losses = [line.step for line in lines], [line.loss for line in lines]
+    label = f"training loss, {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "no step was done"
+    axes.plot(steps, losses, linewidth=1.2, label=label)
+    axes.set_title(title, fontsize=9)
+    axes.legend(loc="upper right", frameon=False)
     axes.set_xlabel("step")
     axes.set_ylabel("loss [nats per token]")
     axes.grid(alpha=0.3)

@@ -98,7 +98,7 @@ def require_vocab_size(vocab_size: int) -> None:
     """ValueError where no byte-level vocabulary is that small."""
     if vocab_size < SMALLEST_VOCABULARY:
         raise ValueError(
-            f"vocab_size={vocab_size} is smaller than {SMALLEST_VOCABULARY}, "
+            f"--vocab {vocab_size} is smaller than {SMALLEST_VOCABULARY}, "
             "the 256 bytes and the end of text"
         )
 
@@ -184,7 +184,7 @@ class Batches:
         self.windows = (len(corpus.tokens) - 1) // context
         if self.windows < 1:
             raise ValueError(
-                f"the text has {len(corpus.tokens)} tokens, fewer than context={context} + 1; "
+                f"the text has {len(corpus.tokens)} tokens, fewer than --context {context} + 1; "
                 "give more text (--text) or a shorter --context"
             )
         self._order = functools.lru_cache(maxsize=2)(self._shuffled)

@@ -29,7 +29,7 @@ from vocab_parallel_ce.launch.train.text import IGNORE_INDEX, Batches, Corpus
 from vocab_parallel_ce.parallel.groups import ParallelGroups
 from vocab_parallel_ce.parallel.layers import vocab_parallel_parameters
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TrainOptions:
     """Largest 2-norm of the gradient; 0 leaves it alone."""
     weight_decay: float = 0.01
     seed: int = 0
-    dtype: str = "float32"
+    dtype: str = "fp32"
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     inplace: bool = True
@@ -222,7 +222,7 @@ class Trainer:
         )
 
     def _logits(self, ids: Tensor) -> Tensor:
-        """[B, T] -> [B * T, C_r]; for bfloat16, autocast over fp32 weights."""
+        """[B, T] -> [B * T, C_r]; for bf16, autocast over fp32 weights."""
         dtype = DTYPES[self.options.dtype]
         with torch.autocast(self.groups.device.type, dtype, enabled=dtype != torch.float32):
             logits: Tensor = self.model(ids.to(self.groups.device))

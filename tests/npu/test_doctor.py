@@ -38,11 +38,11 @@ def test_the_selftest_passes(ranks: int, tmp_path: Path) -> None:
     assert engines == {"fp32": "npu", "bf16": "npu", "fp16": "npu", "fp64": "none"}
 
 
-def test_more_ranks_than_cards_is_one_line_on_every_rank() -> None:
+def test_more_ranks_than_cards_is_one_line() -> None:
     done = _run(3, "--device", "npu", "--selftest", "--quick", NPU_SIM_DEVICES="2")
     assert done.returncode != 0
-    assert done.stderr.count("shows 2 npu devices") == 3
-    assert "doctor_" not in done.stderr  # no traceback of ours
+    assert done.stderr.count("shows 2 npu devices") == 1
+    assert "launch/doctor" not in done.stderr  # no traceback of ours
 
 
 def test_no_visible_card() -> None:

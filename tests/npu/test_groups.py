@@ -207,8 +207,8 @@ def test_all_ranks_are_told_of_missing_cards() -> None:
     assert (
         process.stdout.splitlines()
         == [
-            "LOCAL_WORLD_SIZE=3 processes were started on this machine, which shows 2 npu devices; "
-            "start at most 2 (torchrun --nproc-per-node 2)"
+            "device='npu', but LOCAL_WORLD_SIZE=3 processes were started on this machine, which "
+            "shows 2 npu devices; start at most 2 (torchrun --nproc-per-node 2)"
         ]
         * 3
     )

@@ -94,8 +94,8 @@ def test_more_ranks_than_cards_is_one_line(tmp_path: Path, ranks: int, message: 
     assert message in process.stderr
 
 
-def test_without_a_card_every_rank_says_so(tmp_path: Path) -> None:
-    """Under torchrun itself: one line a rank, of which torchrun may cut off the later ones."""
+def test_without_a_card_the_run_says_so_once(tmp_path: Path) -> None:
+    """Under torchrun itself."""
     launcher = "-m torch.distributed.run --standalone --nproc-per-node 2"
     program = "-m vocab_parallel_ce.launch.train --device npu"
     process = subprocess.run(
@@ -107,6 +107,6 @@ def test_without_a_card_every_rank_says_so(tmp_path: Path) -> None:
         timeout=120,
     )
     assert process.returncode != 0
-    said = re.findall(r"^rank \d: device='npu', but torch_npu sees no card", process.stderr, re.M)
-    assert 1 <= len(said) <= 2
+    said = re.findall(r"^vocab-parallel-ce train: .*sees no card", process.stderr, re.M)
+    assert len(said) == 1
     assert "Traceback" not in process.stderr.split("torch/distributed")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -43,11 +44,10 @@ def test_torch_itself_cannot_be_imported() -> None:
     "command",
     [
         [sys.executable, "-m", "vocab_parallel_ce.launch.train"],
-        [sys.executable, "-m", "vocab_parallel_ce.launch.doctor"],
         [str(REPOSITORY / "launch" / "ascend" / "run.sh"), "--tp", "2"],
         [str(REPOSITORY / "launch" / "ascend" / "run.sh"), "--device", "cpu"],
     ],
-    ids=["train", "doctor", "script", "script on cpu"],
+    ids=["train", "script", "script on cpu"],
 )
 def test_every_command_ends_in_one_line(command: list[str]) -> None:
     process = _run(*command)
@@ -58,8 +58,21 @@ def test_every_command_ends_in_one_line(command: list[str]) -> None:
         assert part in process.stderr
 
 
-def test_an_import_raises_that_line_alone() -> None:
-    process = _run(sys.executable, "-c", "import vocab_parallel_ce")
+def test_the_doctor_reports_it(tmp_path: Path) -> None:
+    file = tmp_path / "doctor.json"
+    process = _run(sys.executable, "-m", "vocab_parallel_ce.launch.doctor", "--json", str(file))
+    assert process.returncode == 2
+    assert len(process.stderr.splitlines()) == 1, process.stderr
+    assert process.stdout.startswith(f"Problem: torch cannot be imported: {REASON}")
+    found = json.loads(file.read_text())["environment"]
+    assert REASON in found["problem"]
+    assert found["versions"]["torch_npu"].startswith("2.")
+    assert found["cann"] == "not found"
+    assert any(v["name"] == "ASCEND_HOME_PATH" for v in found["variables"])
+
+
+def test_the_package_can_be_imported_and_a_use_raises_that_line_alone() -> None:
+    process = _run(sys.executable, "-c", "import vocab_parallel_ce as v; v.cross_entropy")
     assert process.returncode == 1
     assert process.stderr.count("Traceback") == 1
     assert process.stderr.splitlines()[-1].startswith(

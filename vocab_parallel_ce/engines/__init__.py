@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import warnings
 
 from torch import Tensor
 
+from ..warning import warn
 from . import eager, npu
 from .contract import Engine
 from .cpu import engine as cpu
@@ -36,10 +36,9 @@ def _engine_or_reason(name: str) -> Engine | str:
 
 @functools.cache
 def _warn_once(name: str, device_type: str, reason: str) -> None:
-    warnings.warn(
+    warn(
         f"vocab_parallel_ce: the {name} engine is not available ({reason}); the slower eager "
-        f"engine serves {device_type.upper()} tensors. {_REMEDY[name]}.",
-        stacklevel=2,
+        f"engine serves {device_type.upper()} tensors. {_REMEDY[name]}."
     )
 
 

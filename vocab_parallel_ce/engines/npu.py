@@ -46,13 +46,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..switches import SCRATCH_MIB, SCRATCH_VARIABLE
 from .contract import IGNORED, Coefficients, RowFunctions, Wanted
 
 ROW_FUNCTIONS: RowFunctions | None = None
 LEAVES_LOG_PROB = True
 MAX_ROWS = 199_999  # the operator keeps a few floats a row on chip, for fewer than 200,000 rows
-SCRATCH_VARIABLE = "VOCAB_PARALLEL_CE_NPU_SCRATCH_MIB"
-SCRATCH_MIB = 128
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NEGLIGIBLE = -200.0  # e^-200 is 0 in fp32, so below it a log-probability counts for nothing
 

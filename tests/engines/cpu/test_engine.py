@@ -28,8 +28,8 @@ from vocab_parallel_ce.engines.contract import (
 )
 from vocab_parallel_ce.engines.cpu import engine as cpu
 from vocab_parallel_ce.engines.cpu import lanes
-
-from ...tolerance import assert_close, ulp
+from vocab_parallel_ce.testing import ulp
+from vocab_parallel_ce.testing.engine import Shard, Subject
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
@@ -42,6 +42,7 @@ TOKENS = {
     torch.float64: np.float64(0),
 }
 ALL = Wanted(smooth=True, entropy=True, argmax=True)
+ENGINE = Subject(cpu)
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_half = pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -54,7 +55,7 @@ def _threads() -> Any:
     torch.set_num_threads(before)
 
 
-# The formulas of the contract
+# By the formulas of the contract
 
 
 class Case(NamedTuple):
@@ -76,33 +77,6 @@ def case(rows: int, columns: int, dtype: torch.dtype, spread: float = 3.0) -> Ca
     return Case(logits, target, weight, Coefficients(*parts))
 
 
-def statistics(c: Case, scale: float, dtype: torch.dtype) -> dict[str, Tensor]:
-    x = c.logits.to(dtype) * scale
-    m = x.amax(1)
-    d = x - m[:, None]
-    e = d.exp()
-    x_y = x.gather(1, c.target.clamp(min=0)[:, None]).squeeze(1)
-    return {
-        "m": m,
-        "s": e.sum(1),
-        "x_y": torch.where(c.target >= 0, x_y, 0.0),
-        "u": (c.weight.to(dtype) * d).sum(1),
-        "t": torch.where(e == 0, 0.0, e * d).sum(1),
-    }
-
-
-def gradient(c: Case, m: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    parts = [part for part in c.coefficients if part is not None]
-    softmax, target, smooth, entropy = (part.to(dtype)[:, None] for part in parts)
-    d = c.logits.to(dtype) * scale - m.to(dtype)[:, None]
-    p = d.exp() / s.to(dtype)[:, None]
-    log_p = d - s.to(dtype).log()[:, None]
-    dx = p * softmax - torch.where(p == 0, 0.0, p * log_p * entropy)
-    dx -= torch.where(torch.arange(d.shape[1]) == c.target[:, None], target, 0.0)
-    dx -= c.weight.to(dtype) * smooth
-    return torch.where(c.target[:, None] == IGNORED, 0.0, dx)
-
-
 def run_partials(c: Case, scale: float = 1.0, wanted: Wanted = ALL) -> dict[str, Tensor]:
     dtype = arithmetic_dtype(c.logits.dtype)
     out = torch.full((len(wanted.rows), len(c.target)), 123.25, dtype=dtype)
@@ -121,30 +95,13 @@ def run_gradient(
 
 
 def check(c: Case, scale: float = 1.0) -> None:
-    """Both kernels of both directions."""
-    exact, naive = (statistics(c, scale, dtype) for dtype in (torch.float64, torch.float32))
-    kept = c.target != IGNORED
+    """Both kernels of both directions, and log_prob, by the contract's formulas."""
+    shard = Shard(c.logits, c.target, c.weight)
     for wanted in (Wanted(), ALL):
-        got = run_partials(c, scale, wanted)
-        for name in wanted.rows:
-            if name != "argmax":
-                assert_close(got[name][kept], exact[name][kept], naive[name][kept], name)
-            assert bool((got[name][~kept] == 0).all())
-    m, s = got["m"], got["s"]
-    for parts in (2, 4):
-        softmax, target, *others = c.coefficients
-        kept_parts = [part if parts == 4 else torch.zeros(64) for part in others]
-        d = c._replace(coefficients=Coefficients(softmax, target, *kept_parts))
-        exact_dx, naive_dx = (gradient(d, m, s, scale, t) for t in (torch.float64, torch.float32))
-        dx = run_gradient(c, m, s, torch.full_like(c.logits, 123.25), scale, parts)
-        assert_close(dx, exact_dx, naive_dx, "gradient")
-    log_prob = torch.empty_like(c.logits)
-    cpu.log_prob(c.logits, m, s, scale, log_prob)
-    exact_log_prob, naive_log_prob = (
-        c.logits.to(t) * scale - m.to(t)[:, None] - s.to(t).log()[:, None]
-        for t in (torch.float64, torch.float32)
-    )
-    assert_close(log_prob[kept], exact_log_prob[kept], naive_log_prob[kept], "log_prob")
+        ENGINE.check_partials(shard, scale, wanted)
+    ENGINE.check_gradient(shard, scale)
+    ENGINE.check_gradient(shard, scale, smooth=True, entropy=True)
+    ENGINE.check_log_prob(shard, scale)
 
 
 @every_dtype

@@ -11,8 +11,7 @@ from torch import Tensor
 from vocab_parallel_ce.engines import ENGINES, select
 from vocab_parallel_ce.engines.contract import IGNORED, Coefficients, Wanted
 from vocab_parallel_ce.engines.triton import engine as triton
-
-from ...tolerance import assert_close
+from vocab_parallel_ce.testing import assert_close
 
 ALL = Wanted(smooth=True, entropy=True, argmax=True)
 

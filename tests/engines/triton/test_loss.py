@@ -18,11 +18,11 @@ from vocab_parallel_ce import (
     row_steps,
     token_statistics,
 )
+from vocab_parallel_ce.testing import Sharding, assert_close, batch, even, sized
 
-from ...cases import Findings, Sharding, batch, check_gradient, even, expected, sized
+from ...cases import Findings, check_gradient, expected
 from ...ranks import Pool
 from ...test_oracle import OPTIONS, REDUCTIONS
-from ...tolerance import assert_close
 
 ROWS = 12
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -14,8 +14,7 @@ from vocab_parallel_ce.engines.contract import Gathered
 from vocab_parallel_ce.engines.triton import engine as triton
 from vocab_parallel_ce.request import RowRequest
 from vocab_parallel_ce.row_steps import Concluded, FusedSteps, RowSteps, TorchSteps
-
-from ...tolerance import assert_close
+from vocab_parallel_ce.testing import assert_close
 
 ROWS, SIZE = 300, 5  # more than one block of rows, the last one not full
 EVERYTHING = {"smooth": True, "entropy": True, "argmax": True}

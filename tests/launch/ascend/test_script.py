@@ -167,13 +167,13 @@ def test_bad_variables_are_explained(
     assert stopped.value.code == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
-    assert errors[0].startswith(f"launch/ascend/run.sh: {message}")
+    assert errors[0].startswith(f"vocab-parallel-ce ascend: {message}")
 
 
 def test_the_script_ends_in_one_line(tmp_path: Path) -> None:
     for variables, arguments, message in (
         ({"NNODES": "2"}, ["--device", "cpu"], "NNODES=2 needs NODE_RANK"),
-        ({}, ["--device=tpu"], "--device tpu is not one of npu, cuda, cpu"),
+        ({}, ["--device=tpu"], "--device 'tpu' is not one of npu, cuda, cpu"),
         ({"PYTHON": "/not/there"}, [], "PYTHON=/not/there is not found"),
         (
             {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "WAIT_SECONDS": "1",
@@ -185,7 +185,48 @@ def test_the_script_ends_in_one_line(tmp_path: Path) -> None:
         code, said, errors = _run(tmp_path, *arguments, **variables)
         assert (code, said) == (2, "")
         assert len(errors.splitlines()) == 1, errors
-        assert errors.startswith(f"launch/ascend/run.sh: {message}")
+        assert errors.startswith(f"vocab-parallel-ce ascend: {message}")
+
+
+def test_help_needs_nothing_and_starts_nothing(tmp_path: Path) -> None:
+    for arguments in (["--help"], ["--tp", "8", "-h"]):
+        code, said, errors = _run(tmp_path, *arguments, PYTHON="/not/there", PATH="/usr/bin:/bin")
+        assert (code, errors) == (0, "")
+        assert said.startswith("Starts the training job")
+        for name in (*VARIABLES, "MAX_RESTARTS", "JOB", "PYTHON", "vocab-parallel-ce ascend"):
+            assert name in said
+        assert max(map(len, said.splitlines())) <= 100
+
+
+def test_a_job_is_named_as_the_console_entry_names_it(tmp_path: Path) -> None:
+    code, said, errors = _run(tmp_path, "--device", "cpu", "--vocab", "0", JOB="train", NPROC=1)
+    assert code != 0
+    assert said == ""
+    assert "vocab-parallel-ce train: --vocab 0 must be at least 1\n" in errors
+
+
+def test_the_script_of_the_package_is_started(tmp_path: Path) -> None:
+    """Through the link in the package, whose folder must not become a path of Python's."""
+    process = subprocess.run(
+        [sys.executable, "-m", "vocab_parallel_ce.launch", "ascend", "--device", "cpu"],
+        env=os.environ
+        | {"PYTHONPATH": str(REPOSITORY), "MODULE": "echo", "NPROC": "1", "PYTHONSAFEPATH": ""},
+        cwd=_echo_of_the_path(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    python, path = json.loads(process.stdout)
+    assert python == sys.executable
+    assert str(REPOSITORY / "vocab_parallel_ce") not in path
+
+
+def _echo_of_the_path(folder: Path) -> Path:
+    (folder / "echo.py").write_text(
+        "import json, sys; print(json.dumps([sys.executable, sys.path]))\n"
+    )
+    return folder
 
 
 def test_more_processes_than_cards(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tests.ranks import Pool
 from vocab_parallel_ce.launch.bench import command as bench
-from vocab_parallel_ce.launch.bench import inputs as bench_inputs
+from vocab_parallel_ce.launch.bench import inputs as made_inputs
 from vocab_parallel_ce.launch.bench import peers
-from vocab_parallel_ce.launch.bench import rank as bench_rank
+from vocab_parallel_ce.launch.bench import rank as one_rank
 from vocab_parallel_ce.launch.bench.inputs import CACHES, Inputs, buffers_needed
 from vocab_parallel_ce.launch.bench.peers import BY_NAME, Peer, Setting
 from vocab_parallel_ce.launch.measuring.device import MIB
@@ -39,7 +39,7 @@ def test_enough_buffers_that_no_cache_answers(logits: int, cache: int, count: in
 
 def inputs(count: int, rank: int = 0) -> Inputs:
     setting = Setting(cast(dist.ProcessGroup, None), 1, torch.device("cpu"))
-    made = bench_inputs.make(6, 10, setting, rank, torch.float32)
+    made = made_inputs.make(6, 10, setting, rank, torch.float32)
     made.buffers = [torch.clone(made.master) for _ in range(count)]
     return made
 
@@ -83,8 +83,8 @@ def test_a_run_touches_its_own_buffer_and_restore_undoes_it() -> None:
 def _timed(group: dist.ProcessGroup) -> tuple[list[int], int, int, int]:
     made = inputs(3, dist.get_rank(group))
     _Scribble.seen.clear()
-    plan = bench_rank.Plan(((6, 10),), ("fp32",), "cpu", 2, ("scribble",), 0.0)
-    timed = bench_rank._time(made, [PEER], {PEER.name: scribble}, plan, lambda text, done: None)
+    plan = one_rank.Plan(((6, 10),), ("fp32",), "cpu", 2, ("scribble",), 0.0)
+    timed = one_rank._time(made, [PEER], {PEER.name: scribble}, plan, lambda text, done: None)
     places = [buffer.data_ptr() for buffer in made.buffers]
     used = [places.index(pointer) for pointer in _Scribble.seen]
     return used, len(timed.times["scribble"]), len(timed.copies), len(timed.quiet)
@@ -106,9 +106,9 @@ def test_the_grid_of_a_device() -> None:
 
 
 def test_a_plan_survives_the_way_to_its_ranks() -> None:
-    plan = bench_rank.Plan(((1, 2), (3, 4)), ("fp32", "bf16"), "cuda", 2, ("ours",), 0.5, True)
-    assert bench_rank.Plan.load(plan.dump()) == plan
-    assert bench_rank.steps(plan) == 2 * 2 * (2 + 2)
+    plan = one_rank.Plan(((1, 2), (3, 4)), ("fp32", "bf16"), "cuda", 2, ("ours",), 0.5, True)
+    assert one_rank.Plan.load(plan.dump()) == plan
+    assert one_rank.steps(plan) == 2 * 2 * (2 + 2)
 
 
 def test_only_a_cpu_must_be_quiet() -> None:
@@ -144,8 +144,8 @@ def test_a_package_that_breaks_when_imported_is_not_installed(
 
 def test_the_logits_of_a_shape_are_the_same_for_every_dtype() -> None:
     setting = Setting(cast(dist.ProcessGroup, None), 1, torch.device("cpu"))
-    wide = bench_inputs.make(5, 8, setting, 0, torch.float32)
-    narrow = bench_inputs.make(5, 8, setting, 0, torch.bfloat16)
+    wide = made_inputs.make(5, 8, setting, 0, torch.float32)
+    narrow = made_inputs.make(5, 8, setting, 0, torch.bfloat16)
     assert torch.equal(wide.master.bfloat16(), narrow.master)
     assert torch.equal(wide.target, narrow.target)
     assert math.isclose(float(wide.master.std()), 2, rel_tol=0.5)

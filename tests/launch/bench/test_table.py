@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from vocab_parallel_ce.launch.bench import medians as bench_csv
-from vocab_parallel_ce.launch.bench import table as bench_table
+from vocab_parallel_ce.launch.bench import medians
+from vocab_parallel_ce.launch.bench import table as readme_table
 from vocab_parallel_ce.launch.bench.medians import Row
 from vocab_parallel_ce.launch.bench.peers import BY_NAME
 
@@ -45,7 +43,7 @@ def test_rows_by_hand() -> None:
     mine = peer("ours-inplace", 4e-6, 12e-6, peak_bytes=2**20)
     absent = {"name": "torch", "label": "F", "status": "not installed"}
     wrong = peer("ours", 1e-6, 1e-6, wrong="loss 1 instead of 2")
-    forward, backward, both = bench_csv.rows_of(run(mine, absent, wrong), HERE)
+    forward, backward, both = medians.rows_of(run(mine, absent, wrong), HERE)
     assert [row.pass_ for row in (forward, backward, both)] == ["forward", "backward", "both"]
     assert (forward.ms, forward.min_ms, both.ms) == (0.004, 0.002, 0.016)
     assert [row.ideal_bytes for row in (forward, backward, both)] == [2, 4, 6]
@@ -58,29 +56,29 @@ def test_rows_by_hand() -> None:
 
 def test_several_ranks_count_the_elements_of_all(tmp_path: Path) -> None:
     shared = run(peer("ours", 4e-6, 8e-6), ranks=2, logits_bytes_per_rank=2_000_000)
-    both = bench_csv.rows_of(shared, HERE)[2]
+    both = medians.rows_of(shared, HERE)[2]
     assert (both.ideal_bytes, both.copy_bytes) == (6, 6.0)
 
 
 def test_the_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "bench.csv"
-    bench_csv.add(path, [run(peer("ours", 1e-6, 2e-6), peer("torch", 3e-6, 4e-6))], HERE)
-    rows = bench_csv.read(path)
+    medians.add(path, [run(peer("ours", 1e-6, 2e-6), peer("torch", 3e-6, 4e-6))], HERE)
+    rows = medians.read(path)
     assert len(rows) == 6
-    assert rows == bench_csv.rows_of(run(peer("ours", 1e-6, 2e-6), peer("torch", 3e-6, 4e-6)), HERE)
+    assert rows == medians.rows_of(run(peer("ours", 1e-6, 2e-6), peer("torch", 3e-6, 4e-6)), HERE)
     assert rows[0].peak_mib is None
-    assert bench_csv.read(tmp_path / "none.csv") == []
+    assert medians.read(tmp_path / "none.csv") == []
 
 
 def test_a_new_run_replaces_its_own_group_and_no_other(tmp_path: Path) -> None:
     """Rows of two runs never stand in one group: their ratio would mean nothing."""
     path = tmp_path / "bench.csv"
     old = run(peer("ours", 1e-6, 2e-6), peer("torch", 3e-6, 4e-6))
-    bench_csv.add(path, [old, run(peer("ours", 5e-6, 5e-6), dtype="fp32")], HERE)
-    bench_csv.add(path, [run(peer("ours", 7e-6, 7e-6))], HERE)
-    bench_csv.add(path, [run(peer("ours", 9e-6, 9e-6))], HERE | {"device": "Another"})
-    bench_csv.add(path, [run(copy_bandwidth=None)], HERE)  # nothing was timed: nothing is lost
-    found = {(row.card, row.dtype, row.peer): row.ms for row in bench_csv.read(path)}
+    medians.add(path, [old, run(peer("ours", 5e-6, 5e-6), dtype="fp32")], HERE)
+    medians.add(path, [run(peer("ours", 7e-6, 7e-6))], HERE)
+    medians.add(path, [run(peer("ours", 9e-6, 9e-6))], HERE | {"device": "Another"})
+    medians.add(path, [run(copy_bandwidth=None)], HERE)  # nothing was timed: nothing is lost
+    found = {(row.card, row.dtype, row.peer): row.ms for row in medians.read(path)}
     assert found == {
         ("Another", "bf16", "ours"): 0.018,
         ("Some card", "bf16", "ours"): 0.014,
@@ -89,7 +87,7 @@ def test_a_new_run_replaces_its_own_group_and_no_other(tmp_path: Path) -> None:
 
 
 def rows_of(*runs: dict[str, Any], **here: Any) -> list[Row]:
-    return [row for one in runs for row in bench_csv.rows_of(one, HERE | here)]
+    return [row for one in runs for row in medians.rows_of(one, HERE | here)]
 
 
 def test_a_card_has_shapes_down_and_implementations_across() -> None:
@@ -97,12 +95,12 @@ def test_a_card_has_shapes_down_and_implementations_across() -> None:
         run(peer("ours-inplace", 4e-6, 12e-6), peer("torch", 1e-3, 2e-3)),
         run(peer("ours-inplace", 4e-3, 12e-3), rows=2000, logits_bytes_per_rank=8_000_000),
     )
-    text = bench_table.table(rows)
+    text = readme_table.table(rows)
     assert "Some card, 2026-01-02." in text
     assert "| bf16, ms | ours, in place | F.cross_entropy |" in text
     assert "| 1 process, [1000, 2000] | 0.02 (75%) | 3.00 |" in text
     assert "| 1 process, [2000, 2000] | 16 (0%) |  |" in text  # the other one did not fit there
-    assert bench_table.NO_CUDA not in text
+    assert readme_table.NO_CUDA not in text
 
 
 def test_a_cpu_has_ratios_to_ours_in_place() -> None:
@@ -111,12 +109,12 @@ def test_a_cpu_has_ratios_to_ours_in_place() -> None:
         run(peer("ours-inplace", 0.02, 0.03), device="cpu", ranks=2),
         device="Some CPU",
     )
-    text = bench_table.table(rows)
+    text = readme_table.table(rows)
     assert "Some CPU, 2 cores, 2026-01-02." in text
     assert "| ms | 1 process, bf16 | 2 ranks, bf16 |" in text
     assert "| **ours, in place** | **40** | **50** |" in text
     assert "| F.cross_entropy | 900 (22.5x) |  |" in text
-    assert bench_table.NO_CUDA in text
+    assert readme_table.NO_CUDA in text
 
 
 def test_missed_goals_are_named() -> None:
@@ -130,7 +128,7 @@ def test_missed_goals_are_named() -> None:
             logits_bytes_per_rank=8_000_000,
         ),
     )
-    first, *missed = bench_table.goals(rows).splitlines()
+    first, *missed = readme_table.goals(rows).splitlines()
     assert first == "Goals of speed met: 2 of 4."
     where = "* 1 process, [2000, 2000] bf16: ours, in place,"
     assert missed == [
@@ -140,7 +138,7 @@ def test_missed_goals_are_named() -> None:
     cpu = rows_of(
         run(peer("ours-inplace", 0.01, 0.01), peer("torch", 0.1, 0.1), device="cpu", dtype="fp32")
     )
-    assert bench_table.goals(cpu).splitlines() == [
+    assert readme_table.goals(cpu).splitlines() == [
         "Goals of speed met: 0 of 1.",
         "* 1 process, fp32: ours, in place against F.cross_entropy: 10.00x, goal 12.00x",
     ]
@@ -148,48 +146,68 @@ def test_missed_goals_are_named() -> None:
 
 def test_a_busy_machine_is_told() -> None:
     busy = run(peer("ours", 1, 1), device="cpu", idle_checked=True, busy_runs=7, timed_runs=9)
-    assert "found the machine busy: 7 of 9." in bench_table.table(rows_of(busy))
+    assert "found the machine busy: 7 of 9." in readme_table.table(rows_of(busy))
 
 
-def invoke(*options: str) -> Any:
-    app = typer.Typer()
-    app.command()(bench_table.main)
-    return CliRunner().invoke(app, options)
+def invoke(*options: str) -> int:
+    try:
+        readme_table.main(options)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
 
 
-def test_only_what_lies_between_the_markers_is_rewritten(tmp_path: Path) -> None:
+def test_only_what_lies_between_the_markers_is_rewritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     readme, table = tmp_path / "README.md", tmp_path / "bench.csv"
-    readme.write_text(f"before\n\n{bench_table.BEGIN}\nold\n{bench_table.END}\n\nafter\n")
-    bench_csv.add(table, [run(peer("ours", 1e-6, 2e-6))], HERE)
+    readme.write_text(f"before\n\n{readme_table.BEGIN}\nold\n{readme_table.END}\n\nafter\n")
+    medians.add(table, [run(peer("ours", 1e-6, 2e-6))], HERE)
     options = ["--csv", str(table), "--readme", str(readme)]
-    stale = invoke(*options, "--check")
-    assert stale.exit_code == 1
-    assert "run this without --check" in stale.stderr
+    assert invoke(*options, "--check") == 1
+    assert "run this without --check" in capsys.readouterr().err
     assert "old" in readme.read_text()
-    assert invoke(*options).exit_code == 0
-    assert invoke(*options, "--check").exit_code == 0
+    assert invoke(*options) == 0
+    assert invoke(*options, "--check") == 0
     text = readme.read_text()
-    assert text.startswith(f"before\n\n{bench_table.BEGIN}\n")
-    assert text.endswith(f"{bench_table.END}\n\nafter\n")
+    assert text.startswith(f"before\n\n{readme_table.BEGIN}\n")
+    assert text.endswith(f"{readme_table.END}\n\nafter\n")
     assert "old" not in text
-    bench_csv.write([replace(row, ms=row.ms * 2) for row in bench_csv.read(table)], table)
-    assert invoke(*options, "--check").exit_code == 1
+    medians.write([replace(row, ms=row.ms * 2) for row in medians.read(table)], table)
+    assert invoke(*options, "--check") == 1
 
 
-@pytest.mark.parametrize("text", ["nothing", f"{bench_table.END} {bench_table.BEGIN}"])
-def test_a_readme_without_markers_is_left_alone(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["nothing", f"{readme_table.END} {readme_table.BEGIN}"])
+def test_a_readme_without_markers_is_left_alone(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(text)
-    done = invoke("--readme", str(readme))
-    assert done.exit_code == 2
-    assert "README.md must hold" in done.stderr
+    assert invoke("--readme", str(readme)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("vocab-parallel-ce bench.table: README.md must hold")
     assert readme.read_text() == text
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--csv", "/not/there.csv"], "--csv /not/there.csv: No such file or directory"),
+        (["--readme", "/not/there.md"], "--readme /not/there.md: No such file or directory"),
+        (["--xyzzy"], "there is no option --xyzzy; see --help"),
+    ],
+)
+def test_a_bad_option_is_one_line(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert invoke("--check", *options) == 2
+    assert capsys.readouterr().err == f"vocab-parallel-ce bench.table: {words}\n"
+
+
 def test_the_committed_readme_is_what_the_committed_csv_gives() -> None:
-    text = bench_table.README.read_text()
-    rows = bench_csv.read()
+    text = readme_table.README.read_text()
+    rows = medians.read()
     assert rows, "the CSV holds no measurement"
-    assert bench_table.rewritten(text, rows) == text, (
+    assert readme_table.rewritten(text, rows) == text, (
         "run python -m vocab_parallel_ce.launch.bench.table"
     )

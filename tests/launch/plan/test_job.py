@@ -12,16 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from torch import Tensor
-from typer.testing import CliRunner
 
+from tests.launch.running import Ended, one_line
+from tests.launch.running import invoke as invoke_job
 from tests.test_memory import _allocations
 from vocab_parallel_ce import cross_entropy
 from vocab_parallel_ce.header import HEADER_INTS
 from vocab_parallel_ce.launch.bench import peers
-from vocab_parallel_ce.launch.plan import command as plan
-from vocab_parallel_ce.launch.plan import measured as plan_measure
+from vocab_parallel_ce.launch.plan import measured as measuring
 from vocab_parallel_ce.launch.plan.devices import DEVICES, MIB, Device, Figure
 from vocab_parallel_ce.launch.plan.model import Prediction, predict
 from vocab_parallel_ce.launch.plan.ways import Case
@@ -250,21 +249,19 @@ def test_predicted_peaks_are_the_measured_ones(measured: tuple[dict[str, Any], s
 
 
 def test_a_case_that_does_not_fit_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_measure, "available_bytes", lambda: 100 * MIB)
+    monkeypatch.setattr(measuring, "available_bytes", lambda: 100 * MIB)
     case = Case(4096, 32768, 2, "fp32")
     # Two copies of 512 MiB, and the fused peak of 6 bytes an element beside them.
-    assert plan_measure.needed_bytes(case) // MIB == 1024 + 768
+    assert measuring.needed_bytes(case) // MIB == 1024 + 768
     with pytest.raises(RuntimeError, match="needs 1792 MiB of memory, 100 MiB are available"):
-        plan_measure.run_case(case, ("ours",), 3, 0.0)
+        measuring.run_case(case, ("ours",), 3, 0.0)
 
 
 # --- the command ------------------------------------------------------------------------------
 
 
-def invoke(*options: str) -> Any:
-    app = typer.Typer()
-    app.command()(plan.main)
-    return CliRunner().invoke(app, options)
+def invoke(*options: str) -> Ended:
+    return invoke_job("plan", *options)
 
 
 def test_a_prediction_as_a_user_asks_for_it(tmp_path: Path) -> None:
@@ -299,29 +296,37 @@ def test_every_figure_of_a_device_has_a_source(name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--device", "a100"], "--device 'a100' is none of a2, a3, h100"),
-        (["--dtype", "fp8"], "--dtype 'fp8' is none of fp32, bf16, fp16"),
+        (["--device", "a100"], "--device 'a100' is not one of a2, a3, h100"),
+        (["--dtype", "fp8"], "--dtype 'fp8' is not one of fp32, bf16, fp16"),
         (["--vocab", "100", "--tp", "8"], "--vocab 100 does not divide into 8 equal shards"),
-        (["--vocab", "0"], "round it up to 8"),
+        (["--vocab", "0"], "--vocab 0 must be at least 1"),
         (["--tokens", "0"], "--tokens 0 must be at least 1"),
         (["--tp", "0"], "must be at least 1"),
-        (["--bandwidth", "0"], "--bandwidth 0.0 must be a positive number of GB/s"),
-        (["--link-bandwidth", "inf"], "--link-bandwidth inf must be a positive number"),
-        (["--latency", "-1"], "--latency -1.0 must be a number of microseconds"),
+        (["--bandwidth", "0"], "--bandwidth 0 must be positive"),
+        (["--link-bandwidth", "inf"], "--link-bandwidth inf is not a finite number"),
+        (["--latency", "-1"], "--latency -1 must be at least 0"),
         (["--ranks", "2"], "--ranks needs --measure"),
         (["--ways", "ours"], "--ways needs --measure"),
         (["--quick"], "--quick needs --measure"),
-        (["--measure", "--device", "h100"], "--measure runs on this machine's CPU"),
-        (["--measure", "--tp", "2"], "--tp has no meaning with --measure: say --ranks"),
+        (["--measure", "--card", "h100"], "--card h100: --measure runs on this machine's CPU"),
+        (["--measure", "--tp", "2"], "--tp has no meaning with --measure; say --ranks"),
         (["--measure", "--latency", "1"], "--latency has no meaning with --measure"),
-        (["--measure", "--ways", "torch"], "--ways 'torch' is none of ours-inplace"),
+        (["--measure", "--ways", "torch"], "--ways 'torch' is not one of ours-inplace"),
         (["--measure", "--tokens", "0"], "--tokens 0 must be at least 1"),
         (["--measure", "--ranks", "3"], "does not divide into 3 equal shards"),
-        (["--json", "/no/such/folder/plan.json"], "cannot be written: No such file"),
+        (["--json", "/proc/no/plan.json"], "cannot be written: No such file"),
     ],
 )
 def test_bad_options_end_with_one_line(options: list[str], words: str) -> None:
-    done = invoke(*options)
-    assert done.exit_code == 2
-    (line,) = done.stderr.splitlines()
-    assert words in line
+    assert words in one_line(invoke(*options), "plan")
+
+
+def test_80_columns_show_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+    for columns in ("80", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        said = invoke().stdout
+        assert max(map(len, said.splitlines())) <= int(columns)
+        assert "…" not in said
+        shown.append({word for word in said.replace("┃", " ").replace("│", " ").split()})
+    assert {word for word in shown[1] if word[0].isalnum()} <= shown[0]

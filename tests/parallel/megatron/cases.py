@@ -17,10 +17,10 @@ from torch import Tensor
 
 from vocab_parallel_ce.parallel import megatron as ours
 from vocab_parallel_ce.parallel.megatron.on_cpu import run_megatron_on_cpu
+from vocab_parallel_ce.testing import Expected, assert_close
 
-from ...cases import Expected, expected
+from ...cases import expected
 from ...ranks import no_group_stays
-from ...tolerance import assert_close
 
 Loss = Callable[..., Tensor]
 VOCAB = 64

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vocab_parallel_ce.parallel.megatron import install, logits_loss_func, loss_func
 from vocab_parallel_ce.parallel.megatron.on_cpu import CPU_CONFIG
-from vocab_parallel_ce.reference import cross_entropy as reference
+from vocab_parallel_ce.testing import cross_entropy as reference
 
 from ...ranks import Pool
 from .cases import megatron

@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from vocab_parallel_ce.testing import assert_close
+
 from ...ranks import Pool
-from ...tolerance import assert_close
 from .cases import (
     LOSSES,
     THEIRS,

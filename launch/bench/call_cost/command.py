@@ -1,4 +1,4 @@
-"""python -m vocab_parallel_ce.launch.bench.call_cost: what a call costs before the first logit.
+"""vocab-parallel-ce call-cost: what a call costs before the first logit.
 
 Two fixed costs that the benchmark's large shapes hide: the microseconds of a forward and backward
 at N = 1, C = 8 beside F.cross_entropy's, and the seconds that the first call of a process takes,
@@ -10,18 +10,19 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from vocab_parallel_ce import cross_entropy
+from vocab_parallel_ce.launch.command_line import job, whole
 from vocab_parallel_ce.launch.measuring.calls import first_call_seconds, fixed_costs
+from vocab_parallel_ce.launch.terminal import Table, numbers, show, words
 
 ROWS, VOCAB = 1, 8
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 _FIRST_CALL = """
 import sys, time, torch
 from vocab_parallel_ce import cross_entropy
@@ -48,23 +49,30 @@ def fixed_cost(rounds: int = 30, calls: int = 100) -> dict[str, float]:
     return fixed_costs({name: partial(step, loss) for name, loss in losses.items()}, rounds, calls)
 
 
-def main(rounds: int = 30, first_calls: bool = True) -> None:
-    """Print both costs."""
-    console = Console()
+def main(
+    rounds: Annotated[int, whole("Timed rounds; the median is shown.")] = 30,
+    first_calls: Annotated[
+        bool, typer.Option(help="Also time the first call of a process; takes a minute.")
+    ] = True,
+) -> None:
+    """Microseconds of a call on one row of 8 logits, and seconds of a process's first call."""
     cost = fixed_cost(rounds)
-    console.print(f"Forward and backward at N={ROWS}, C={VOCAB}, fp32, one process:")
+    table = Table(
+        f"Forward and backward at N={ROWS}, C={VOCAB}, fp32, one process",
+        [*words("loss"), *numbers("us", "against F.cross_entropy")],
+    )
     for name, value in cost.items():
-        console.print(f"  {name:16} {value:6.0f} us")
-    console.print(f"  ratio            {cost['cross_entropy'] / cost['F.cross_entropy']:6.1f}")
+        table.add(name, f"{value:.0f}", f"{value / cost['F.cross_entropy']:.1f}x")
+    show(table)
     if not first_calls:
         return
-    table = Table("first call, cpu engine", "compiled", "from the cache on disk")
-    for dtype in DTYPES:
+    columns = [*words("dtype"), *numbers("compiled\ns", "from the cache\non disk, s")]
+    table = Table("First call of a process, on CPU tensors", columns)
+    for name, dtype in DTYPES.items():
         with tempfile.TemporaryDirectory() as cache:
             cold, warm = (first_call_seconds(_FIRST_CALL, dtype, cache) for _ in range(2))
-        table.add_row(dtype, f"{cold:.1f} s", f"{warm:.2f} s")
-    console.print(table)
+        table.add(name, f"{cold:.1f}", f"{warm:.2f}")
+    show(table)
 
 
-if __name__ == "__main__":
-    typer.run(main)
+app = job("call-cost", main)

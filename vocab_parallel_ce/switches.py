@@ -1,0 +1,17 @@
+"""The environment variables that the loss reads. Imports nothing that could be missing."""
+
+from __future__ import annotations
+
+import os
+
+CHECK_VARIABLE = "VOCAB_PARALLEL_CE_CHECK"
+SCRATCH_VARIABLE = "VOCAB_PARALLEL_CE_NPU_SCRATCH_MIB"
+SCRATCH_MIB = 128
+"""what holds while SCRATCH_VARIABLE is unset"""
+
+
+def check_is_on(check: str) -> bool:
+    """Whether ranks compare notes before they start."""
+    if check == "environment":
+        return os.environ.get(CHECK_VARIABLE, "0").lower() not in ("", "0", "false", "no", "off")
+    return check == "on"
