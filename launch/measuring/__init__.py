@@ -1,6 +1,7 @@
 """Time, memory, bandwidth, collectives: the one place where anything is measured.
 
-device       what differs from device to device; the processor's name
+machine      what the processor is called, without torch
+device       what differs from device to device
 clock        points in a device's work, and the seconds between them
 passes       forward and backward of a loss once; a copy
 in_step      the loss inside a training step

@@ -246,13 +246,13 @@ def test_a_kernel_slowed_by_half_is_seen_and_noise_is_not(monkeypatch: pytest.Mo
         loops: list[Loops] = []
         seconds: dict[str, list[float]] = {"same": [], "slow": []}
         for _ in range(REPEATS):
-            wait_until_idle(2.0, window=0.05)
+            wait_until_idle(0.3, window=0.05)
             loops.append(run_loops(inputs.master, inputs.buffers[0]))
             for kind, functions in kernels.items():
                 for name, function in functions.items():
                     monkeypatch.setattr(cpu, name, function)
                 inputs.restore()
-                wait_until_idle(2.0, window=0.05)
+                wait_until_idle(0.3, window=0.05)
                 seconds[kind].append(inputs.run(peer, loss).total)
         found = limit(Loops.usual(loops), ROWS * COLUMNS, torch.float32, inplace=True)
         return {
