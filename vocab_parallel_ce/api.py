@@ -109,8 +109,8 @@ def cross_entropy(
             it, a disagreement on rows, dtype or on what is sent is undefined.
 
     Returns:
-        fp32 loss (fp64 for fp64 logits), the same on every rank: [...] for "none", else 0-d. Where
-        all rows are ignored, "mean" is NaN with a gradient of 0, as in PyTorch.
+        The loss in fp32 (fp64 for fp64 logits), [...] for "none", else 0-d; the same on every rank.
+        Where all rows are ignored, "mean" is NaN with a gradient of 0, as in PyTorch.
 
     Raises:
         TypeError, ValueError: for a wrong argument; the message names the argument, its value, the
@@ -198,7 +198,7 @@ def cross_entropy_loss(
             it, a disagreement on rows, dtype or on what is sent is undefined.
 
     Returns:
-        ``CrossEntropyLossOutput(loss, log_prob, zloss, lse_for_zloss)``. ``loss`` is in the dtype
+        A ``CrossEntropyLossOutput(loss, log_prob, zloss, lse_for_zloss)``. ``loss`` is in the dtype
         of ``input``: [N] for "none", else [1]. ``log_prob`` [N, C_r] holds every class of this
         shard.
 
@@ -294,7 +294,7 @@ def token_statistics(
             it, a disagreement on rows, dtype or on what is sent is undefined.
 
     Returns:
-        ``TokenStatistics(log_prob, lse, entropy, argmax)``, each in the shape of ``target``, the
+        A ``TokenStatistics(log_prob, lse, entropy, argmax)``, each in the shape of ``target``, the
         same on every rank. ``log_prob`` is that of the target of each token.
 
     Raises:

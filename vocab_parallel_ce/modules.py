@@ -91,7 +91,7 @@ class VocabParallelCrossEntropyLoss(nn.Module):
             normalizer: replaces the denominators of "mean"; it changes with every batch.
 
         Returns:
-            fp32 loss (fp64 for fp64 logits): [...] for "none", else 0-d.
+            The loss in fp32 (fp64 for fp64 logits), [...] for "none", else 0-d.
         """
         return cross_entropy(
             input,
