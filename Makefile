@@ -113,9 +113,7 @@ demo-megatron: $(VENV)/installed ## a GPTModel of megatron-core: Megatron's loss
 	OMP_NUM_THREADS=1 $(TORCHRUN) --nproc-per-node 2 -m vocab_parallel_ce.launch.megatron_gpt \
 	    --tp 2 --sequence-parallel --compare --device cpu --out runs/megatron
 
-# What somebody runs between two edits: every module is touched, in under two minutes on two cores.
-TESTS_QUICK := tests/test_interface.py tests/test_import.py tests/test_statistics.py tests/test_shard.py
-
+# What somebody runs between two edits; tests/quick.py is the list.
 quick: lint types ## lint, types, and tests that touch every module: under two minutes
 	@start=$$(date +%s); echo "== quick tests"; \
 	$(BIN)/python -m pytest -q -m quick && \

@@ -185,5 +185,6 @@ def _without_invalid(target: Tensor, classes: int, ignore_index: int) -> Tensor:
     """Labels that are no class become ``ignore_index``; nothing is read on the host."""
     if not isinstance(target, Tensor):
         return target  # for ``prepare`` to refuse, like a target of a wrong dtype
-    target = target.long()  # ignore_index may be an int that int32 cannot hold
+    if target.dtype == torch.int32:
+        target = target.long()  # ignore_index may be a number that int32 cannot hold
     return torch.where((target >= 0) & (target < classes), target, ignore_index)
