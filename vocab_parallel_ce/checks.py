@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import forgotten_group
 from .collectives import COLLECTIVES, check_group_serves, communication_device
 from .collectives import check_backend_dtype as check_backend_dtype
 from .engines import ENGINES, select
@@ -67,6 +68,7 @@ def prepare(
     try:
         request = _prepare(input, target, weight, options, outputs)
         select(options.engine, input)
+        forgotten_group.warn_if_forgotten(options.group, request)
         return request
     except (TypeError, ValueError, RuntimeError) as problem:
         tell_other_ranks(problem, options)
@@ -101,6 +103,7 @@ def _prepare(
         raise ValueError(
             f"weight has {weight.shape[0]} entries but vocab_size is {shard.vocab_size}: pass the "
             f"full weight vector of all classes on every rank{where}"
+            f"{forgotten_group.cause(options.group, options.shard is not None, shard.size)}"
         )
     if options.inplace_backward and input.requires_grad and torch.is_grad_enabled():
         check_overwritable(input, where)

@@ -98,10 +98,10 @@ def unwrap(
 
     local = input.to_local(grad_placements=placements)
     _, offset = compute_local_shape_and_global_offset(input.shape, mesh, placements)
-    if vocab_dims:
-        start = min(offset[last], input.shape[last])
-        shard = VocabShard(start, start + local.shape[-1], input.shape[last])
-        options = options._replace(group=mesh.get_group(vocab_dims[0]), shard=shard)
+    start = min(offset[last], input.shape[last])
+    shard = VocabShard(start, start + local.shape[-1], input.shape[last])
+    group = mesh.get_group(vocab_dims[0]) if vocab_dims else None
+    options = options._replace(group=group, shard=shard)
     if isinstance(options.normalizer, DTensor):
         options = options._replace(normalizer=options.normalizer.full_tensor())
     local_target = _local_target(target, local, layout, offset)

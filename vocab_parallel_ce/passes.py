@@ -105,7 +105,7 @@ def compute_statistics(
     target = target.reshape(-1).long()  # every comparison with an id happens in int64
     engine = select(request.engine, logits)
     alone = group is None or world == 1
-    steps = row_steps(engine, target, weight, request, normalizer, on_host, alone)
+    steps = row_steps(engine, target, weight, request, normalizer, on_host, group)
 
     dtype = arithmetic_dtype(logits.dtype)
     wanted, rows = request.wanted, target.shape[0]
