@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -65,6 +66,13 @@ class Layout:
 
 
 _PLAIN = Layout()
+
+
+def vocabulary_group(input: DTensor) -> dist.ProcessGroup | None:
+    """The ranks that share the vocabulary of ``input``; None where that is not one group."""
+    last = input.dim() - 1
+    dims = [d for d, p in enumerate(input.placements) if _shards(p, last, input.dim())]
+    return input.device_mesh.get_group(dims[0]) if len(dims) == 1 else None
 
 
 def unwrap(
@@ -135,6 +143,8 @@ def _shards(placement: Placement, dim: int, ndim: int) -> bool:
 
 
 def _local_target(target: Tensor, local: Tensor, layout: Layout, offset: tuple[int, ...]) -> Tensor:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
     shape = layout.shape[:-1]
     if target.shape != shape and not (
         target.shape == local.shape[:-1] and not isinstance(target, DTensor)
