@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .collectives import Payload, check_group_serves, exchange
 from .engines import select
-from .engines.contract import Coefficients, Engine, Gathered, arithmetic_dtype
+from .engines.contract import IGNORED, Coefficients, Engine, Gathered, arithmetic_dtype
 from .header import read_normalizers
 from .preflight import Plan, preflight
 from .request import RowRequest
@@ -175,6 +175,8 @@ def compute_gradient(
     def scaled(g: Tensor) -> Tensor:
         return g if request.scale == 1 else g * request.scale
 
+    # A row that nothing depends on has gradient 0, whatever its logits hold: 0 * NaN would be NaN.
+    local_target = result.local_target.masked_fill((grad_stats == 0).all(0), IGNORED)
     g = dict(zip(stat_names(request.wanted), grad_stats.unbind(0), strict=True))
     softmax = g["nll"] + g["lse"]
     smooth = entropy = None
@@ -194,7 +196,7 @@ def compute_gradient(
             source,
             result.m[rows],
             result.s[rows],
-            result.local_target[rows],
+            local_target[rows],
             Coefficients(
                 softmax[rows],
                 target_part[rows],

@@ -98,6 +98,21 @@ def tensor_parallel_group() -> dist.ProcessGroup | None:
     return group
 
 
+def _process_group(tp_group: Any) -> dist.ProcessGroup | None:
+    """Megatron asks a group for rank() and size() alone: whatever says that it is one rank does."""
+    if tp_group is None:
+        return tensor_parallel_group()
+    if isinstance(tp_group, dist.ProcessGroup):
+        return tp_group
+    size = getattr(tp_group, "size", None)
+    if callable(size) and size() == 1:
+        return None
+    raise TypeError(
+        "tp_group must be a torch.distributed.ProcessGroup that this rank belongs to, None, or "
+        f"something whose size() is 1, got {type(tp_group).__name__}"
+    )
+
+
 def per_token_loss(
     logits: Tensor,
     target: Tensor,
@@ -109,7 +124,7 @@ def per_token_loss(
 
     fp32, fp64 for fp64 logits; the same on every rank. One or two collectives, none in backward.
     """
-    group = tensor_parallel_group() if tp_group is None else tp_group
+    group = _process_group(tp_group)
     if torch.compiler.is_compiling():
         return _per_token_loss(logits, target, label_smoothing, group, options)
     with together(group, options.check):
