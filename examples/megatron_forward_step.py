@@ -25,7 +25,7 @@ def forward_step(batches: Any, model: Any) -> tuple[Tensor, Any]:
     future = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
     positions = torch.arange(LENGTH).expand_as(ids[:, 1:])
     losses = model(ids[:, :-1].contiguous(), positions, future, labels=ids[:, 1:].contiguous())
-    return losses, partial(loss_func, mask)
+    return losses, partial(loss_func, mask, model=model)
 
 
 def main() -> None:

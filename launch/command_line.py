@@ -23,6 +23,7 @@ import typer
 from typer.core import TyperCommand
 
 from vocab_parallel_ce.launch import options
+from vocab_parallel_ce.launch.alike import require_alike
 from vocab_parallel_ce.launch.refusal import Refusal, say_and_leave
 from vocab_parallel_ce.parallel.groups import ParallelGroups, default_device_type, device_problem
 
@@ -173,12 +174,19 @@ def usable_device(asked: str | None) -> str:
 def open_groups(
     asked: str | None, tp: int | None, dp: int | None, timeout: float
 ) -> ParallelGroups:
-    """Joins the other ranks. Refusal where device or numbers of ranks cannot be had."""
+    """Joins the other ranks. Refusal where device or numbers of ranks cannot be had, and where the
+    ranks were not started alike."""
     kind = usable_device(asked)
     try:
-        return ParallelGroups.open(kind, tp=tp, dp=dp, timeout_seconds=timeout)
+        groups = ParallelGroups.open(kind, tp=tp, dp=dp, timeout_seconds=timeout)
     except ValueError as error:
         raise Refusal(error) from None
+    try:
+        require_alike(groups.gather)
+    except Refusal:
+        groups.close()
+        raise
+    return groups
 
 
 def say(groups: ParallelGroups, text: str) -> None:

@@ -30,6 +30,7 @@ import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,8 @@ from torch.distributed.rendezvous import rendezvous
 from vocab_parallel_ce.collectives import BACKEND_OF_DEVICE, backends_of
 from vocab_parallel_ce.torch_import import AUTOLOAD_VARIABLE, why_backend_failed
 from vocab_parallel_ce.warning import warn
+
+T = TypeVar("T")
 
 VISIBLE_CARDS_VARIABLE = "ASCEND_RT_VISIBLE_DEVICES"
 HCCL_HEAD_START = 60.0
@@ -259,6 +262,12 @@ class ParallelGroups:
     def barrier(self) -> None:
         """Returns when every rank has come here."""
         dist.barrier(group=self.control)
+
+    def gather(self, value: T) -> list[T]:
+        """A small Python object of every rank, in rank order."""
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, value, group=self.control)
+        return everyone
 
     def close(self) -> None:
         """Waits for all ranks, then leaves."""

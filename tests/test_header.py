@@ -255,7 +255,8 @@ def test_what_a_rank_finds_in_its_own_values_reaches_all(
     ranks[1].problems = problems
     with pytest.raises(ValueError, match=message):
         raise_on_problems(read_headers(_headers(ranks)), TARGET, False)
-    with pytest.raises(ValueError, match=message.replace("rank 1", "rank 0")):
+    alone = message.replace(" on rank 1", ",").replace("rank 1 .*", "it holds NaN or inf for")
+    with pytest.raises(ValueError, match=alone):
         raise_on_own_values(problems, ranks[0].request)
 
 

@@ -13,8 +13,6 @@ from vocab_parallel_ce.request import RowRequest
 
 from .ranks import Pool
 
-CPU = torch.device("cpu")
-
 
 def _plan(rank: int, world: int, **change: Any) -> Plan:
     rows, dtype = change.pop("rows", 3), change.pop("dtype", torch.float32)
@@ -24,7 +22,7 @@ def _plan(rank: int, world: int, **change: Any) -> Plan:
 
 def _raised(group: dist.ProcessGroup, plan: Plan | Exception) -> tuple[str, str, bool]:
     try:
-        preflight(plan, CPU, group)
+        preflight(plan, group)
     except Exception as problem:
         return type(problem).__name__, str(problem), problem is plan
     return "", "", False

@@ -79,6 +79,6 @@ def test_from_group_adds_sizes_up_in_rank_order(pool: Pool, sizes: tuple[int, ..
 
 
 @pytest.mark.parametrize("size", [-1, 2.0, True, None])
-def test_from_group_refuses_other_sizes_before_it_communicates(size: object) -> None:
-    with pytest.raises(ValueError, match=f"local_size must be an int >= 0, got {size!r}"):
+def test_from_group_refuses_other_sizes(size: object) -> None:
+    with pytest.raises(ValueError, match=f"local_size must be an int from 0 to .*, got {size!r}"):
         VocabShard.from_group(size)  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from .primitive import log_prob_space, row_statistics
 from .reduction import as_scalar, reduce_rows, row_losses
 from .request import RowRequest
 from .shard import VocabShard
+from .together import raises_together
 
 
 class CrossEntropyLossOutput(NamedTuple):
@@ -54,6 +55,7 @@ class TokenStatistics(NamedTuple):
     ``ignore_index``, and in rows that hold NaN or +inf. Not differentiable: it is an integer."""
 
 
+@raises_together
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -90,7 +92,7 @@ def cross_entropy(
         lse_square_scale: adds this times lse^2 to every kept row (the z-loss of PaLM, Chowdhery et
             al. 2022, section 5). "mean" divides it by the number of kept rows.
         group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
-            not the default group.
+            not the default group; where others exist and no shard is told, a warning, once.
         shard: which ids ``input`` holds, a ``VocabShard``. None means equal shards in rank order.
         inplace_backward: let the gradient overwrite the memory of ``input``: the loss then needs
             no memory of the size of the logits. Every later read of ``input`` sees the gradient, a
@@ -105,8 +107,9 @@ def cross_entropy(
             "all_reduce" (two), or "auto", which gathers up to about 6 MB.
         check: True exchanges a preflight first, so that all ranks raise where one has a wrong
             argument, or where they disagree on the number of rows, the dtype or an option. None
-            follows the variable VOCAB_PARALLEL_CE_CHECK. Must be the same on every rank. Without
-            it, a disagreement on rows, dtype or on what is sent is undefined.
+            follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank:
+            where only some check, the result is undefined (a hang, or a process that ends). Without
+            it, a disagreement on rows, dtype or on what is sent is undefined as well.
 
     Returns:
         The loss in fp32 (fp64 for fp64 logits), [...] for "none", else 0-d; the same on every rank.
@@ -141,6 +144,7 @@ def cross_entropy(
     return layout.rows(loss) if reduction == "none" else layout.scalar(loss)
 
 
+@raises_together
 def cross_entropy_loss(
     input: Tensor,
     target: Tensor,
@@ -180,7 +184,7 @@ def cross_entropy_loss(
         return_zloss: return the z part of the loss too.
         return_log_prob: False saves a tensor of the size of ``input`` and one pass over it.
         group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
-            not the default group.
+            not the default group; where others exist and no shard is told, a warning, once.
         shard: which ids ``input`` holds, a ``VocabShard``. None means equal shards in rank order.
         inplace_backward: let the gradient overwrite the memory of ``input``: the loss then needs
             no memory of the size of the logits. Every later read of ``input`` sees the gradient, a
@@ -194,8 +198,9 @@ def cross_entropy_loss(
             "all_reduce" (two), or "auto", which gathers up to about 6 MB.
         check: True exchanges a preflight first, so that all ranks raise where one has a wrong
             argument, or where they disagree on the number of rows, the dtype or an option. None
-            follows the variable VOCAB_PARALLEL_CE_CHECK. Must be the same on every rank. Without
-            it, a disagreement on rows, dtype or on what is sent is undefined.
+            follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank:
+            where only some check, the result is undefined (a hang, or a process that ends). Without
+            it, a disagreement on rows, dtype or on what is sent is undefined as well.
 
     Returns:
         A ``CrossEntropyLossOutput(loss, log_prob, zloss, lse_for_zloss)``. ``loss`` is in the dtype
@@ -250,6 +255,7 @@ def cross_entropy_loss(
     )
 
 
+@raises_together
 def token_statistics(
     input: Tensor,
     target: Tensor,
@@ -278,7 +284,7 @@ def token_statistics(
         argmax: return the id of the largest logit of each row.
         ignore_index: rows with this target hold 0 (argmax -1) and have gradient 0.
         group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
-            not the default group.
+            not the default group; where others exist and no shard is told, a warning, once.
         shard: which ids ``input`` holds, a ``VocabShard``. None means equal shards in rank order.
         inplace_backward: let the gradient overwrite the memory of ``input``: the loss then needs
             no memory of the size of the logits. Every later read of ``input`` sees the gradient, a
@@ -290,8 +296,9 @@ def token_statistics(
             "all_reduce" (two), or "auto", which gathers up to about 6 MB.
         check: True exchanges a preflight first, so that all ranks raise where one has a wrong
             argument, or where they disagree on the number of rows, the dtype or an option. None
-            follows the variable VOCAB_PARALLEL_CE_CHECK. Must be the same on every rank. Without
-            it, a disagreement on rows, dtype or on what is sent is undefined.
+            follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank:
+            where only some check, the result is undefined (a hang, or a process that ends). Without
+            it, a disagreement on rows, dtype or on what is sent is undefined as well.
 
     Returns:
         A ``TokenStatistics(log_prob, lse, entropy, argmax)``, each in the shape of ``target``, the

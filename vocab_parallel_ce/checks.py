@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import COLLECTIVES, check_group_serves, communication_device
+from . import forgotten_group
+from .collectives import COLLECTIVES, check_group_serves
 from .collectives import check_backend_dtype as check_backend_dtype
 from .engines import ENGINES, select
 from .header import REDUCTIONS
-from .preflight import preflight
 from .request import RowRequest
 from .shard import VocabShard, group_rank_and_size
-from .switches import check_is_on
+from .switches import check_word
 
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TARGET_DTYPES = (torch.int64, torch.int32)
@@ -60,28 +60,13 @@ def prepare(
     """Check everything static and say what the primitive shall do.
 
     Raises TypeError or ValueError, or RuntimeError where an engine is asked for that is not
-    available; with ``check`` on, every rank of the group learns of it and raises as well.
+    available.
     """
-    if torch.compiler.is_compiling():
-        return _prepare(input, target, weight, options, outputs)
-    try:
-        request = _prepare(input, target, weight, options, outputs)
+    request = _prepare(input, target, weight, options, outputs)
+    if not torch.compiler.is_compiling():
         select(options.engine, input)
-        return request
-    except (TypeError, ValueError, RuntimeError) as problem:
-        tell_other_ranks(problem, options)
-        raise
-
-
-def tell_other_ranks(problem: Exception, options: Options) -> None:
-    """With ``check`` on, every rank of the group learns of this rank's error and raises as well."""
-    group = options.group
-    if check_is_on(_check_word(options.check)) and isinstance(group, dist.ProcessGroup):
-        preflight(problem, communication_device(group), group)
-
-
-def _check_word(check: bool | None) -> str:
-    return "environment" if check is None else "on" if check else "off"
+        forgotten_group.warn_if_forgotten(options.group, request)
+    return request
 
 
 def _prepare(
@@ -101,6 +86,7 @@ def _prepare(
         raise ValueError(
             f"weight has {weight.shape[0]} entries but vocab_size is {shard.vocab_size}: pass the "
             f"full weight vector of all classes on every rank{where}"
+            f"{forgotten_group.cause(options.group, options.shard is not None, shard.size)}"
         )
     if options.inplace_backward and input.requires_grad and torch.is_grad_enabled():
         check_overwritable(input, where)
@@ -121,7 +107,7 @@ def _prepare(
         reduction=options.reduction,
         engine=options.engine,
         collective=options.collective,
-        check=_check_word(options.check),
+        check=check_word(options.check),
     )
 
 

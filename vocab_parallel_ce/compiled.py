@@ -23,6 +23,7 @@ from .passes import (
     compute_statistics,
     refuse_second_backward,
 )
+from .preflight import together
 from .request import RowRequest
 
 NO_GROUP = ""
@@ -63,9 +64,9 @@ def _row_statistics(
         ignore_index, scale, label_smoothing, lse_square_scale, reduction, engine, collective,
         check,
     )  # fmt: skip
-    r = compute_statistics(
-        logits, target, weight, request, _group(group_name), normalizer=normalizer
-    )
+    group = _group(group_name)
+    with together(group, check):
+        r = compute_statistics(logits, target, weight, request, group, normalizer=normalizer)
     return r.stats, r.m, r.s, r.local_target, r.argmax, r.normalizer
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -67,6 +68,13 @@ class Layout:
 _PLAIN = Layout()
 
 
+def vocabulary_group(input: DTensor) -> dist.ProcessGroup | None:
+    """The ranks that share the vocabulary of ``input``; None where that is not one group."""
+    last = input.dim() - 1
+    dims = [d for d, p in enumerate(input.placements) if _shards(p, last, input.dim())]
+    return input.device_mesh.get_group(dims[0]) if len(dims) == 1 else None
+
+
 def unwrap(
     input: Tensor, target: Tensor, weight: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor, Tensor | None, Options, Layout]:
@@ -98,10 +106,10 @@ def unwrap(
 
     local = input.to_local(grad_placements=placements)
     _, offset = compute_local_shape_and_global_offset(input.shape, mesh, placements)
-    if vocab_dims:
-        start = min(offset[last], input.shape[last])
-        shard = VocabShard(start, start + local.shape[-1], input.shape[last])
-        options = options._replace(group=mesh.get_group(vocab_dims[0]), shard=shard)
+    start = min(offset[last], input.shape[last])
+    shard = VocabShard(start, start + local.shape[-1], input.shape[last])
+    group = mesh.get_group(vocab_dims[0]) if vocab_dims else None
+    options = options._replace(group=group, shard=shard)
     if isinstance(options.normalizer, DTensor):
         options = options._replace(normalizer=options.normalizer.full_tensor())
     local_target = _local_target(target, local, layout, offset)
@@ -135,6 +143,8 @@ def _shards(placement: Placement, dim: int, ndim: int) -> bool:
 
 
 def _local_target(target: Tensor, local: Tensor, layout: Layout, offset: tuple[int, ...]) -> Tensor:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
     shape = layout.shape[:-1]
     if target.shape != shape and not (
         target.shape == local.shape[:-1] and not isinstance(target, DTensor)

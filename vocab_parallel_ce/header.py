@@ -229,7 +229,7 @@ def raise_on_problems(headers: list[Header], target: Tensor, constant_rows: bool
                 "vocab_size) or VocabShard.from_group(local_size, group)"
             )
     for rank, header in enumerate(headers):
-        _raise_on_values(rank, header)
+        _raise_on_values(f"rank {rank} of the group", header)
     _raise_on_coverage(headers)
     for rank, header in enumerate(headers[1:], start=1):
         for name in ("target", "weight"):
@@ -279,28 +279,30 @@ _ARGUMENT = {
 }
 
 
-def raise_on_own_values(problems: ValueProblems, request: RowRequest) -> None:
-    """One rank alone: what ``raise_on_problems`` says of its values."""
+def raise_on_own_values(problems: ValueProblems, request: RowRequest, cause: str = "") -> None:
+    """One rank alone: what ``raise_on_problems`` says of its values, and ``cause`` after it."""
     checksums = {
         "bad_row": problems.bad_row,
         "bad_target": problems.bad_target,
         "bad_weight": problems.bad_weight,
     }
     options: dict[str, object] = {"ignore_index": request.ignore_index}
-    _raise_on_values(0, Header(request.start, request.stop, request.vocab_size, options, checksums))
+    header = Header(request.start, request.stop, request.vocab_size, options, checksums)
+    _raise_on_values("", header, cause)
 
 
-def _raise_on_values(rank: int, header: Header) -> None:
+def _raise_on_values(who: str, header: Header, cause: str = "") -> None:
     if header.checksums["bad_row"] != _NONE:
         raise ValueError(
             f"target is out of range: row {header.checksums['bad_row']} holds "
-            f"{header.checksums['bad_target']} on rank {rank} of the group, which is neither a "
+            f"{header.checksums['bad_target']}{f' on {who}' if who else ''}, which is neither a "
             f"class in [0, {header.vocab_size}) nor ignore_index="
             f"{header.options['ignore_index']}; mark rows to leave out with ignore_index"
+            f"{cause}"
         )
     if header.checksums["bad_weight"] != _NONE:
         raise ValueError(
-            f"weight must be finite, but rank {rank} of the group holds NaN or inf for class "
+            f"weight must be finite, but {who or 'it'} holds NaN or inf for class "
             f"{header.checksums['bad_weight']}; use 0 to leave a class out"
         )
 

@@ -20,7 +20,7 @@ class VocabParallelCrossEntropyLoss(nn.Module):
         label_smoothing: in [0, 1], PyTorch's formula over the whole vocabulary.
         lse_square_scale: adds this times lse^2 to every kept row (z-loss).
         group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
-            not the default group.
+            not the default group; where others exist and no shard is told, a warning, once.
         shard: which ids ``input`` holds, a ``VocabShard``. None means equal shards in rank order.
         inplace_backward: let the gradient overwrite the memory of ``input``: the loss then needs
             no memory of the size of the logits. Every later read of ``input`` sees the gradient, a
@@ -32,8 +32,9 @@ class VocabParallelCrossEntropyLoss(nn.Module):
             "all_reduce" (two), or "auto", which gathers up to about 6 MB.
         check: True exchanges a preflight first, so that all ranks raise where one has a wrong
             argument, or where they disagree on the number of rows, the dtype or an option. None
-            follows the variable VOCAB_PARALLEL_CE_CHECK. Must be the same on every rank. Without
-            it, a disagreement on rows, dtype or on what is sent is undefined.
+            follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank:
+            where only some check, the result is undefined (a hang, or a process that ends). Without
+            it, a disagreement on rows, dtype or on what is sent is undefined as well.
 
     Raises:
         As ``cross_entropy`` does, when the module is called.

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import Payload, exchange
+from .collectives import Payload, check_group_serves, exchange
 from .engines import select
-from .engines.contract import Coefficients, Engine, Gathered, arithmetic_dtype
+from .engines.contract import IGNORED, Coefficients, Engine, Gathered, arithmetic_dtype
 from .header import read_normalizers
 from .preflight import Plan, preflight
 from .request import RowRequest
@@ -99,16 +99,13 @@ def compute_statistics(
     """
     world = 1 if group is None else dist.get_world_size(group)
     on_host = _on_host(logits, request)
-    if request.checking and group is not None and world > 1:
-        preflight(Plan(request, logits, target, normalizer), logits.device, group)
-
-    target = target.reshape(-1).long()  # every comparison with an id happens in int64
+    ids = target.reshape(-1).long()  # every comparison with an id happens in int64
     engine = select(request.engine, logits)
     alone = group is None or world == 1
-    steps = row_steps(engine, target, weight, request, normalizer, on_host, alone)
+    steps = row_steps(engine, ids, weight, request, normalizer, on_host, group)
 
     dtype = arithmetic_dtype(logits.dtype)
-    wanted, rows = request.wanted, target.shape[0]
+    wanted, rows = request.wanted, ids.shape[0]
     payload = Payload.allocate(len(wanted.rows), rows, dtype, logits.device)
     _fill_partials(engine, payload.parts, logits, steps.local_target, weight, request, log_prob_out)
     if group is None or alone:
@@ -116,6 +113,9 @@ def compute_statistics(
     else:
         payload.shard_weight[0] = _shard_total(weight, request, dtype)
         steps.write_header(payload)
+        if request.checking:
+            check_group_serves(logits.device.type, group)
+            preflight(Plan(request, logits, target, normalizer), group)
         gathered = exchange(payload, wanted, request.collective, group)
     stats, m, s, argmax = steps.conclude(gathered, payload, _total_weight(weight, request, dtype))
     if argmax is None:
@@ -175,6 +175,8 @@ def compute_gradient(
     def scaled(g: Tensor) -> Tensor:
         return g if request.scale == 1 else g * request.scale
 
+    # A row that nothing depends on has gradient 0, whatever its logits hold: 0 * NaN would be NaN.
+    local_target = result.local_target.masked_fill((grad_stats == 0).all(0), IGNORED)
     g = dict(zip(stat_names(request.wanted), grad_stats.unbind(0), strict=True))
     softmax = g["nll"] + g["lse"]
     smooth = entropy = None
@@ -194,7 +196,7 @@ def compute_gradient(
             source,
             result.m[rows],
             result.s[rows],
-            result.local_target[rows],
+            local_target[rows],
             Coefficients(
                 softmax[rows],
                 target_part[rows],

@@ -1,24 +1,28 @@
-"""The preflight of ``check=True``: one exchange of fixed size before anything that could hang.
+"""The preflight of ``check=True``: one exchange of fixed size before the one that could hang.
 
 Ranks that disagree on the number of rows or on the dtype would send payloads of different sizes,
-and a rank that finds an argument wrong would raise while the others wait. So every rank first
-sends what it was called with, and the message of its own error if it has one; then all raise
-together or all go on. It costs one small collective and a host synchronisation.
+and a rank that failed would raise while the others wait. So every rank, once it has its partials
+ready, sends what it was called with, or the message of its error; then all raise together or all go
+on. It costs one small collective and a host synchronisation.
 """
 
 from __future__ import annotations
 
 import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import COLLECTIVES, all_gather_flat
+from .collectives import COLLECTIVES, all_gather_flat, communication_device
 from .engines.contract import arithmetic_dtype
 from .header import HEADER_INTS, ValueProblems, raise_on_problems, read_headers, write_header
 from .request import RowRequest
+from .switches import check_is_on, check_word
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 _ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)
@@ -39,9 +43,25 @@ class Plan:
     """0-d, in the arithmetic dtype"""
 
 
-def preflight(plan: Plan | Exception, device: torch.device, group: dist.ProcessGroup) -> None:
+class _Held(threading.local):
+    """How many preflights this thread has begun: whether one was, is a difference of two."""
+
+    count = 0
+
+
+_held = _Held()
+
+
+def preflight(plan: Plan | Exception, group: dist.ProcessGroup) -> None:
     """Exchange plans over ``group``; raise on every rank if any rank has an error or a conflict."""
-    mine = torch.frombuffer(bytearray(_pack(plan)), dtype=torch.int32).to(device)
+    try:
+        packed = _pack(plan)
+    except Exception as problem:  # a number that no field holds
+        plan, packed = problem, _pack(problem)
+    # Where a rank failed, its tensors may be anywhere: the group alone decides.
+    device = communication_device(group)
+    _held.count += 1
+    mine = torch.frombuffer(bytearray(packed), dtype=torch.int32).to(device)
     world = dist.get_world_size(group)
     received = mine.new_empty(world * mine.numel())
     all_gather_flat(received, mine, group)
@@ -73,10 +93,29 @@ def preflight(plan: Plan | Exception, device: torch.device, group: dist.ProcessG
     raise_on_problems(read_headers(headers, dtype), empty, constant_rows=True)
 
 
+@contextmanager
+def together(group: object, check: object) -> Iterator[None]:
+    """Tells the other ranks of ``group`` of whatever is raised inside: a wrong call, an argument,
+    memory that is not there, an engine that cannot. They raise as well.
+
+    Not of what comes after the preflight: the others no longer listen.
+    ``check`` is the argument of the public functions, or the word of a request.
+    """
+    held = _held.count
+    try:
+        yield
+    except Exception as problem:
+        listening = _held.count == held and check_is_on(check_word(check))
+        if listening and isinstance(group, dist.ProcessGroup) and dist.get_world_size(group) > 1:
+            preflight(problem, group)
+        raise
+
+
 def _pack(plan: Plan | Exception) -> bytes:
     if isinstance(plan, Exception):
         kind = next((i for i, e in enumerate(_ERRORS) if isinstance(plan, e)), len(_ERRORS) - 1)
-        text = str(plan).encode("utf-8")[:_TEXT_BYTES]
+        name = "" if type(plan) in _ERRORS else f"{type(plan).__name__}: "
+        text = f"{name}{plan}".encode("utf-8", "replace")[:_TEXT_BYTES]
         return struct.pack(_FORMAT, 1, kind, *[0] * (_FIELDS - 2), *[0] * HEADER_INTS, text)
     header = torch.empty(HEADER_INTS, dtype=torch.int32)
     none = torch.empty(0, dtype=torch.int64)

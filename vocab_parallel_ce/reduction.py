@@ -47,8 +47,15 @@ def row_losses(
         loss = (1 - eps) * loss + (eps / request.vocab_size) * named["smooth"]
     zloss = None
     if request.lse_square_scale != 0:
-        zloss = (request.lse_square_scale * named["lse"].square()).masked_fill(~kept, 0.0)
+        zloss = (request.lse_square_scale * _square(named["lse"])).masked_fill(~kept, 0.0)
     return RowLosses(loss, zloss, row_weight, kept)
+
+
+def _square(lse: Tensor) -> Tensor:
+    """lse^2; its gradient is 0 where the incoming one is, also where lse is NaN or infinite."""
+    finite = lse.isfinite()
+    other = torch.where(lse < 0, -lse, lse)  # the value of a square, and the gradient of a number
+    return torch.where(finite, lse.masked_fill(~finite, 0.0).square(), other)
 
 
 def _same(value: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from . import forgotten_group
 from .collectives import Payload
 from .engines.contract import Engine, Gathered, RowFunctions
 from .header import (
@@ -31,6 +33,7 @@ from .header import (
     write_static,
 )
 from .request import RowRequest
+from .shard import group_rank_and_size
 from .statistics import finish, merge, merge_single
 from .targets import find_problems, locate
 
@@ -73,7 +76,7 @@ class TorchSteps:
         request: RowRequest,
         normalizer: Tensor | None,
         on_host: bool,
-        alone: bool,
+        group: dist.ProcessGroup | None,
     ) -> None:
         self._target, self._weight, self._request = target, weight, request
         self._normalizer, self._on_host = normalizer, on_host
@@ -82,8 +85,9 @@ class TorchSteps:
         self._problems = (
             find_problems(target, self._located.allowed, weight) if on_host else ValueProblems()
         )
-        if alone:  # several ranks raise together, after the exchange
-            raise_on_own_values(self._problems, request)
+        if group_rank_and_size(group)[1] == 1:  # several raise together, after the exchange
+            cause = forgotten_group.cause(group, not request.implicit_shard, request.size)
+            raise_on_own_values(self._problems, request, cause)
 
     def write_header(self, payload: Payload) -> None:
         """See ``RowSteps``."""
@@ -180,10 +184,10 @@ def row_steps(
     request: RowRequest,
     normalizer: Tensor | None,
     on_host: bool,
-    alone: bool,
+    group: dist.ProcessGroup | None,
 ) -> RowSteps:
-    """The steps of a call that ``engine`` serves; ``alone``: there are no other ranks."""
+    """The steps of a call that ``engine`` serves."""
     functions = engine.ROW_FUNCTIONS
     if functions is None or on_host or target.numel() == 0:
-        return TorchSteps(target, weight, request, normalizer, on_host, alone)
+        return TorchSteps(target, weight, request, normalizer, on_host, group)
     return FusedSteps(functions, target, weight, request, normalizer)

@@ -116,19 +116,22 @@ class VocabShard:
             The shard of this rank; ``vocab_size`` is the sum over the group.
 
         Raises:
-            ValueError: for a size that is not an int >= 0.
+            ValueError: on every rank, for a size of any rank that is not an int >= 0.
         """
         integer = isinstance(local_size, (int, np.integer)) and not isinstance(local_size, bool)
-        if not integer or local_size < 0:
-            raise ValueError(
-                f"VocabShard.from_group: local_size must be an int >= 0, got {local_size!r}"
-            )
+        bad = not integer or not 0 <= local_size <= MAX_VOCAB_SIZE
         rank, world = group_rank_and_size(group)
-        if group is None or world == 1:
-            return cls(0, local_size, local_size)
-        mine = torch.tensor([local_size], dtype=torch.int64, device=communication_device(group))
-        sizes = mine.new_empty(world)
-        all_gather_flat(sizes, mine, group)
-        counts = [int(count) for count in sizes.tolist()]
+        counts = [-1 if bad else int(local_size)]
+        if group is not None and world > 1:  # also with a bad size: the others wait for it
+            mine = torch.tensor(counts, dtype=torch.int64, device=communication_device(group))
+            sizes = mine.new_empty(world)
+            all_gather_flat(sizes, mine, group)
+            counts = [int(count) for count in sizes.tolist()]
+        if -1 in counts:
+            what = repr(local_size) if bad else f"another on rank {counts.index(-1)} of the group"
+            raise ValueError(
+                "VocabShard.from_group: local_size must be an int from 0 to "
+                f"{MAX_VOCAB_SIZE}, got {what}"
+            )
         start = sum(counts[:rank])
-        return cls(start, start + local_size, sum(counts))
+        return cls(start, start + counts[rank], sum(counts))

@@ -10,6 +10,13 @@ SCRATCH_MIB = 128
 """what holds while SCRATCH_VARIABLE is unset"""
 
 
+def check_word(check: object) -> str:
+    """The argument ``check`` as a request holds it; what is no bool is refused elsewhere."""
+    if isinstance(check, str) and check in ("environment", "on", "off"):
+        return check
+    return "environment" if check is None else "off" if check is False else "on"
+
+
 def check_is_on(check: str) -> bool:
     """Whether ranks compare notes before they start."""
     if check == "environment":

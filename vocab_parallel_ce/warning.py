@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from types import FrameType
 
 _NOT_THE_CALLER = ("torch", "functools", "contextlib")
 
@@ -26,6 +27,20 @@ def _level_of_caller() -> int:
     while frame.f_back is not None and _is_inside(str(frame.f_globals.get("__name__", ""))):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def called_by_own_part() -> bool:
+    """Whether ``parallel`` or ``launch`` called the loss, and not a program of the user's."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        top, _, rest = str(frame.f_globals.get("__name__", "")).partition(".")
+        if top == __package__:
+            if rest.startswith(("parallel", "launch")):
+                return True
+        elif top not in _NOT_THE_CALLER:
+            return False
+        frame = frame.f_back
+    return False
 
 
 def _is_inside(module: str) -> bool:

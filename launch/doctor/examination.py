@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
+from vocab_parallel_ce.launch.alike import require_alike
 from vocab_parallel_ce.launch.bench.goals import ranks_in_words
 from vocab_parallel_ce.launch.doctor.cases import Place
 from vocab_parallel_ce.launch.doctor.findings import Environment
@@ -77,6 +78,11 @@ def examine(
         _say_of_this_rank(f"cannot join the other ranks: {in_one_line(error)}")
         time.sleep(LAST_WORDS)
         sys.exit(FAILED)
+    try:
+        require_alike(groups.gather)
+    except Refusal:
+        groups.close()
+        raise
     try:
         ranks = Ranks(groups, timeout)
         everyone = ranks.gather(found)

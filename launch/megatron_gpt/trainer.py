@@ -217,7 +217,7 @@ class MegatronTrainer:
         batch = next(batches)
         positions = self.positions.expand_as(batch.ids)
         losses = model(batch.ids, positions, self.attention_mask, labels=batch.labels)
-        return losses, partial(loss_func, batch.mask)
+        return losses, partial(loss_func, batch.mask, model=model)
 
     def _mean(self, sums: list[Any]) -> float:
         """What loss_func reported of each micro-batch -> the mean over all data-parallel ranks."""

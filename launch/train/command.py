@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import torch.distributed as dist
 import typer
 
 from vocab_parallel_ce.launch.command_line import (
@@ -81,8 +80,7 @@ def shared_corpus(
     corpus = load_corpus(paths, vocab_size, cache) if goes_first else None
     groups.barrier()
     corpus = corpus or load_corpus(paths, vocab_size, cache)
-    fingerprints: list[str] = [""] * groups.world_size
-    dist.all_gather_object(fingerprints, corpus.fingerprint, group=groups.control)
+    fingerprints = groups.gather(corpus.fingerprint)
     if len(set(fingerprints)) > 1:
         raise ValueError(
             f"the text differs between ranks (fingerprints {fingerprints}); "
@@ -94,9 +92,7 @@ def shared_corpus(
 def prepare_folder(trainer: Trainer, resume: Resume) -> None:
     """Continues, or clears the run's folder, as asked."""
     # A restart continues what this command began. Hosts count restarts apart, so all are asked.
-    restarts = [0] * trainer.groups.world_size
-    mine = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    dist.all_gather_object(restarts, mine, group=trainer.groups.control)
+    restarts = trainer.groups.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
     if resume is Resume.never and not any(restarts):
         trainer.checkpoints.clear()
         if trainer.groups.rank == 0:
@@ -118,8 +114,7 @@ def check_and_compare(trainer: Trainer) -> bool:
     )
     errors = check_against_reference(call, groups)
     agree = replicas_agree(trainer.model, groups)
-    verdicts: list[bool] = [False] * groups.world_size
-    dist.all_gather_object(verdicts, errors.within and agree, group=groups.control)
+    verdicts = groups.gather(errors.within and agree)
     say(
         groups,
         f"  loss      {errors.loss:.7f}, reference {errors.reference:.7f}, "

@@ -15,7 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vocab_parallel_ce import VocabShard
-from vocab_parallel_ce.checks import Options, Outputs, check_numbers, prepare, tell_other_ranks
+from vocab_parallel_ce.checks import (
+    TARGET_DTYPES,
+    Options,
+    Outputs,
+    check_numbers,
+    prepare,
+)
+from vocab_parallel_ce.preflight import together
 from vocab_parallel_ce.primitive import row_statistics
 from vocab_parallel_ce.reduction import reduce_rows, row_losses
 from vocab_parallel_ce.shard import group_rank_and_size
@@ -91,6 +98,21 @@ def tensor_parallel_group() -> dist.ProcessGroup | None:
     return group
 
 
+def _process_group(tp_group: Any) -> dist.ProcessGroup | None:
+    """Megatron asks a group for rank() and size() alone: whatever says that it is one rank does."""
+    if tp_group is None:
+        return tensor_parallel_group()
+    if isinstance(tp_group, dist.ProcessGroup):
+        return tp_group
+    size = getattr(tp_group, "size", None)
+    if callable(size) and size() == 1:
+        return None
+    raise TypeError(
+        "tp_group must be a torch.distributed.ProcessGroup that this rank belongs to, None, or "
+        f"something whose size() is 1, got {type(tp_group).__name__}"
+    )
+
+
 def per_token_loss(
     logits: Tensor,
     target: Tensor,
@@ -102,15 +124,24 @@ def per_token_loss(
 
     fp32, fp64 for fp64 logits; the same on every rank. One or two collectives, none in backward.
     """
-    group = tensor_parallel_group() if tp_group is None else tp_group
+    group = _process_group(tp_group)
+    if torch.compiler.is_compiling():
+        return _per_token_loss(logits, target, label_smoothing, group, options)
+    with together(group, options.check):
+        return _per_token_loss(logits, target, label_smoothing, group, options)
+
+
+def _per_token_loss(
+    logits: Tensor,
+    target: Tensor,
+    label_smoothing: float,
+    group: dist.ProcessGroup | None,
+    options: MegatronOptions,
+) -> tuple[Tensor, Tensor | None]:
     call = options.for_group(group)
-    try:
-        shard = _shard(logits, call, options)
-        classes = shard.vocab_size if shard is not None else _columns(logits) * _world(group)
-        smoothing = _pytorch_smoothing(label_smoothing, classes, options.smoothing_formula)
-    except ValueError as problem:
-        tell_other_ranks(problem, call)
-        raise
+    shard = _shard(logits, call, options)
+    classes = shard.vocab_size if shard is not None else _columns(logits) * _world(group)
+    smoothing = _pytorch_smoothing(label_smoothing, classes, options.smoothing_formula)
     if options.invalid_target == "ignore":
         target = _without_invalid(target, classes, options.ignore_index)
     # Beyond 1 it is still a distribution (see below), but the library's own argument ends there.
@@ -183,8 +214,7 @@ def _pytorch_smoothing(label_smoothing: float, classes: int, formula: str) -> fl
 
 def _without_invalid(target: Tensor, classes: int, ignore_index: int) -> Tensor:
     """Labels that are no class become ``ignore_index``; nothing is read on the host."""
-    if not isinstance(target, Tensor):
-        return target  # for ``prepare`` to refuse, like a target of a wrong dtype
-    if target.dtype == torch.int32:
-        target = target.long()  # ignore_index may be a number that int32 cannot hold
+    if not isinstance(target, Tensor) or target.dtype not in TARGET_DTYPES:
+        return target  # for ``prepare`` to refuse
+    target = target.long()  # ignore_index may be an int that int32 cannot hold
     return torch.where((target >= 0) & (target < classes), target, ignore_index)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vocab_parallel_ce.engines.contract import arithmetic_dtype
+from vocab_parallel_ce.switches import check_is_on, check_word
 
 from .installation import current, installed_loss
 
@@ -29,20 +30,48 @@ Report = dict[str, Any]
 
 
 def loss_func(
-    loss_mask: Tensor, output_tensor: Tensor, model: object = None
+    loss_mask: Tensor,
+    output_tensor: Tensor,
+    model: object = None,
+    *,
+    over_context_parallel: bool = False,
 ) -> tuple[Tensor, Tensor, Report]:
     """``pretrain_gpt.loss_func`` of Megatron, with the z-loss reported beside the loss.
 
+    Which mean a step takes is for Megatron's schedule to say, and there are three:
+
+        ``calculate_per_token_loss`` on: sums and numbers are added up over micro-batches and ranks
+        before they are divided: the mean over all tokens of the step;
+        off: each rank divides each micro-batch by its own number of tokens, and the means are
+        averaged. Context-parallel ranks hold parts of the same sequences, so where they have
+        unequal masks the result depends on how many of them there are;
+        off, with ``over_context_parallel``: each micro-batch is divided by the number of tokens on
+        all its context-parallel ranks: the same for any number of them.
+
+    Before megatron-core 0.13 the second is already the third.
+
     Args:
-        loss_mask: [b, s] or flat; what each token counts, in the denominator as well.
+        loss_mask: [b, s] or flat; what each token counts, in the denominator as well. A token that
+            counts 0 leaves no trace, even if its loss is NaN.
         output_tensor: [b, s] the loss of each token, as the model returned it; z-loss included.
-        model: not used; Megatron passes it.
+        model: what Megatron passes; its configuration says how the schedule will divide.
+        over_context_parallel: see above; one more all_reduce of one number a micro-batch.
 
     Returns:
         (sum of loss * loss_mask, number of tokens as an int tensor, report). The report is
         {"lm loss": [sum, number]}, and {"z loss": [sum, number]} beside it where z-loss is on: the
         part of "lm loss" that is z. Both as the training loop of the installed version adds them
         up: one tensor [2], or before megatron-core 0.13 a tuple, summed over data-parallel ranks.
+
+        Megatron wants the number as an int. Where the mask adds up to none, it is rounded up and
+        the sum grows in proportion, so that the quotient is the mean; the report has the exact
+        ones.
+
+    Raises:
+        ValueError: where the mask adds up to no int and ``calculate_per_token_loss`` is on, whose
+            sums over ranks that could not be right, or where ``model`` is missing, so that nobody
+            knows. Found on CPU and with ``check``; else the loss is NaN in the first case, and
+            off is assumed in the second.
 
     The z part is that of the last call of the loss: call this right after the model, as Megatron's
     schedules do. Raises ValueError where that call was for another number of tokens.
@@ -58,11 +87,16 @@ def loss_func(
             )
         if zloss.dim() == 2:  # [s, b] of the loss, [b, s] of the model
             zloss = zloss.t()
-    return _reduce(loss_mask, output_tensor, zloss)
+    return _reduce(loss_mask, output_tensor, zloss, model, over_context_parallel)
 
 
 def logits_loss_func(
-    loss_mask: Tensor, labels: Tensor, output_tensor: Tensor, model: object = None
+    loss_mask: Tensor,
+    labels: Tensor,
+    output_tensor: Tensor,
+    model: object = None,
+    *,
+    over_context_parallel: bool = False,
 ) -> tuple[Tensor, Tensor, Report]:
     """``loss_func`` for a model that was called without labels and returned logits.
 
@@ -74,7 +108,7 @@ def logits_loss_func(
         loss_mask: [b, s]; what each token counts, in the denominator as well.
         labels: [b, s] int64 vocabulary ids.
         output_tensor: [b, s, v/tp] this rank's logits.
-        model: not used; Megatron passes it.
+        model, over_context_parallel: as for ``loss_func``, which has the three means of a step.
 
     Communicates one or two collectives over Megatron's tensor-parallel group. Returns and raises
     what ``loss_func`` and the loss do.
@@ -83,43 +117,108 @@ def logits_loss_func(
     ignore_index = -100 if installation is None else installation.options.ignore_index
     counts = loss_mask.reshape(labels.shape) != 0
     loss, zloss = installed_loss(output_tensor, torch.where(counts, labels.long(), ignore_index))
-    return _reduce(loss_mask, loss, None if zloss is None else zloss.detach())
+    zlosses = None if zloss is None else zloss.detach()
+    return _reduce(loss_mask, loss, zlosses, model, over_context_parallel)
 
 
 def _reduce(
-    loss_mask: Tensor, losses: Tensor, zlosses: Tensor | None
+    loss_mask: Tensor,
+    losses: Tensor,
+    zlosses: Tensor | None,
+    model: object,
+    over_context_parallel: bool,
 ) -> tuple[Tensor, Tensor, Report]:
-    """Sums over the tokens. A NaN under a mask of 0 stays one: it would come back in backward."""
+    """Sums over the tokens that count, as the schedule will divide them."""
     losses = losses.reshape(-1).to(arithmetic_dtype(losses.dtype))
     mask = loss_mask.reshape(-1).to(losses.dtype)
-    total, count = torch.sum(losses * mask), mask.sum()
+
+    def summed(values: Tensor) -> Tensor:
+        return (values.reshape(-1).masked_fill(mask == 0, 0.0) * mask).sum()
+
+    total, count = summed(losses), mask.sum()
     parts = {"lm loss": total.detach()}
     if zlosses is not None:
-        parts["z loss"] = torch.sum(zlosses.reshape(-1) * mask)
-    state = _grouped_before_0_13()
-    if state is None:
-        tokens = count.to(torch.int)
-        report = {
-            name: torch.cat([part.clone().view(1), tokens.view(1)]) for name, part in parts.items()
-        }
-        return total, tokens, report
+        parts["z loss"] = summed(zlosses)
+    per_token = _per_token(model)
+    state = _parallel_state()
+    if state is None or not _sums_over_ranks():
+        report = {name: torch.stack([part, count]) for name, part in parts.items()}
+        over = over_context_parallel and not per_token and state is not None
+        group = state.get_context_parallel_group() if over else None
+        world = 1 if group is None else dist.get_world_size(group)
+        if world > 1:
+            # The schedule averages over these ranks: each divides by its share of all tokens.
+            count = count.clone()
+            dist.all_reduce(count, group=group)
+            count = count / world
+        return *_divisible(total, count, per_token, world == 1), report
 
     sums = torch.stack([*parts.values(), count])
     if state.get_context_parallel_world_size() > 1:
         dist.all_reduce(sums, group=state.get_context_parallel_group())
-    tokens = sums[-1].to(torch.int)
     # The sum over the ranks in value; the gradient stays that of this rank's tokens.
     total = total.clone()
     total.detach().copy_(sums[0])
+    total, tokens = _divisible(total, sums[-1].clone(), per_token, refuse=True)
     dist.all_reduce(sums, group=state.get_data_parallel_group())
     return total, tokens, {name: (sums[i], sums[-1]) for i, name in enumerate(parts)}
 
 
-def _grouped_before_0_13() -> Any:
-    """The parallel_state of a Megatron whose schedules expect sums over ranks, else None."""
+def _divisible(
+    total: Tensor, count: Tensor, per_token: bool | None, refuse: bool
+) -> tuple[Tensor, Tensor]:
+    """(total, count) with an int count and the same quotient; ``count`` itself where it is one.
+
+    ``refuse``: it came from the mask of the user, so that another one could be an int.
+    """
+    tokens = count.ceil()
+    if refuse and per_token is not False:
+        if count.device.type == "cpu" or _checking():
+            if bool(tokens != count):
+                raise ValueError(_no_int(count.item(), per_token))
+        elif per_token:
+            total = total.masked_fill(tokens != count, torch.nan)
+    return total * torch.where(count > 0, tokens / count, 1.0), tokens.to(torch.int)
+
+
+def _no_int(count: float, per_token: bool | None) -> str:
+    what = f"loss_mask adds up to {count:.6g} on this rank, which is no int"
+    if per_token:
+        return (
+            f"{what}: with calculate_per_token_loss Megatron adds up numbers of tokens as ints; "
+            "turn it off, or use a mask of ints"
+        )
+    return (
+        f"{what}; pass model= to the loss function, so that it sees whether "
+        "calculate_per_token_loss is on"
+    )
+
+
+def _per_token(model: Any) -> bool | None:
+    """Whether the schedule divides after it has added up; None where nobody says."""
+    while model is not None:
+        config = getattr(model, "config", None)
+        answer: bool | None = getattr(config, "calculate_per_token_loss", None)
+        if answer is not None:
+            return answer
+        model = getattr(model, "module", None)
+    return None
+
+
+def _checking() -> bool:
+    installation = current()
+    return check_is_on(check_word(None if installation is None else installation.options.check))
+
+
+def _parallel_state() -> Any:
+    """Megatron's, where it has made groups."""
     state: Any = sys.modules.get("megatron.core.parallel_state")
-    if state is None or not state.model_parallel_is_initialized():
-        return None
+    return state if state is not None and state.model_parallel_is_initialized() else None
+
+
+def _sums_over_ranks() -> bool:
+    """Whether the installed Megatron's schedules expect sums over ranks."""
     from megatron.core import package_info
 
-    return state if (package_info.MAJOR, package_info.MINOR) < (0, 13) else None
+    before: bool = (package_info.MAJOR, package_info.MINOR) < (0, 13)
+    return before

@@ -40,7 +40,8 @@ def run_megatron_on_cpu(*, compile: bool = False) -> Iterator[None]:
         ``torch.cuda.current_device()`` where parameters, buffers and messages between pipeline
         stages are made: it answers the CPU; ``torch.cuda.synchronize()`` and ``tensor.cuda()`` of
         the pipeline schedules do nothing;
-        ``device="cuda"``, written out in the schedules and optimizers, and ``tensor.type()``, by
+        ``device="cuda"``, written out in the schedules, the optimizers and the causal mask that
+        attention makes for ``attention_mask=None``, and ``tensor.type()``, by
         which the optimizers tell CUDA tensors;
         the generators that attention forks around its dropout: a tracker that forks nothing;
         the layer norm of plain torch, which refuses sequence parallelism (it normalises each
@@ -61,6 +62,7 @@ def run_megatron_on_cpu(*, compile: bool = False) -> Iterator[None]:
         schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
         _replace(undo, schedules, "torch", _TorchWithoutCuda())
         _let_optimizers_take_cpu_tensors(undo)
+        _make_masks_on_cpu(undo)
         _track_no_generators(undo)
         norm = importlib.import_module("megatron.core.transformer.torch_norm")
         _replace(undo, norm.WrappedTorchNorm, "__new__", _torch_norm)
@@ -91,6 +93,10 @@ class _TorchWithoutCuda:
         return torch.zeros(*args, device="cpu" if device == "cuda" else device, **kwargs)
 
     @staticmethod
+    def ones(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        return torch.ones(*args, device="cpu" if device == "cuda" else device, **kwargs)
+
+    @staticmethod
     def tensor(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
         return torch.tensor(data, device="cpu" if device == "cuda" else device, **kwargs)
 
@@ -110,6 +116,17 @@ def _let_optimizers_take_cpu_tensors(undo: ExitStack) -> None:
         return answer.replace("torch.", "torch.cuda.") if isinstance(answer, str) else answer
 
     _replace(undo, Tensor, "type", type_as_on_cuda)
+
+
+def _make_masks_on_cpu(undo: ExitStack) -> None:
+    """Attention makes its own mask where it is called with none, once for a length."""
+    utils = importlib.import_module("megatron.core.transformer.utils")
+    _replace(undo, utils, "torch", _TorchWithoutCuda())
+    for name in ("get_default_causal_mask", "get_sliding_window_causal_mask"):
+        forget = getattr(getattr(utils, name, None), "cache_clear", None)
+        if forget is not None:
+            forget()
+            undo.callback(forget)
 
 
 def _track_no_generators(undo: ExitStack) -> None:

@@ -57,7 +57,7 @@ def _steps(
     if fused:
         assert triton.ROW_FUNCTIONS is not None
         return FusedSteps(triton.ROW_FUNCTIONS, target, weight, request, given)
-    return TorchSteps(target, weight, request, given, on_host=False, alone=False)
+    return TorchSteps(target, weight, request, given, on_host=False, group=None)
 
 
 def _run(

@@ -289,3 +289,23 @@ def test_wrong_arguments(
 
     with install(**options), pytest.raises(kind, match=text):
         tensor_parallel.vocab_parallel_cross_entropy(logits, target)
+
+
+class _OnlyNumbers:
+    """What Megatron asks of a group."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
+
+
+def test_a_group_that_only_has_rank_and_size() -> None:
+    logits, target = torch.randn(3, 2, 8), torch.randint(8, (3, 2))
+    got = ours.fused_vocab_parallel_cross_entropy(logits, target, _OnlyNumbers())  # type: ignore[arg-type]
+    assert torch.equal(got, ours.fused_vocab_parallel_cross_entropy(logits, target))
+    two = _OnlyNumbers()
+    two.size = lambda: 2  # type: ignore[method-assign]
+    with pytest.raises(TypeError, match=r"tp_group must be a torch.distributed.ProcessGroup"):
+        ours.fused_vocab_parallel_cross_entropy(logits, target, two)  # type: ignore[arg-type]

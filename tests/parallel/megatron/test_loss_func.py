@@ -7,6 +7,7 @@ says it divides by: see ``parallel/megatron_loss_func.py``.
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -52,18 +53,26 @@ class Tokens(NamedTuple):
     labels: Tensor
     mask: Tensor
     """[b, s] as Megatron's data loaders make them"""
+    hole: Tensor
+    """[s, b, 1] added to the logits"""
 
 
-def _tokens(part: int, number: int) -> Tokens:
+def _tokens(part: int, number: int, weights: bool = False) -> Tokens:
     """Different ones for every rank that holds different tokens; some masked, more here than there.
 
-    A masked token's label is one that only the mask leaves out.
+    A masked token's label is one that only the mask leaves out. ``weights``: the others count
+    fractions, and the first masked one has a good label and logits that are NaN.
     """
     g = torch.Generator().manual_seed(10 * part + number)
     mask = (torch.rand(BATCH, SEQUENCE, generator=g) > 0.2 + 0.4 * part).float()
     labels = torch.randint(0, VOCAB, (BATCH, SEQUENCE), generator=g)
     hidden = torch.randn(SEQUENCE, BATCH, WIDTH, generator=g)
-    return Tokens(hidden, labels.masked_fill(mask == 0, -1), mask)
+    labels, hole = labels.masked_fill(mask == 0, -1), torch.zeros(BATCH, SEQUENCE)
+    if weights:
+        first = (mask == 0).view(-1).nonzero()[0]
+        hole.view(-1)[first], labels.view(-1)[first] = torch.nan, 0
+        mask = mask * torch.rand(BATCH, SEQUENCE, generator=g)
+    return Tokens(hidden, labels, mask, hole.t()[..., None])
 
 
 def _weight() -> Tensor:
@@ -87,8 +96,9 @@ class _Head(nn.Module):
     def set_input_tensor(self, tensor: object) -> None:
         """The schedule calls it; a first stage has no input."""
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, hole: Tensor, labels: Tensor | None = None) -> Tensor:
         logits, _ = self.head(hidden)
+        logits = logits + hole
         if labels is None:
             out: Tensor = logits.transpose(0, 1).contiguous()
         else:
@@ -97,7 +107,12 @@ class _Head(nn.Module):
 
 
 def _train(
-    rank: dist.ProcessGroup, layout: Layout, labels_given: bool, z: float
+    rank: dist.ProcessGroup,
+    layout: Layout,
+    labels_given: bool,
+    z: float,
+    weights: bool = False,
+    over: bool = False,
 ) -> tuple[Tensor, list[dict[str, Any]]]:
     """One step of two micro-batches: this rank's gradient of the head, and the reports."""
     with (
@@ -132,10 +147,13 @@ def _train(
         part = 0 if layout.tp == 2 else dist.get_rank()
 
         def forward_step(numbers: Any, model: Any) -> tuple[Tensor, Any]:
-            batch = _tokens(part, next(numbers))
+            batch = _tokens(part, next(numbers), weights)
+            asked: dict[str, Any] = {"model": model, "over_context_parallel": over}
             if labels_given:
-                return model(batch.hidden, batch.labels), partial(loss_func, batch.mask)
-            return model(batch.hidden), partial(logits_loss_func, batch.mask, batch.labels)
+                out = model(batch.hidden, batch.hole, batch.labels)
+                return out, partial(loss_func, batch.mask, **asked)
+            bound = partial(logits_loss_func, batch.mask, batch.labels, **asked)
+            return model(batch.hidden, batch.hole), bound
 
         model.zero_grad_buffer()
         reports = get_forward_backward_func()(
@@ -151,24 +169,30 @@ def _train(
         return head.head.weight.main_grad.clone(), reports
 
 
-def _sums(weight: Tensor, part: int, number: int, z: float) -> tuple[Tensor, Tensor, Tensor]:
+def _sums(
+    weight: Tensor, part: int, number: int, z: float, weights: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of one micro-batch on one rank: the loss, its z part, and how many tokens count; fp64."""
-    batch = _tokens(part, number)
+    batch = _tokens(part, number, weights)
     logits = (batch.hidden.double() @ weight.t()).transpose(0, 1)
-    labels = batch.labels.masked_fill(batch.mask == 0, -100)
-    out = reference(logits, labels, reduction="sum", lse_square_scale=z)
-    return out.loss, out.zloss, batch.mask.double().sum()
+    mask = batch.mask.double()
+    labels = batch.labels.masked_fill(mask == 0, -100)
+    out = reference(logits, labels, reduction="none", lse_square_scale=z)
+    return (out.loss * mask).sum(), (out.zloss * mask).sum(), mask.sum()
 
 
-@pytest.mark.parametrize("z", [0.0, Z], ids=["", "z-loss"])
-@pytest.mark.parametrize("labels_given", [True, False], ids=["labels", "logits"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=IDS)
-def test_a_step_divides_as_megatron_does(
-    pair: Pool, layout: Layout, labels_given: bool, z: float
+def _check_a_step(
+    pair: Pool,
+    layout: Layout,
+    labels_given: bool,
+    z: float,
+    weights: bool = False,
+    over: bool = False,
 ) -> None:
+    """One step under Megatron's schedule against what its version divides by."""
     weight = _weight().double().requires_grad_()
     sums = {
-        (part, number): _sums(weight, part, number, z)
+        (part, number): _sums(weight, part, number, z, weights)
         for part in range(layout.parts)
         for number in range(MICRO_BATCHES)
     }
@@ -180,14 +204,14 @@ def test_a_step_divides_as_megatron_does(
     numbers = range(MICRO_BATCHES)
     if layout.per_token:
         objective = total(0) / total(2)
-    elif SUMS_BEFORE and layout.cp > 1:
+    elif (SUMS_BEFORE or over) and layout.cp > 1:
         means = [total(0, number=n) / total(2, number=n) for n in numbers]
         objective = torch.stack(means).mean()
     else:
         objective = torch.stack([loss / count for loss, _, count in sums.values()]).mean()
     (want,) = torch.autograd.grad(objective, weight)
 
-    ranks = pair.run(_train, 2, (layout, labels_given, z))
+    ranks = pair.run(_train, 2, (layout, labels_given, z, weights, over))
     whole = torch.cat([grad for grad, _ in ranks]) if layout.tp == 2 else ranks[0][0]
     assert (whole - want).abs().max() / want.abs().max() < 1e-6
     for rank, (_, reports) in enumerate(ranks):
@@ -200,16 +224,88 @@ def test_a_step_divides_as_megatron_does(
                 value, count = report[name]
                 assert isinstance(report[name], tuple if SUMS_BEFORE else Tensor)
                 assert value.item() == pytest.approx(total(index, **only).item(), rel=1e-6)
-                assert count.item() == total(2, **only).item()
+                assert count.item() == pytest.approx(total(2, **only).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("z", [0.0, Z], ids=["", "z-loss"])
+@pytest.mark.parametrize("labels_given", [True, False], ids=["labels", "logits"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=IDS)
+def test_a_step_divides_as_megatron_does(
+    pair: Pool, layout: Layout, labels_given: bool, z: float
+) -> None:
+    _check_a_step(pair, layout, labels_given, z)
+
+
+@pytest.mark.parametrize("labels_given", [True, False], ids=["labels", "logits"])
+@pytest.mark.parametrize(
+    "layout", [x for x in LAYOUTS if not x.per_token], ids=lambda x: f"tp{x.tp} cp{x.cp}"
+)
+def test_weights_in_the_mask_give_the_weighted_mean(
+    pair: Pool, layout: Layout, labels_given: bool
+) -> None:
+    """And not what is left of it where the sum of the weights is cut to an int."""
+    _check_a_step(pair, layout, labels_given, Z, weights=True)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=IDS)
+def test_a_mean_over_context_parallel_ranks(pair: Pool, layout: Layout, weights: bool) -> None:
+    """Where their masks are unequal, too: what one rank that holds the whole sequences would do."""
+    if not (layout.per_token and weights):
+        _check_a_step(pair, layout, True, 0.0, weights, over=True)
+
+
+def _refused(rank: dist.ProcessGroup, layout: Layout) -> str:
+    try:
+        _train(rank, layout, True, 0.0, weights=True)
+    except ValueError as problem:
+        return str(problem)
+    return ""
+
+
+@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x.per_token], ids=lambda x: f"cp{x.cp}")
+def test_weights_cannot_be_counted_per_token(pair: Pool, layout: Layout) -> None:
+    for message in pair.run(_refused, 2, (layout,)):
+        assert "on this rank, which is no int: with calculate_per_token_loss Megatron" in message
+
+
+class _Configured:
+    """As much of a wrapped model as says how the schedule divides."""
+
+    def __init__(self, per_token: bool) -> None:
+        self.module = SimpleNamespace(config=SimpleNamespace(calculate_per_token_loss=per_token))
+
+
+def test_weights_need_to_know_how_the_schedule_divides() -> None:
+    losses, mask = torch.rand(2, 2), torch.tensor([[0.5, 0.25], [0.0, 1.0]])
+    with pytest.raises(ValueError, match=r"adds up to 1.75 on this rank, .*; pass model= to the"):
+        loss_func(mask, losses)
+    with pytest.raises(ValueError, match=r"adds up to 1.75 .* turn it off, or use a mask of ints"):
+        loss_func(mask, losses, _Configured(True))
+    total, tokens, report = loss_func(mask, losses, _Configured(False))
+    assert tokens.dtype == torch.int32
+    assert (total / tokens).item() == pytest.approx(((losses * mask).sum() / 1.75).item())
+    assert report["lm loss"][1] == 1.75
+
+
+def test_nothing_counts() -> None:
+    """The sum is 0 and so is the gradient, even of a NaN."""
+    losses = torch.full((2, 2), torch.nan, requires_grad=True)
+    total, tokens, report = loss_func(torch.zeros(2, 2), losses)
+    total.backward()
+    assert total == tokens == 0
+    assert report["lm loss"].tolist() == [0, 0]
+    assert losses.grad is not None
+    assert bool((losses.grad == 0).all())
 
 
 def test_without_megatrons_groups() -> None:
     """The plain sums, also with weights in the mask; the number of tokens is an int."""
     losses = torch.rand(2, 4, dtype=torch.float64).requires_grad_()
-    mask = torch.tensor([[1.0, 0.0, 0.5, 1.0], [1.0, 1.0, 1.0, 0.0]])
+    mask = torch.tensor([[1.0, 0.0, 0.5, 1.0], [1.0, 1.5, 1.0, 0.0]])
     total, tokens, report = loss_func(mask, losses)
     assert tokens.dtype == torch.int32
-    assert tokens.item() == 5
+    assert tokens.item() == 6
     assert total.dtype == torch.float64
     assert torch.equal(report["lm loss"], torch.stack([total.detach(), tokens.double()]))
     total.backward()
@@ -223,21 +319,20 @@ def test_masked_logits_are_never_read() -> None:
     logits[1, 1:] = torch.nan
     mask = torch.tensor([[1.0, 1.0, 0.5], [1.0, 0.0, 0.0]])
     leaf = logits.clone().requires_grad_()
-    total, tokens, _ = logits_loss_func(mask, labels, leaf)
+    total, tokens, _ = logits_loss_func(mask, labels, leaf, _Configured(False))
     total.backward()
     kept = labels.masked_fill(mask == 0, -100)
-    want = (reference(logits, kept, reduction="none").loss * mask).sum()
-    assert total.item() == pytest.approx(want.item(), rel=1e-6)
-    assert tokens == 3
+    want = (reference(logits, kept, reduction="none").loss * mask).sum() / mask.sum()
+    assert (total / tokens).item() == pytest.approx(want.item(), rel=1e-6)
+    assert tokens == 4
     assert leaf.grad is not None
     assert bool((leaf.grad[mask == 0] == 0).all())
     assert bool((leaf.grad[mask != 0] != 0).all())
 
 
-def test_a_nan_under_the_mask_is_not_hidden() -> None:
-    """Its gradient would be NaN all the same; the loss must tell."""
+def test_a_nan_that_counts_is_not_hidden() -> None:
     losses = torch.tensor([[1.0, torch.nan]])
-    assert bool(loss_func(torch.tensor([[1.0, 0.0]]), losses)[0].isnan())
+    assert bool(loss_func(torch.tensor([[1.0, 1.0]]), losses)[0].isnan())
 
 
 def test_the_z_loss_of_another_batch_is_refused() -> None:

@@ -39,3 +39,18 @@ def test_everything_is_put_back() -> None:
         raise KeyError
     assert all(now is then for now, then in zip(replaced(), before, strict=True))
     assert inherited == ("cuda" not in vars(Tensor))
+
+
+def test_attention_makes_its_own_mask() -> None:
+    """GPTModel(attention_mask=None): the causal mask, which Megatron makes on CUDA and keeps."""
+    with run_megatron_on_cpu():
+        from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
+        from megatron.core.transformer.enums import AttnMaskType
+        from megatron.core.transformer.utils import attention_mask_func
+
+        softmax = FusedScaleMaskSoftmax(
+            False, False, AttnMaskType.causal, False, attention_mask_func, True, None
+        )
+        probabilities = softmax(torch.randn(1, 2, 5, 5), None)
+    assert torch.equal(probabilities, probabilities.tril())
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(1, 2, 5))
