@@ -27,7 +27,8 @@ ROWS, COLUMNS = 4, 6
 def _loss(group: dist.ProcessGroup, device: str = "cpu", **options: Any) -> torch.Tensor:
     logits = torch.zeros(ROWS, COLUMNS, device=device)
     target = torch.zeros(ROWS, dtype=torch.int64, device=device)
-    return cross_entropy(logits, target, group=group, **options)
+    loss: torch.Tensor = cross_entropy(logits, target, group=group, **options)
+    return loss
 
 
 @contextmanager

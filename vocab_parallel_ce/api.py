@@ -6,7 +6,7 @@ is, because that is where a reader looks them up.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch.distributed as dist
 from torch import Tensor
@@ -55,6 +55,66 @@ class TokenStatistics(NamedTuple):
     ``ignore_index``, and in rows that hold NaN or +inf. Not differentiable: it is an integer."""
 
 
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    *,
+    lse_square_scale: float = 0.0,
+    return_zloss: Literal[False] = False,
+    group: dist.ProcessGroup | None = None,
+    shard: VocabShard | None = None,
+    inplace_backward: bool = False,
+    normalizer: Tensor | float | None = None,
+    scale: float = 1.0,
+    engine: str = "auto",
+    collective: str = "auto",
+    check: bool | None = None,
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    *,
+    lse_square_scale: float = 0.0,
+    return_zloss: Literal[True],
+    group: dist.ProcessGroup | None = None,
+    shard: VocabShard | None = None,
+    inplace_backward: bool = False,
+    normalizer: Tensor | float | None = None,
+    scale: float = 1.0,
+    engine: str = "auto",
+    collective: str = "auto",
+    check: bool | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    *,
+    lse_square_scale: float = 0.0,
+    return_zloss: bool,
+    group: dist.ProcessGroup | None = None,
+    shard: VocabShard | None = None,
+    inplace_backward: bool = False,
+    normalizer: Tensor | float | None = None,
+    scale: float = 1.0,
+    engine: str = "auto",
+    collective: str = "auto",
+    check: bool | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @raises_together
 def cross_entropy(
     input: Tensor,
@@ -65,6 +125,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     lse_square_scale: float = 0.0,
+    return_zloss: bool = False,
     group: dist.ProcessGroup | None = None,
     shard: VocabShard | None = None,
     inplace_backward: bool = False,
@@ -73,7 +134,7 @@ def cross_entropy(
     engine: str = "auto",
     collective: str = "auto",
     check: bool | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """``torch.nn.functional.cross_entropy`` over logits whose vocabulary is split across ranks.
 
     Every rank of ``group`` calls it with its own shard of the logits and with the same target,
@@ -91,6 +152,9 @@ def cross_entropy(
         label_smoothing: in [0, 1], PyTorch's formula over the whole vocabulary.
         lse_square_scale: adds this times lse^2 to every kept row (the z-loss of PaLM, Chowdhery et
             al. 2022, section 5). "mean" divides it by the number of kept rows.
+        return_zloss: return (loss, zloss): the z part of the loss too, in the loss's own dtype and
+            shape. A gradient into it adds to the one through the loss, which contains it. 0 where
+            ``lse_square_scale`` is.
         group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
             not the default group; where others exist and no shard is told, a warning, once.
         shard: which ids ``input`` holds, a ``VocabShard``. None means equal shards in rank order.
@@ -113,7 +177,8 @@ def cross_entropy(
 
     Returns:
         The loss in fp32 (fp64 for fp64 logits), [...] for "none", else 0-d; the same on every rank.
-        Where all rows are ignored, "mean" is NaN with a gradient of 0, as in PyTorch.
+        Where all rows are ignored, "mean" is NaN with a gradient of 0, as in PyTorch. With
+        ``return_zloss`` a pair of such tensors, (loss, zloss).
 
     Raises:
         TypeError, ValueError: for a wrong argument; the message names the argument, its value, the
@@ -140,8 +205,9 @@ def cross_entropy(
     )  # fmt: skip
     input, target, weight, options, layout = unwrap(input, target, weight, options)
     request = prepare(input, target, weight, options, Outputs())
-    loss, _, _, _, _ = _loss(input, target, weight, options, request, layout)
-    return layout.rows(loss) if reduction == "none" else layout.scalar(loss)
+    loss, zloss, _, _, _ = _loss(input, target, weight, options, request, layout)
+    wrap = layout.rows if reduction == "none" else layout.scalar
+    return (wrap(loss), wrap(zloss)) if return_zloss else wrap(loss)
 
 
 @raises_together

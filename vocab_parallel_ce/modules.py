@@ -19,6 +19,7 @@ class VocabParallelCrossEntropyLoss(nn.Module):
         ignore_index: rows with this target have loss 0 and gradient 0.
         label_smoothing: in [0, 1], PyTorch's formula over the whole vocabulary.
         lse_square_scale: adds this times lse^2 to every kept row (z-loss).
+        return_zloss: a call returns (loss, zloss): the z part of the loss too.
         group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
             not the default group; where others exist and no shard is told, a warning, once.
         shard: which ids ``input`` holds, a ``VocabShard``. None means equal shards in rank order.
@@ -59,6 +60,7 @@ class VocabParallelCrossEntropyLoss(nn.Module):
         label_smoothing: float = 0.0,
         *,
         lse_square_scale: float = 0.0,
+        return_zloss: bool = False,
         group: dist.ProcessGroup | None = None,
         shard: VocabShard | None = None,
         inplace_backward: bool = False,
@@ -73,6 +75,7 @@ class VocabParallelCrossEntropyLoss(nn.Module):
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.lse_square_scale = lse_square_scale
+        self.return_zloss = return_zloss
         self.group = group
         self.shard = shard
         self.inplace_backward = inplace_backward
@@ -83,7 +86,7 @@ class VocabParallelCrossEntropyLoss(nn.Module):
 
     def forward(
         self, input: Tensor, target: Tensor, normalizer: Tensor | float | None = None
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The loss of a batch.
 
         Args:
@@ -92,7 +95,8 @@ class VocabParallelCrossEntropyLoss(nn.Module):
             normalizer: replaces the denominators of "mean"; it changes with every batch.
 
         Returns:
-            The loss in fp32 (fp64 for fp64 logits), [...] for "none", else 0-d.
+            The loss in fp32 (fp64 for fp64 logits), [...] for "none", else 0-d. With ``return_zloss``
+            a pair of such tensors, (loss, zloss).
         """
         return cross_entropy(
             input,
@@ -102,6 +106,7 @@ class VocabParallelCrossEntropyLoss(nn.Module):
             self.ignore_index,
             self.label_smoothing,
             lse_square_scale=self.lse_square_scale,
+            return_zloss=self.return_zloss,
             group=self.group,
             shard=self.shard,
             inplace_backward=self.inplace_backward,

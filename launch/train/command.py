@@ -53,6 +53,7 @@ from vocab_parallel_ce.launch.train.selfcheck import (
     compare_cost,
     replicas_agree,
 )
+from vocab_parallel_ce.launch.train.shared import require_shared
 from vocab_parallel_ce.launch.train.text import (
     Corpus,
     default_cache,
@@ -91,6 +92,7 @@ def shared_corpus(
 
 def prepare_folder(trainer: Trainer, resume: Resume) -> None:
     """Continues, or clears the run's folder, as asked."""
+    require_shared(trainer.options.out, trainer.groups)
     # A restart continues what this command began. Hosts count restarts apart, so all are asked.
     restarts = trainer.groups.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
     if resume is Resume.never and not any(restarts):
