@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import COLLECTIVES, all_gather_flat
+from .collectives import COLLECTIVES, all_gather_flat, is_dry_run
 from .engines.contract import arithmetic_dtype
 from .header import HEADER_INTS, ValueProblems, raise_on_problems, read_headers, write_header
 from .request import RowRequest
@@ -41,6 +41,10 @@ class Plan:
 
 def preflight(plan: Plan | Exception, device: torch.device, group: dist.ProcessGroup) -> None:
     """Exchange plans over ``group``; raise on every rank if any rank has an error or a conflict."""
+    if is_dry_run(group):
+        if isinstance(plan, Exception):
+            raise plan
+        return
     mine = torch.frombuffer(bytearray(_pack(plan)), dtype=torch.int32).to(device)
     world = dist.get_world_size(group)
     received = mine.new_empty(world * mine.numel())

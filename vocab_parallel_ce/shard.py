@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .collectives import all_gather_flat, communication_device
+from .collectives import all_gather_flat, communication_device, is_dry_run
 
 MAX_VOCAB_SIZE = 2**31 - 1
 
@@ -61,7 +61,7 @@ class VocabShard:
     def __post_init__(self) -> None:
         for name in ("start", "stop", "vocab_size"):
             value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+            if not isinstance(value, (int, np.integer, torch.SymInt)) or isinstance(value, bool):
                 raise TypeError(f"VocabShard: {name} must be an int, got {value!r}")
             object.__setattr__(self, name, int(value))
         if not 0 <= self.start <= self.stop or self.vocab_size < 1:
@@ -126,6 +126,8 @@ class VocabShard:
         rank, world = group_rank_and_size(group)
         if group is None or world == 1:
             return cls(0, local_size, local_size)
+        if is_dry_run(group):  # nothing is exchanged: equal shards
+            return cls(rank * local_size, (rank + 1) * local_size, world * local_size)
         mine = torch.tensor([local_size], dtype=torch.int64, device=communication_device(group))
         sizes = mine.new_empty(world)
         all_gather_flat(sizes, mine, group)

@@ -15,7 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vocab_parallel_ce import VocabShard
-from vocab_parallel_ce.checks import Options, Outputs, check_numbers, prepare, tell_other_ranks
+from vocab_parallel_ce.checks import (
+    Options,
+    Outputs,
+    admit,
+    check_numbers,
+    prepare,
+    tell_other_ranks,
+)
 from vocab_parallel_ce.primitive import row_statistics
 from vocab_parallel_ce.reduction import reduce_rows, row_losses
 from vocab_parallel_ce.shard import group_rank_and_size
@@ -104,6 +111,7 @@ def per_token_loss(
     """
     group = tensor_parallel_group() if tp_group is None else tp_group
     call = options.for_group(group)
+    logits, target, _, _ = admit(logits, target, None, call)
     try:
         shard = _shard(logits, call, options)
         classes = shard.vocab_size if shard is not None else _columns(logits) * _world(group)
