@@ -401,9 +401,9 @@ def token_statistics(
     )
     shape = target.shape
     return TokenStatistics(
-        log_prob=layout.rows(0.0 - stats[0].reshape(shape)),
-        lse=layout.rows(stats[1].reshape(shape)),
-        entropy=layout.rows(stats[2].reshape(shape)) if entropy else None,
+        log_prob=layout.rows(0.0 - stats.select(0, 0).reshape(shape)),
+        lse=layout.rows(stats.select(0, 1).reshape(shape)),
+        entropy=layout.rows(stats.select(0, 2).reshape(shape)) if entropy else None,
         argmax=layout.rows(best.reshape(shape)) if argmax else None,
     )
 
@@ -427,4 +427,4 @@ def _loss(
     loss, zloss = reduce_rows(rows, options.reduction, given, layout.total)
     if options.reduction == "none":
         loss, zloss = loss.reshape(target.shape), zloss.reshape(target.shape)
-    return loss, zloss, stats[1].reshape(target.shape), m, s
+    return loss, zloss, stats.select(0, 1).reshape(target.shape), m, s
