@@ -4,6 +4,7 @@
 #   PIP_OPTIONS="--index-url …" pip's own options for torch, to choose a CPU or CUDA build
 #   NPU=no                      leaves out what needs torch-npu: the tests of the Ascend engine
 #   TRITON=no                   leaves out what needs Triton: the tests of the CUDA engine
+#   JOBS=2                      how many files of tests run side by side
 #   MEGATRON=0.12.1             the version of megatron-core that unit-megatron runs on
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -16,11 +17,14 @@ TORCH_OF_NPU ?= torch==2.13.0
 VENV_NPU ?= .venv-npu
 MEGATRON ?= 0.12.1
 TRITON ?= yes
+JOBS ?= 2
 TRITON_PACKAGE ?= triton==3.7.1
 VENV_TRITON ?= .venv-triton
 TRITON_ASCEND ?= triton-ascend==3.2.0 ascendnpu-ir==1.2.0
 VENV_TRITON_ASCEND ?= .venv-triton-ascend
 
+# Files of tests run side by side, each in one process: many wait for ranks that they have started.
+PARALLEL := -n $(JOBS) --dist loadfile
 BIN := $(VENV)/bin
 BIN_NPU := $(VENV_NPU)/bin
 BIN_TRITON := $(VENV_TRITON)/bin
@@ -28,7 +32,7 @@ MEGATRON_FOLDER := .megatron-$(MEGATRON)
 TORCHRUN := $(BIN)/torchrun --standalone
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-megatron quick test test-all lint types docs unit unit-all unit-megatron \
-    unit-npu unit-triton gate record-shares bench ascend-triton clean
+    unit-npu unit-triton gate record-shares bench ascend-triton environments clean
 .DELETE_ON_ERROR:
 
 help: ## this list, and the options
@@ -67,7 +71,7 @@ $(VENV_NPU)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV_NPU) && \
 	$(BIN_NPU)/python -I -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) $(TORCH_OF_NPU) && \
 	$(BIN_NPU)/python -I -m pip install --quiet --disable-pip-version-check $(TORCH_NPU) \
-	    -e '.[launch]' pytest hypothesis && \
+	    -e '.[launch]' pytest pytest-xdist hypothesis && \
 	echo "== install: $$(( $$(date +%s) - start )) s"
 	@touch $@
 
@@ -83,7 +87,7 @@ $(VENV_TRITON)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV_TRITON) && \
 	$(BIN_TRITON)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) $(TORCH) && \
 	$(BIN_TRITON)/python -m pip install --quiet --disable-pip-version-check --no-deps $(TRITON_PACKAGE) && \
-	$(BIN_TRITON)/python -m pip install --quiet --disable-pip-version-check -e . pytest hypothesis && \
+	$(BIN_TRITON)/python -m pip install --quiet --disable-pip-version-check -e . pytest pytest-xdist hypothesis && \
 	echo "== install: $$(( $$(date +%s) - start )) s"
 	@touch $@
 
@@ -99,6 +103,16 @@ $(VENV_TRITON_ASCEND)/installed: pyproject.toml
 	echo "== install: $$(( $$(date +%s) - start )) s"
 	@touch $@
 
+# `make -j2 environments` builds two at a time, before a `make test` that then finds them.
+ENVIRONMENTS := $(MEGATRON_FOLDER)/installed
+ifneq ($(NPU),no)
+ENVIRONMENTS += $(VENV_NPU)/installed
+endif
+ifneq ($(TRITON),no)
+ENVIRONMENTS += $(VENV_TRITON)/installed $(VENV_TRITON_ASCEND)/installed
+endif
+environments: $(ENVIRONMENTS) ## builds every environment that the tests need
+
 ascend-triton: $(VENV_TRITON_ASCEND)/installed ## whether the Triton kernels fit an Ascend core
 	@start=$$(date +%s); echo "== Triton kernels for Ascend, without CANN"; \
 	$(VENV_TRITON_ASCEND)/bin/python -m tests.engines.triton.ascend && \
@@ -113,9 +127,7 @@ demo-megatron: $(VENV)/installed ## a GPTModel of megatron-core: Megatron's loss
 	OMP_NUM_THREADS=1 $(TORCHRUN) --nproc-per-node 2 -m vocab_parallel_ce.launch.megatron_gpt \
 	    --tp 2 --sequence-parallel --compare --device cpu --out runs/megatron
 
-# What somebody runs between two edits: every module is touched, in under two minutes on two cores.
-TESTS_QUICK := tests/test_interface.py tests/test_import.py tests/test_statistics.py tests/test_shard.py
-
+# What somebody runs between two edits; tests/quick.py is the list.
 quick: lint types ## lint, types, and tests that touch every module: under two minutes
 	@start=$$(date +%s); echo "== quick tests"; \
 	$(BIN)/python -m pytest -q -m quick && \
@@ -141,12 +153,12 @@ docs: $(VENV)/installed ## builds the pages into site/: no dead link, no missing
 
 unit: $(VENV)/installed ## the tests on CPU, megatron-core 0.16.1 included
 	@start=$$(date +%s); echo "== tests"; \
-	$(BIN)/python -m pytest -q --durations=15 && \
+	$(BIN)/python -m pytest -q $(PARALLEL) --durations=15 && \
 	echo "== tests: $$(( $$(date +%s) - start )) s"
 
 unit-all: $(VENV)/installed ## the same, and the full grids
 	@start=$$(date +%s); echo "== tests, full grids"; \
-	$(BIN)/python -m pytest -q -m "full or not full" --durations=15 && \
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "full or not full" --durations=15 && \
 	echo "== tests, full grids: $$(( $$(date +%s) - start )) s"
 
 # The Megatron-core that MindSpeed builds on, before the one in the environment; a few MB.
@@ -173,7 +185,7 @@ unit-npu:
 else
 unit-npu: $(VENV_NPU)/installed ## the tests of the Ascend engine: real torch_npu on stand-ins for CANN
 	@start=$$(date +%s); echo "== tests of the Ascend engine: the real torch-npu over tests/npu_sim"; \
-	$(BIN_NPU)/python -m tests.npu_sim python -m pytest -q --durations=10 $(TESTS_NPU) && \
+	$(BIN_NPU)/python -m tests.npu_sim python -m pytest -q $(PARALLEL) --durations=10 $(TESTS_NPU) && \
 	echo "== tests of the Ascend engine: $$(( $$(date +%s) - start )) s"
 endif
 
@@ -186,8 +198,8 @@ unit-triton:
 else
 unit-triton: $(VENV_TRITON)/installed ## the tests of the CUDA engine: Triton's interpreter and compiler
 	@start=$$(date +%s); echo "== tests of the CUDA engine: Triton's interpreter and compiler"; \
-	TRITON_INTERPRET=1 $(BIN_TRITON)/python -m pytest -q --durations=10 -W ignore::RuntimeWarning \
-	    $(TESTS_TRITON) && \
+	TRITON_INTERPRET=1 $(BIN_TRITON)/python -m pytest -q $(PARALLEL) --durations=10 \
+	    -W ignore::RuntimeWarning $(TESTS_TRITON) && \
 	echo "== tests of the CUDA engine: $$(( $$(date +%s) - start )) s"
 endif
 

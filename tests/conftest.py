@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from .device import DEVICE
+from .quick import is_quick
 from .ranks import Pool
 
 
@@ -22,3 +23,10 @@ def pool() -> Iterator[Pool]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(1234)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The mark of `make quick`; it stands in one list, not in forty files."""
+    for item in items:
+        if is_quick(item.nodeid):
+            item.add_marker(pytest.mark.quick)

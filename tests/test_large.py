@@ -78,6 +78,7 @@ SAMPLE = torch.tensor(
 )
 
 
+@pytest.mark.full
 def test_more_than_2_to_the_31_in_place(memory: Tensor) -> None:
     """The loss and the gradient of every sampled row, written where the logits were."""
     assert memory.numel() > 2**31

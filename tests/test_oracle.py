@@ -113,8 +113,14 @@ PLANS = [(world, plan, torch.float32) for world, plan in SHARDINGS] + [
 ]
 
 
+# On the stand-in each plan takes five times as long: those that differ least are left for test-all.
+THIN = ("even", "padded", "all padding") if DEVICE == "npu" else tuple(p.name for _, p in SHARDINGS)
+
+
 @pytest.mark.parametrize(
-    ("world", "sharding", "dtype"), PLANS, ids=[f"{w} ranks {p.name} {d}" for w, p, d in PLANS]
+    ("world", "sharding", "dtype"),
+    [pytest.param(*plan, marks=() if plan[1].name in THIN else pytest.mark.full) for plan in PLANS],
+    ids=[f"{w} ranks {p.name} {d}" for w, p, d in PLANS],
 )
 def test_cross_entropy(pool: Pool, world: int, sharding: Sharding, dtype: torch.dtype) -> None:
     done = pool.run(_losses_match, world, (sharding, dtype))

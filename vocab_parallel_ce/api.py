@@ -176,8 +176,8 @@ def cross_entropy(
             it, a disagreement on rows, dtype or on what is sent is undefined as well.
 
     Returns:
-        fp32 loss (fp64 for fp64 logits), the same on every rank: [...] for "none", else 0-d. Where
-        all rows are ignored, "mean" is NaN with a gradient of 0, as in PyTorch. With
+        The loss in fp32 (fp64 for fp64 logits), [...] for "none", else 0-d; the same on every rank.
+        Where all rows are ignored, "mean" is NaN with a gradient of 0, as in PyTorch. With
         ``return_zloss`` a pair of such tensors, (loss, zloss).
 
     Raises:
@@ -269,7 +269,7 @@ def cross_entropy_loss(
             it, a disagreement on rows, dtype or on what is sent is undefined as well.
 
     Returns:
-        ``CrossEntropyLossOutput(loss, log_prob, zloss, lse_for_zloss)``. ``loss`` is in the dtype
+        A ``CrossEntropyLossOutput(loss, log_prob, zloss, lse_for_zloss)``. ``loss`` is in the dtype
         of ``input``: [N] for "none", else [1]. ``log_prob`` [N, C_r] holds every class of this
         shard.
 
@@ -367,7 +367,7 @@ def token_statistics(
             it, a disagreement on rows, dtype or on what is sent is undefined as well.
 
     Returns:
-        ``TokenStatistics(log_prob, lse, entropy, argmax)``, each in the shape of ``target``, the
+        A ``TokenStatistics(log_prob, lse, entropy, argmax)``, each in the shape of ``target``, the
         same on every rank. ``log_prob`` is that of the target of each token.
 
     Raises:
@@ -401,9 +401,9 @@ def token_statistics(
     )
     shape = target.shape
     return TokenStatistics(
-        log_prob=layout.rows(0.0 - stats[0].reshape(shape)),
-        lse=layout.rows(stats[1].reshape(shape)),
-        entropy=layout.rows(stats[2].reshape(shape)) if entropy else None,
+        log_prob=layout.rows(0.0 - stats.select(0, 0).reshape(shape)),
+        lse=layout.rows(stats.select(0, 1).reshape(shape)),
+        entropy=layout.rows(stats.select(0, 2).reshape(shape)) if entropy else None,
         argmax=layout.rows(best.reshape(shape)) if argmax else None,
     )
 
@@ -427,4 +427,4 @@ def _loss(
     loss, zloss = reduce_rows(rows, options.reduction, given, layout.total)
     if options.reduction == "none":
         loss, zloss = loss.reshape(target.shape), zloss.reshape(target.shape)
-    return loss, zloss, stats[1].reshape(target.shape), m, s
+    return loss, zloss, stats.select(0, 1).reshape(target.shape), m, s

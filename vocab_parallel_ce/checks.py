@@ -7,21 +7,24 @@ exchange, so that all ranks raise together.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import forgotten_group
 from .collectives import COLLECTIVES, check_group_serves
 from .collectives import check_backend_dtype as check_backend_dtype
 from .engines import ENGINES, select
 from .header import REDUCTIONS
+from .kinds import Kind, check_kinds, kind_of, ordinary, settled, traced
 from .request import RowRequest
 from .shard import VocabShard, group_rank_and_size
 from .switches import check_word
+from .transforms import check_transforms
 
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TARGET_DTYPES = (torch.int64, torch.int32)
@@ -64,9 +67,37 @@ def prepare(
     """
     request = _prepare(input, target, weight, options, outputs)
     if not torch.compiler.is_compiling():
-        select(options.engine, input)
+        served_by_an_engine = kind_of(input) is Kind.MEMORY and not traced(input)
+        if ordinary(input) or input.is_meta or served_by_an_engine:
+            select(options.engine, input)
         forgotten_group.warn_if_forgotten(options.group, request)
     return request
+
+
+def admit(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor | None, Options]:
+    """The same arguments as tensors with memory of their own, where they only wait to get some.
+
+    Raises as ``kinds.check_kinds`` and ``transforms.check_transforms`` do. What is no tensor at all
+    is left for ``prepare``.
+    """
+    if torch.compiler.is_compiling():
+        return input, target, weight, options
+    normalizer = options.normalizer
+    named = {"input": input, "target": target, "weight": weight, "normalizer": normalizer}
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    if forward_ad._current_level < 0 and ordinary(*tensors.values()):
+        return input, target, weight, options
+    rank, world = group_rank_and_size(options.group)
+    where = f" (rank {rank} of the group)" if world > 1 else ""
+    check_kinds(tensors, where)
+    check_transforms(tensors, world == 1, where)
+    memory: dict[str, Any] = {**named, **{n: settled(v) for n, v in tensors.items()}}
+    if memory["input"] is not input and options.inplace_backward and input.requires_grad:
+        check_overwritable(input, where)
+    options = options._replace(normalizer=memory.pop("normalizer"))
+    return memory["input"], memory["target"], memory["weight"], options
 
 
 def _prepare(
@@ -174,7 +205,7 @@ def _check_normalizer(normalizer: object, reduction: str, where: str) -> None:
             raise ValueError(
                 f"normalizer must hold one number, got shape {tuple(normalizer.shape)}{where}"
             )
-        if normalizer.is_complex() or normalizer.dtype == torch.bool:
+        if normalizer.is_complex() or normalizer.is_quantized or normalizer.dtype == torch.bool:
             raise TypeError(f"normalizer must be a real number, got {normalizer.dtype}{where}")
     elif not _is_number(normalizer):
         raise TypeError(
@@ -223,10 +254,10 @@ def _check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, where: 
         raise ValueError(f"target is on {target.device}, input on {input.device}{where}")
     if weight is None:
         return
-    if weight.dim() != 1 or not weight.is_floating_point():
+    if weight.dim() != 1 or weight.dtype not in LOGITS_DTYPES:
         raise ValueError(
-            f"weight must be a floating point vector [vocab_size], got {weight.dtype} of shape "
-            f"{tuple(weight.shape)}{where}"
+            f"weight must be a floating point vector [vocab_size] (fp16, bf16, fp32 or fp64), got "
+            f"{weight.dtype} of shape {tuple(weight.shape)}{where}"
         )
     if weight.device != input.device:
         raise ValueError(f"weight is on {weight.device}, input on {input.device}{where}")

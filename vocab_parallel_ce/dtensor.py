@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from .checks import Options, check_overwritable
+from .checks import Options, admit, check_overwritable
+from .kinds import without_fake_mode
 from .shard import VocabShard
 
 
@@ -91,7 +92,7 @@ def unwrap(
                     f"{name} is a DTensor but input is not: pass both as DTensors, or "
                     f"{name}.to_local()"
                 )
-        return input, target, weight, options, _PLAIN
+        return *admit(input, target, weight, options), _PLAIN
     if options.group is not None or options.shard is not None:
         raise ValueError(
             "group and shard must be left out for DTensor input: its mesh and placements tell them"
@@ -105,7 +106,8 @@ def unwrap(
     layout = Layout(mesh, placements, rows, tuple(input.shape))
 
     local = input.to_local(grad_placements=placements)
-    _, offset = compute_local_shape_and_global_offset(input.shape, mesh, placements)
+    with without_fake_mode():
+        _, offset = compute_local_shape_and_global_offset(input.shape, mesh, placements)
     start = min(offset[last], input.shape[last])
     shard = VocabShard(start, start + local.shape[-1], input.shape[last])
     group = mesh.get_group(vocab_dims[0]) if vocab_dims else None
@@ -113,7 +115,7 @@ def unwrap(
     if isinstance(options.normalizer, DTensor):
         options = options._replace(normalizer=options.normalizer.full_tensor())
     local_target = _local_target(target, local, layout, offset)
-    return local, local_target, _local_weight(weight), options, layout
+    return *admit(local, local_target, _local_weight(weight), options), layout
 
 
 def _vocab_dims(input: DTensor, last: int) -> list[int]:

@@ -95,8 +95,8 @@ class VocabParallelCrossEntropyLoss(nn.Module):
             normalizer: replaces the denominators of "mean"; it changes with every batch.
 
         Returns:
-            fp32 loss (fp64 for fp64 logits): [...] for "none", else 0-d; with ``return_zloss`` a
-            pair of such tensors, (loss, zloss).
+            The loss in fp32 (fp64 for fp64 logits), [...] for "none", else 0-d. With
+            ``return_zloss`` a pair of such tensors, (loss, zloss).
         """
         return cross_entropy(
             input,

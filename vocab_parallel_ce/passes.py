@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .collectives import Payload, check_group_serves, exchange
-from .engines import select
+from .engines import select_to_read
 from .engines.contract import IGNORED, Coefficients, Engine, Gathered, arithmetic_dtype
 from .header import read_normalizers
 from .preflight import Plan, preflight
@@ -100,7 +100,7 @@ def compute_statistics(
     world = 1 if group is None else dist.get_world_size(group)
     on_host = _on_host(logits, request)
     ids = target.reshape(-1).long()  # every comparison with an id happens in int64
-    engine = select(request.engine, logits)
+    engine = select_to_read(request.engine, logits)
     alone = group is None or world == 1
     steps = row_steps(engine, ids, weight, request, normalizer, on_host, group)
 
@@ -188,7 +188,7 @@ def compute_gradient(
         softmax = softmax - g["entropy"] * h
         entropy = scaled(g["entropy"])
     softmax, target_part = scaled(softmax), scaled(g["nll"])
-    engine = select(request.engine, logits)
+    engine = select_to_read(request.engine, logits)
     shard_weight = _shard_weight(weight, request, softmax.dtype)
     flat = None if out is logits else _flat(out, size)
     for rows, source in _numbered(row_blocks(logits[..., :size])):
@@ -228,7 +228,7 @@ def compute_log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) 
     out = empty_log_prob(logits, size)
     if size == 0 or m.numel() == 0:
         return out
-    engine = select(request.engine, logits)
+    engine = select_to_read(request.engine, logits)
     flat = _flat(out, size)
     for rows, block in _numbered(row_blocks(logits[..., :size])):
         engine.log_prob(block, m[rows], s[rows], request.scale, flat[rows])

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import COLLECTIVES, all_gather_flat, communication_device
+from .collectives import COLLECTIVES, all_gather_flat, communication_device, is_dry_run
 from .engines.contract import arithmetic_dtype
 from .header import HEADER_INTS, ValueProblems, raise_on_problems, read_headers, write_header
 from .request import RowRequest
@@ -54,6 +54,10 @@ _held = _Held()
 
 def preflight(plan: Plan | Exception, group: dist.ProcessGroup) -> None:
     """Exchange plans over ``group``; raise on every rank if any rank has an error or a conflict."""
+    if is_dry_run(group):
+        if isinstance(plan, Exception):
+            raise plan
+        return
     try:
         packed = _pack(plan)
     except Exception as problem:  # a number that no field holds

@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import transforms
 from .engines import select
+from .kinds import Kind, has_memory, kind_of, ordinary, settled, traced
 from .passes import (
     RowResult,
     compute_gradient,
@@ -94,6 +96,15 @@ class _RowStatistics(torch.autograd.Function):
         logits, m, s, local_target, stats, weight = ctx.saved_tensors
         request: RowRequest = ctx.request
         result = RowResult(stats, m, s, local_target, m, m)
+        if not has_memory(grad_stats):
+            grad_stats = settled(grad_stats)
+            if kind_of(grad_stats) is Kind.TRANSFORMED:  # is_grads_batched: many gradients at once
+                if ctx.inplace_backward:
+                    raise ValueError(
+                        "inplace_backward=True has room for one gradient, and is_grads_batched "
+                        "asks for many; use inplace_backward=False"
+                    )
+                return transforms.gradient(logits, local_target, weight, request, grad_stats)
         if not ctx.inplace_backward:
             grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
             compute_gradient(logits, result, weight, grad_stats, request, grad)
@@ -121,16 +132,25 @@ def row_statistics(
     Only the first carries a gradient. ``normalizer`` is 0-d, in the arithmetic dtype.
     ``log_prob_out``: see ``log_prob_space``.
     """
-    if torch.compiler.is_compiling():
+    usual = not torch.compiler.is_compiling() and ordinary(logits)
+    if not usual and traced(logits):
         from . import compiled
 
         return compiled.row_statistics(
             logits, target, weight, request, group, inplace_backward, normalizer
         )
+    if transforms.active() and _transformed(logits, target, weight, normalizer):
+        stats, m, s, argmax = transforms.row_statistics(logits, target, weight, request)
+        agreed = stats.new_empty(0) if normalizer is None else normalizer
+        return stats, m, s, argmax, agreed
     out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _RowStatistics.apply(  # type: ignore[no-untyped-call]
         logits, target, weight, request, group, inplace_backward, log_prob_out, normalizer
     )
     return out
+
+
+def _transformed(*tensors: Tensor | None) -> bool:
+    return any(x is not None and kind_of(x) is Kind.TRANSFORMED for x in tensors)
 
 
 def log_prob_space(
@@ -142,7 +162,7 @@ def log_prob_space(
     computes them.
     """
     several = group is not None and dist.get_world_size(group) > 1
-    if several or logits.numel() == 0 or torch.compiler.is_compiling():
+    if several or logits.numel() == 0 or traced(logits) or transforms.active():
         return None
     if not select(request.engine, logits).LEAVES_LOG_PROB:
         return None
@@ -151,9 +171,11 @@ def log_prob_space(
 
 def log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) -> Tensor:
     """``compute_log_prob`` as the eager or the compiled caller needs it; carries no gradient."""
-    if torch.compiler.is_compiling():
+    if traced(logits):
         from . import compiled
 
         return compiled.log_prob(logits, m, s, request)
     with torch.no_grad():
+        if transforms.active() and _transformed(logits, m, s):
+            return transforms.log_prob(logits.detach(), m, s, request)
         return compute_log_prob(logits.detach(), m, s, request)

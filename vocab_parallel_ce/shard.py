@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .collectives import all_gather_flat, communication_device
+from .collectives import all_gather_flat, communication_device, is_dry_run
 
 MAX_VOCAB_SIZE = 2**31 - 1
 
@@ -61,7 +61,7 @@ class VocabShard:
     def __post_init__(self) -> None:
         for name in ("start", "stop", "vocab_size"):
             value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+            if not isinstance(value, (int, np.integer, torch.SymInt)) or isinstance(value, bool):
                 raise TypeError(f"VocabShard: {name} must be an int, got {value!r}")
             object.__setattr__(self, name, int(value))
         if not 0 <= self.start <= self.stop or self.vocab_size < 1:
@@ -123,10 +123,13 @@ class VocabShard:
         rank, world = group_rank_and_size(group)
         counts = [-1 if bad else int(local_size)]
         if group is not None and world > 1:  # also with a bad size: the others wait for it
-            mine = torch.tensor(counts, dtype=torch.int64, device=communication_device(group))
-            sizes = mine.new_empty(world)
-            all_gather_flat(sizes, mine, group)
-            counts = [int(count) for count in sizes.tolist()]
+            if is_dry_run(group):  # nothing is exchanged: equal shards
+                counts *= world
+            else:
+                mine = torch.tensor(counts, dtype=torch.int64, device=communication_device(group))
+                sizes = mine.new_empty(world)
+                all_gather_flat(sizes, mine, group)
+                counts = [int(count) for count in sizes.tolist()]
         if -1 in counts:
             what = repr(local_size) if bad else f"another on rank {counts.index(-1)} of the group"
             raise ValueError(

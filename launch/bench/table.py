@@ -1,7 +1,7 @@
-"""python -m vocab_parallel_ce.launch.bench.table: the README's table of times, from the CSV.
+"""python -m vocab_parallel_ce.launch.bench.table: the table of times in the pages, from the CSV.
 
-It rewrites what lies between two markers in README.md. With --check it changes nothing and fails
-where the README is not what the CSV gives.
+It rewrites what lies between two markers in README.md and docs/numbers.md. With --check it changes
+nothing and fails where a page is not what the CSV gives.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from vocab_parallel_ce.launch.bench.peers import PEERS
 from vocab_parallel_ce.launch.plain_parser import PlainParser
 from vocab_parallel_ce.launch.refusal import FAILED, Refusal, say_and_leave
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+_CLONE = Path(__file__).resolve().parents[2]
+PAGES = (_CLONE / "README.md", _CLONE / "docs" / "numbers.md")
 BEGIN, END = "<!-- bench_table: begin -->", "<!-- bench_table: end -->"
 NO_CUDA = "CUDA: not measured yet; the same command with `--device cuda` fills this in."
 
@@ -125,40 +126,41 @@ def table(rows: list[Row]) -> str:
 
 
 def rewritten(text: str, rows: list[Row]) -> str:
-    """The README with its table replaced. ValueError where the markers are not there once each."""
+    """A page with its table replaced. ValueError where the markers are not there once each."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"README.md must hold {BEGIN!r} once, and after it {END!r} once")
+        raise ValueError(f"a page must hold {BEGIN!r} once, and after it {END!r} once")
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.split(END)[1]}"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Makes the README's table of times from the CSV."""
+    """Makes the pages' table of times from the CSV."""
     parser = PlainParser(prog="python -m vocab_parallel_ce.launch.bench.table", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; fail if stale")
     parser.add_argument("--csv", type=Path, default=medians.PATH, help="the table of medians")
-    parser.add_argument("--readme", type=Path, default=README, help="the file to rewrite")
+    parser.add_argument("--page", type=Path, action="append", help="a file to rewrite")
     try:
         asked = parser.parse_args(arguments)
-        rewrite(asked.readme, asked.csv, asked.check)
+        for page in asked.page or PAGES:
+            rewrite(page, asked.csv, asked.check)
     except Refusal as refusal:
         say_and_leave("bench.table", str(refusal), refusal.status)
 
 
-def rewrite(readme: Path, csv: Path, check: bool) -> None:
+def rewrite(page: Path, csv: Path, check: bool) -> None:
     if not csv.is_file():
         raise Refusal(f"--csv {csv}: No such file or directory")
     try:
-        old = readme.read_text()
+        old = page.read_text()
         new = rewritten(old, medians.read(csv))
         if not check:
-            readme.write_text(new)
+            page.write_text(new)
     except OSError as error:
-        raise Refusal(f"--readme {readme}: {error.strerror}") from None
+        raise Refusal(f"--page {page}: {error.strerror}") from None
     except ValueError as error:
         raise Refusal(error) from None
     if check and new != old:
-        raise Refusal(f"{readme} is not what {csv} gives; run this without --check", FAILED)
+        raise Refusal(f"{page} is not what {csv} gives; run this without --check", FAILED)
 
 
 if __name__ == "__main__":

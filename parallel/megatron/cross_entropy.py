@@ -19,6 +19,7 @@ from vocab_parallel_ce.checks import (
     TARGET_DTYPES,
     Options,
     Outputs,
+    admit,
     check_numbers,
     prepare,
 )
@@ -145,6 +146,7 @@ def _per_token_loss(
     trust_shards: bool,
 ) -> tuple[Tensor, Tensor | None]:
     call = options.for_group(group)
+    logits, target, _, _ = admit(logits, target, None, call)
     shard = _shard(logits, call, options, trust_shards)
     classes = shard.vocab_size if shard is not None else _columns(logits) * _world(group)
     smoothing = _pytorch_smoothing(label_smoothing, classes, options.smoothing_formula)

@@ -6,6 +6,7 @@ import functools
 
 from torch import Tensor
 
+from ..kinds import require_memory
 from ..warning import warn
 from . import eager, npu
 from .contract import Engine
@@ -60,6 +61,15 @@ def select(name: str, logits: Tensor) -> Engine:
             "use engine='auto' or engine='eager'"
         )
     return found
+
+
+def select_to_read(name: str, logits: Tensor) -> Engine:
+    """``select`` for whoever hands the logits to the engine next, which reads addresses.
+
+    ValueError for logits without memory of their own: see ``kinds``.
+    """
+    require_memory(logits)
+    return select(name, logits)
 
 
 def engine_of_device(device_type: str) -> str:

@@ -106,6 +106,7 @@ def test_one_machine_and_two_train_alike(tmp_path: Path) -> None:
     assert _losses(tmp_path / "two") == _losses(tmp_path / "one")
 
 
+@pytest.mark.full
 def test_two_machines_survive_the_loss_of_a_rank(tmp_path: Path) -> None:
     ended = _two_machines(tmp_path, "--out", "cut", "--die-at-step", "4", restarts=1)
     assert [code for code, _, _ in ended] == [0, 0], ended

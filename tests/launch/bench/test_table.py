@@ -163,7 +163,7 @@ def test_only_what_lies_between_the_markers_is_rewritten(
     readme, table = tmp_path / "README.md", tmp_path / "bench.csv"
     readme.write_text(f"before\n\n{readme_table.BEGIN}\nold\n{readme_table.END}\n\nafter\n")
     medians.add(table, [run(peer("ours", 1e-6, 2e-6))], HERE)
-    options = ["--csv", str(table), "--readme", str(readme)]
+    options = ["--csv", str(table), "--page", str(readme)]
     assert invoke(*options, "--check") == 1
     assert "run this without --check" in capsys.readouterr().err
     assert "old" in readme.read_text()
@@ -183,9 +183,9 @@ def test_a_readme_without_markers_is_left_alone(
 ) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(text)
-    assert invoke("--readme", str(readme)) == 2
+    assert invoke("--page", str(readme)) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("vocab-parallel-ce bench.table: README.md must hold")
+    assert line.startswith("vocab-parallel-ce bench.table: a page must hold")
     assert readme.read_text() == text
 
 
@@ -193,7 +193,7 @@ def test_a_readme_without_markers_is_left_alone(
     ("options", "words"),
     [
         (["--csv", "/not/there.csv"], "--csv /not/there.csv: No such file or directory"),
-        (["--readme", "/not/there.md"], "--readme /not/there.md: No such file or directory"),
+        (["--page", "/not/there.md"], "--page /not/there.md: No such file or directory"),
         (["--xyzzy"], "there is no option --xyzzy; see --help"),
     ],
 )
@@ -204,9 +204,9 @@ def test_a_bad_option_is_one_line(
     assert capsys.readouterr().err == f"vocab-parallel-ce bench.table: {words}\n"
 
 
-def test_the_committed_readme_is_what_the_committed_csv_gives() -> None:
-    text = readme_table.README.read_text()
-    rows = medians.read()
+@pytest.mark.parametrize("page", readme_table.PAGES, ids=lambda page: page.name)
+def test_the_committed_pages_are_what_the_committed_csv_gives(page: Path) -> None:
+    text, rows = page.read_text(), medians.read()
     assert rows, "the CSV holds no measurement"
     assert readme_table.rewritten(text, rows) == text, (
         "run python -m vocab_parallel_ce.launch.bench.table"

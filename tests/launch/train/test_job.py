@@ -201,6 +201,7 @@ def test_the_means_differ_where_ignored_targets_are_uneven(cache: Path, tmp_path
     assert len(set(kept.tolist())) > 1
 
 
+@pytest.mark.full
 def test_bf16_with_every_option_of_the_loss(tmp_path: Path, cache: Path) -> None:
     options = "--dtype bfloat16 --label-smoothing 0.1 --z-loss 1e-3 --tied --no-inplace"
     said = _succeed(_launch(tmp_path, cache, *options.split()))

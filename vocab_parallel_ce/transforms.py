@@ -1,0 +1,138 @@
+"""The primitive under torch.func and batched gradients: plain torch that any transform can take.
+
+    torch.func.grad, vjp, jacrev, hessians by reverse mode, vmap of any of them, is_grads_batched
+
+The tensors there stand for many, or for many levels, and no engine could read them. The formulas
+are those of ``statistics``, written without writing into anything. One rank only: an exchange of
+what a transform holds is not defined. It materialises [N, C_r], as torch itself would.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .engines.contract import IGNORED, arithmetic_dtype
+from .header import ValueProblems, raise_on_own_values
+from .kinds import Kind, kind_of
+from .request import RowRequest
+from .targets import find_problems, locate
+
+NO_JVP = (
+    "forward-mode derivatives (torch.func.jvp, jacfwd, forward_ad) do not go through the loss; use "
+    "reverse mode: torch.func.vjp, jacrev, or backward"
+)
+ONE_RANK_ONLY = (
+    "torch.func transforms, vmap and is_grads_batched work on one rank only, and here several hold "
+    "the vocabulary; call the loss once for each sample, or on gathered logits with group=None"
+)
+
+
+def active() -> bool:
+    """Whether a transform of torch.func is running, here or further up the stack."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def check_transforms(arguments: dict[str, Tensor], alone: bool, where: str) -> None:
+    """Raise ValueError for forward mode anywhere, and for any transform over several ranks."""
+    tensors = [value for name, value in arguments.items() if name != "normalizer"]
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
+        raise ValueError(NO_JVP + where)
+    if not alone and any(kind_of(value) is Kind.TRANSFORMED for value in tensors):
+        raise ValueError(ONE_RANK_ONLY + where)
+
+
+def _has_tangent(value: Tensor) -> bool:
+    if not value.is_floating_point():
+        return False
+    while True:
+        if forward_ad.unpack_dual(value).tangent is not None:
+            return True
+        if not torch._C._functorch.is_functorch_wrapped_tensor(value):
+            return False
+        value = torch._C._functorch.get_unwrapped(value)
+
+
+def row_statistics(
+    logits: Tensor, target: Tensor, weight: Tensor | None, request: RowRequest
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Differentiable stats [j, N] as often as one likes; then m [N], s [N] and argmax.
+
+    A target that is no class raises where its values can be looked at; else its row is NaN.
+    """
+    target = target.reshape(-1).long()
+    located = locate(target, request)
+    if kind_of(target) is Kind.MEMORY and target.device.type == "cpu":
+        readable = weight is not None and kind_of(weight) is Kind.MEMORY
+        problems: ValueProblems = find_problems(
+            target, located.allowed, weight if readable else None
+        )
+        raise_on_own_values(problems, request)
+    stats, m, s, argmax = statistics(logits, located.local_target, weight, request)
+    # Multiplied, so that the gradient of the row is NaN as well.
+    return stats * torch.where(located.allowed, 1.0, torch.nan).to(stats.dtype), m, s, argmax
+
+
+def statistics(
+    logits: Tensor, local_target: Tensor, weight: Tensor | None, request: RowRequest
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same from the columns of the targets; ``weight`` is the full vector."""
+    dtype, wanted = arithmetic_dtype(logits.dtype), request.wanted
+    ignored = (local_target == IGNORED)[:, None]
+    x = _scaled(logits, request)
+    blank = x.detach() if wanted.ignored_rows else torch.zeros_like(x)
+    x = torch.where(ignored, blank, x)  # no gradient for what is ignored, NaN included
+    m = x.detach().amax(1, keepdim=True)
+    shifted = x - torch.where(m == -torch.inf, 0.0, m)
+    e = shifted.exp()
+    s = e.sum(1)
+    log_s, owned = s.log(), local_target >= 0
+    y = shifted.gather(1, torch.where(owned, local_target, 0)[:, None])[:, 0]
+    nll = torch.where(ignored[:, 0], 0.0, log_s - torch.where(owned, y, 0.0))
+    lse = m[:, 0] + log_s
+    rows = [nll, lse if wanted.ignored_rows else torch.where(ignored[:, 0], 0.0, lse)]
+    if request.smooth:
+        w = torch.ones_like(x[0]) if weight is None else weight.to(dtype)[: request.size]
+        rows.append(torch.where(ignored[:, 0], 0.0, log_s * w.sum() - (shifted * w).sum(1)))
+    if request.entropy:
+        t = torch.where(e == 0, 0.0, e * torch.where(e == 0, 0.0, shifted)).sum(1)
+        rows.append(torch.where(ignored[:, 0], 0.0, log_s - t / s))
+    argmax = _argmax(x.detach(), m, ignored) if request.argmax else local_target[:0]
+    return torch.stack(rows), m[:, 0], s.detach(), argmax
+
+
+def gradient(
+    logits: Tensor,
+    local_target: Tensor,
+    weight: Tensor | None,
+    request: RowRequest,
+    grad_stats: Tensor,
+) -> Tensor:
+    """d(logits) for many ``grad_stats`` [j, N] at once (is_grads_batched)."""
+    if request.size != request.vocab_size:
+        raise ValueError(ONE_RANK_ONLY)
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        stats = statistics(leaf, local_target, weight, request)[0]
+        (grad,) = torch.autograd.grad(stats, leaf, grad_stats)
+    return grad
+
+
+def log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) -> Tensor:
+    """``passes.compute_log_prob`` by plain torch."""
+    x = _scaled(logits, request) - m[:, None] - s.log()[:, None]
+    padding = logits.shape[-1] - request.size
+    x = torch.nn.functional.pad(x, (0, padding), value=-torch.inf)
+    return x.to(logits.dtype).reshape(logits.shape)
+
+
+def _scaled(logits: Tensor, request: RowRequest) -> Tensor:
+    flat = logits.reshape(-1, logits.shape[-1])[:, : request.size]
+    return flat.to(arithmetic_dtype(logits.dtype)) * request.scale
+
+
+def _argmax(x: Tensor, m: Tensor, ignored: Tensor) -> Tensor:
+    columns = torch.arange(x.shape[1], device=x.device)
+    first = torch.where(x == m, columns, x.shape[1]).amin(1)
+    return torch.where(ignored[:, 0] | (first == x.shape[1]), -1, first)
