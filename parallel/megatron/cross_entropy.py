@@ -120,16 +120,21 @@ def per_token_loss(
     label_smoothing: float,
     tp_group: dist.ProcessGroup | None,
     options: MegatronOptions,
+    trust_shards: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Logits [*, v/tp] and target [*] -> loss [*] with z, and the z part of it where it is on.
+
+    ``trust_shards``: equal shards in rank order, whatever they hold; else logits that all ranks
+    hold alike are a ``LooksGatheredError``, where nothing is known of the vocabulary.
 
     fp32, fp64 for fp64 logits; the same on every rank. One or two collectives, none in backward.
     """
     group = _process_group(tp_group)
+    arguments = (logits, target, label_smoothing, group, options, trust_shards)
     if torch.compiler.is_compiling():
-        return _per_token_loss(logits, target, label_smoothing, group, options)
+        return _per_token_loss(*arguments)
     with together(group, options.check):
-        return _per_token_loss(logits, target, label_smoothing, group, options)
+        return _per_token_loss(*arguments)
 
 
 def _per_token_loss(
@@ -138,10 +143,11 @@ def _per_token_loss(
     label_smoothing: float,
     group: dist.ProcessGroup | None,
     options: MegatronOptions,
+    trust_shards: bool,
 ) -> tuple[Tensor, Tensor | None]:
     call = options.for_group(group)
     logits, target, _, _ = admit(logits, target, None, call)
-    shard = _shard(logits, call, options)
+    shard = _shard(logits, call, options, trust_shards)
     classes = shard.vocab_size if shard is not None else _columns(logits) * _world(group)
     smoothing = _pytorch_smoothing(label_smoothing, classes, options.smoothing_formula)
     if options.invalid_target == "ignore":
@@ -155,7 +161,7 @@ def _per_token_loss(
     except ValueError as problem:
         for sign, way_out in _WAYS_OUT.items():
             if sign in str(problem):
-                raise ValueError(f"{problem}; {way_out}") from problem
+                raise type(problem)(f"{problem}; {way_out}") from problem
         raise
     loss, zloss = reduce_rows(row_losses(stats, target.reshape(-1), None, request), "none")
     shape = target.shape
@@ -171,17 +177,23 @@ def _world(group: dist.ProcessGroup | None) -> int:
     return group_rank_and_size(group)[1]
 
 
-def _shard(logits: Tensor, call: Options, options: MegatronOptions) -> VocabShard | None:
+def _shard(
+    logits: Tensor, call: Options, options: MegatronOptions, trust_shards: bool
+) -> VocabShard | None:
     """The ids of this rank: as told, or Megatron's equal shards cut to the true vocabulary.
 
     None where nothing is known of the vocabulary: the library then infers equal shards, and looks
-    for gathered logits by their contents.
+    for gathered logits by their contents. Not where shards are trusted.
     """
     size = options.vocab_size
-    if options.shard is not None or size is None:
+    if options.shard is not None:
         return options.shard
     rank, world = group_rank_and_size(call.group)
     columns = _columns(logits)
+    if size is None:
+        if not trust_shards or columns == 0:
+            return None
+        return VocabShard(rank * columns, (rank + 1) * columns, world * columns)
     if world > 1 and columns >= size:
         raise ValueError(
             f"input looks gathered: it has {columns} columns on rank {rank} of the {world} of the "

@@ -16,6 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vocab_parallel_ce import VocabShard
+from vocab_parallel_ce.header import LooksGatheredError
+from vocab_parallel_ce.switches import check_is_on, check_word
+from vocab_parallel_ce.warning import warn
 
 from .cross_entropy import MegatronOptions, per_token_loss
 from .patch import Patch
@@ -29,11 +32,48 @@ class Installation:
 
     def __init__(self, options: MegatronOptions) -> None:
         self.options = options
+        self._warned = False
         self.calls = 0
         """how many times the loss was called under this installation"""
         self.zloss: Tensor | None = None
         """the z-loss of the last call, per token and shaped like its target, without a gradient;
         None where z-loss is off, and before the first call"""
+
+    def loss(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        label_smoothing: float = 0.0,
+        tp_group: dist.ProcessGroup | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``per_token_loss`` by these options; not counted.
+
+        Without a vocabulary, logits that look gathered are only a warning, once: all ranks may
+        hold the same numbers for another reason, and Megatron's own loss does not ask.
+        """
+        call = (logits, target, label_smoothing, tp_group, self.options)
+        if self._trusts_shards(logits):
+            return per_token_loss(*call, trust_shards=True)
+        try:
+            return per_token_loss(*call)
+        except LooksGatheredError as problem:  # on every rank, so that all begin again
+            self._warned = True
+            warn(
+                "vocab_parallel_ce: all ranks passed the same logits; if they are gathered, the "
+                "loss is too large by log(tp) and the gradient wrong: use "
+                "GPTModel(parallel_output=True). install(vocab_size=...) makes it an error "
+                f"({problem})"
+            )
+        return per_token_loss(*call, trust_shards=True)
+
+    def _trusts_shards(self, logits: Tensor) -> bool:
+        """Where nobody would be told what they hold, or was told already."""
+        if self.options.vocab_size is not None or self.options.shard is not None:
+            return False
+        if self._warned or torch.compiler.is_compiling():
+            return True
+        on_host = not isinstance(logits, Tensor) or logits.device.type == "cpu"
+        return not on_host and not check_is_on(check_word(self.options.check))
 
     def uninstall(self) -> None:
         """Take this installation back: the one before it rules again, or Megatron's own loss.
@@ -84,8 +124,9 @@ def install(
     Args:
         vocab_size: the number of ids without Megatron's padding (``padded_vocab_size``). The
             padding columns then take no part in the softmax and get gradient exactly 0, and
-            gathered logits are always recognised. None: every column of every rank is a class,
-            as Megatron has it.
+            gathered logits are always recognised, an error. None: every column of every rank is a
+            class, as Megatron has it, and logits that look gathered (the same on every rank) are
+            a warning on CPU and with ``check``, once, and nothing on accelerators.
         shard: this rank's VocabShard, where shards are not equal or not in rank order, or whole
             ranks are padding; it tells vocab_size as well.
         ignore_index: tokens with this label have loss 0 and gradient 0, whatever their logits.
@@ -136,10 +177,11 @@ def installed_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """``per_token_loss`` by the options that rule, counted; by the defaults where none do."""
     installation = current()
-    options = MegatronOptions() if installation is None else installation.options
-    loss, zloss = per_token_loss(logits, target, label_smoothing, tp_group, options)
+    if installation is None:
+        return per_token_loss(logits, target, label_smoothing, tp_group, MegatronOptions())
+    loss, zloss = installation.loss(logits, target, label_smoothing, tp_group)
     # A compiled caller would be specialised to the number, and compiled again at each call.
-    if installation is not None and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         installation.calls += 1
         installation.zloss = None if zloss is None else zloss.detach()
     return loss, zloss
