@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vocab_parallel_ce import VocabShard
+from vocab_parallel_ce.held_group import HoldsGroup
 
 
 def _sum_over(group: dist.ProcessGroup, values: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ def copy_to_group(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return result
 
 
-class _VocabParallelWeight(nn.Module):
+class _VocabParallelWeight(HoldsGroup):
     """Rows [shard.start, shard.stop) of a [vocab_size, width] weight."""
 
     def __init__(

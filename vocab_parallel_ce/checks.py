@@ -21,6 +21,7 @@ from .collectives import check_backend_dtype as check_backend_dtype
 from .engines import ENGINES, select
 from .header import REDUCTIONS
 from .kinds import Kind, check_kinds, kind_of, ordinary, settled, traced
+from .overwriting import check_not_overwritten
 from .request import RowRequest
 from .shard import VocabShard, group_rank_and_size
 from .switches import check_word
@@ -301,6 +302,8 @@ def _resolve_shard(
 def check_overwritable(input: Tensor, where: str) -> None:
     """In-place backward writes into the logits' memory: it must be theirs, and hold them once."""
     way_out = "use inplace_backward=False, or pass the output of an operation"
+    if not torch.compiler.is_compiling():
+        check_not_overwritten(input, where)
     if input.is_leaf:
         raise ValueError(
             f"inplace_backward=True would overwrite input, which is a leaf{where}; {way_out}"

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 
 from .engines.contract import arithmetic_dtype
+from .overwriting import refuse_second_backward
 from .passes import (
     RowResult,
     compute_gradient,
     compute_log_prob,
     compute_statistics,
-    refuse_second_backward,
 )
 from .preflight import together
 from .request import RowRequest

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .api import cross_entropy
+from .held_group import HoldsGroup
 from .shard import VocabShard
 
 
-class VocabParallelCrossEntropyLoss(nn.Module):
+class VocabParallelCrossEntropyLoss(HoldsGroup):
     """``cross_entropy`` with its options fixed at construction, like ``nn.CrossEntropyLoss``.
 
     Args:
@@ -37,8 +38,13 @@ class VocabParallelCrossEntropyLoss(nn.Module):
             where only some check, the result is undefined (a hang, or a process that ends). Without
             it, a disagreement on rows, dtype or on what is sent is undefined as well.
 
+    Copies (``copy.deepcopy``: an average of weights, a reference model) share the group object.
+    ``pickle`` and ``torch.save`` of the whole module keep the group's name and its global ranks.
+
     Raises:
         As ``cross_entropy`` does, when the module is called.
+        RuntimeError: at the first call after loading, where this process has no group of that name
+            with exactly these ranks; ``module.group = ...`` says which one to use.
 
     Communication:
         None at construction; in a call that of ``cross_entropy``.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -233,13 +232,3 @@ def compute_log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) 
     for rows, block in _numbered(row_blocks(logits[..., :size])):
         engine.log_prob(block, m[rows], s[rows], request.scale, flat[rows])
     return out
-
-
-def refuse_second_backward(ctx: Any) -> None:
-    """A flag of our own: saved-tensor hooks can hide the version counter's complaint."""
-    if ctx.overwritten:
-        raise RuntimeError(
-            "a second backward through a loss with inplace_backward=True: the first one "
-            "overwrote the logits with their gradient; use inplace_backward=False to go "
-            "backward more than once"
-        )

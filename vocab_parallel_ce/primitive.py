@@ -22,13 +22,13 @@ from torch import Tensor
 from . import transforms
 from .engines import select
 from .kinds import Kind, has_memory, kind_of, ordinary, settled, traced
+from .overwriting import mark, raise_explained, refuse_second_backward
 from .passes import (
     RowResult,
     compute_gradient,
     compute_log_prob,
     compute_statistics,
     empty_log_prob,
-    refuse_second_backward,
 )
 from .request import RowRequest
 
@@ -93,7 +93,10 @@ class _RowStatistics(torch.autograd.Function):
     @staticmethod
     def _gradient(ctx: Any, grad_stats: Tensor) -> Tensor:
         refuse_second_backward(ctx)
-        logits, m, s, local_target, stats, weight = ctx.saved_tensors
+        try:
+            logits, m, s, local_target, stats, weight = ctx.saved_tensors
+        except RuntimeError as problem:
+            raise_explained(problem)
         request: RowRequest = ctx.request
         result = RowResult(stats, m, s, local_target, m, m)
         if not has_memory(grad_stats):
@@ -113,7 +116,7 @@ class _RowStatistics(torch.autograd.Function):
         # Without the tape's view of it: the engine writes, this function tells autograd.
         memory: Tensor = logits.detach()
         compute_gradient(memory, result, weight, grad_stats, request, memory)
-        torch.autograd.graph.increment_version(logits)
+        mark(logits)
         return memory
 
 
@@ -143,9 +146,12 @@ def row_statistics(
         stats, m, s, argmax = transforms.row_statistics(logits, target, weight, request)
         agreed = stats.new_empty(0) if normalizer is None else normalizer
         return stats, m, s, argmax, agreed
-    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _RowStatistics.apply(  # type: ignore[no-untyped-call]
-        logits, target, weight, request, group, inplace_backward, log_prob_out, normalizer
-    )
+    try:
+        out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _RowStatistics.apply(  # type: ignore[no-untyped-call]
+            logits, target, weight, request, group, inplace_backward, log_prob_out, normalizer
+        )
+    except RuntimeError as problem:
+        raise_explained(problem)
     return out
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .engines.contract import IGNORED, arithmetic_dtype
-from .header import ValueProblems, raise_on_own_values
+from .header import raise_on_own_values
 from .kinds import Kind, kind_of
 from .request import RowRequest
 from .targets import find_problems, locate
@@ -37,21 +37,35 @@ def active() -> bool:
 def check_transforms(arguments: dict[str, Tensor], alone: bool, where: str) -> None:
     """Raise ValueError for forward mode anywhere, and for any transform over several ranks."""
     tensors = [value for name, value in arguments.items() if name != "normalizer"]
-    if forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)):
-        raise ValueError(NO_JVP + where)
+    if forward_ad._current_level >= 0:
+        levels = {
+            interpreter.level()
+            for interpreter in torch._C._functorch.get_interpreter_stack() or ()
+            if interpreter.key() == torch._C._functorch.TransformType.Jvp
+        }
+        if any(_has_tangent(value, levels) for value in tensors):
+            raise ValueError(NO_JVP + where)
     if not alone and any(kind_of(value) is Kind.TRANSFORMED for value in tensors):
         raise ValueError(ONE_RANK_ONLY + where)
 
 
-def _has_tangent(value: Tensor) -> bool:
-    if not value.is_floating_point():
-        return False
-    while True:
-        if forward_ad.unpack_dual(value).tangent is not None:
+def _has_tangent(value: Tensor, levels: set[int]) -> bool:
+    """Whether a jvp of torch.func (at these levels) or ``forward_ad`` follows ``value``."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        if torch._C._functorch.maybe_get_level(value) in levels:
             return True
-        if not torch._C._functorch.is_functorch_wrapped_tensor(value):
-            return False
         value = torch._C._functorch.get_unwrapped(value)
+    return not levels and forward_ad.unpack_dual(value).tangent is not None
+
+
+def _readable(value: Tensor | None) -> Tensor | None:
+    """The numbers beneath torch.func's wrappers; None where one tensor stands for many."""
+    while value is not None and torch._C._functorch.is_functorch_wrapped_tensor(value):
+        if torch._C._functorch.is_batchedtensor(value):
+            return None
+        value = torch._C._functorch.get_unwrapped(value)
+    plain = value is not None and value.device.type == "cpu" and kind_of(value) is Kind.MEMORY
+    return value if plain else None
 
 
 def row_statistics(
@@ -63,11 +77,10 @@ def row_statistics(
     """
     target = target.reshape(-1).long()
     located = locate(target, request)
-    if kind_of(target) is Kind.MEMORY and target.device.type == "cpu":
-        readable = weight is not None and kind_of(weight) is Kind.MEMORY
-        problems: ValueProblems = find_problems(
-            target, located.allowed, weight if readable else None
-        )
+    numbers = _readable(target)
+    if numbers is not None:
+        allowed = locate(numbers, request).allowed
+        problems = find_problems(numbers, allowed, _readable(weight))
         raise_on_own_values(problems, request)
     stats, m, s, argmax = statistics(logits, located.local_target, weight, request)
     # Multiplied, so that the gradient of the row is NaN as well.
