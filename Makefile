@@ -43,8 +43,8 @@ help: ## this list, and the options
 # The stamp keeps the environment until what it was made from changes.
 $(VENV)/installed: pyproject.toml
 	@echo "== install into $(VENV) with $(PYTHON)"
-	@echo "   downloads: $(TORCH) (a CPU build is about 200 MB; the package index's default build for"
-	@echo "   Linux x86-64 brings CUDA and several GB: choose with PIP_OPTIONS), then about 150 MB of"
+	@echo "   downloads: $(TORCH) (a CPU build is about 190 MB; the package index's default build for"
+	@echo "   Linux x86-64 brings CUDA and several GB: choose with PIP_OPTIONS), then about 180 MB of"
 	@echo "   numba, numpy, tokenizers, matplotlib, rich, typer, pytest, hypothesis, mypy, ruff, mkdocs and"
 	@echo "   megatron-core. pip options for torch: '$(PIP_OPTIONS)'"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
@@ -64,8 +64,8 @@ $(VENV_NPU)/installed: pyproject.toml
 	    echo "$$tool is needed to build the stand-in for CANN (gcc, binutils): make test NPU=no" >&2; \
 	    exit 1; }; done
 	@echo "== install into $(VENV_NPU) with $(PYTHON)"
-	@echo "   downloads: $(TORCH_OF_NPU) (a CPU build is about 200 MB; choose it with PIP_OPTIONS),"
-	@echo "   $(TORCH_NPU) (about 45 MB), then about 100 MB of numba, numpy, tokenizers, matplotlib,"
+	@echo "   downloads: $(TORCH_OF_NPU) (a CPU build is about 190 MB; choose it with PIP_OPTIONS),"
+	@echo "   $(TORCH_NPU) (about 45 MB), then about 140 MB of numba, numpy, tokenizers, matplotlib,"
 	@echo "   rich, typer, pytest and hypothesis. pip options for torch: '$(PIP_OPTIONS)'"
 	@start=$$(date +%s); \
 	$(PYTHON) -m venv $(VENV_NPU) && \
@@ -80,8 +80,8 @@ $(VENV_TRITON)/installed: pyproject.toml
 	@[ "$$(uname -s)" = Linux ] || { \
 	    echo "there is no $(TRITON_PACKAGE) for $$(uname -s): make test TRITON=no" >&2; exit 1; }
 	@echo "== install into $(VENV_TRITON) with $(PYTHON)"
-	@echo "   downloads: $(TORCH) (a CPU build is about 200 MB; choose it with PIP_OPTIONS),"
-	@echo "   $(TRITON_PACKAGE) (about 200 MB, 700 MB installed), then about 30 MB of numpy, pytest"
+	@echo "   downloads: $(TORCH) (a CPU build is about 190 MB; choose it with PIP_OPTIONS),"
+	@echo "   $(TRITON_PACKAGE) (about 190 MB, 700 MB installed), then about 20 MB of numpy, pytest"
 	@echo "   and hypothesis. pip options for torch: '$(PIP_OPTIONS)'"
 	@start=$$(date +%s); \
 	$(PYTHON) -m venv $(VENV_TRITON) && \

@@ -60,7 +60,7 @@ JOBS = {
         (*_SHELL, "matplotlib"),
     ),
     "call-cost": Job(
-        "what a call costs before the first logit",
+        "fixed cost of a call, and of the first call of a process",
         f"{_LAUNCH}.bench.call_cost.command",
     ),
     "plan": Job(

@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 from vocab_parallel_ce.launch import options
+from vocab_parallel_ce.launch.jobs import JOBS
 from vocab_parallel_ce.launch.refusal import say_and_leave
 from vocab_parallel_ce.torch_import import torch_problem
 
@@ -239,8 +240,16 @@ def _read_line(connection: socket.socket) -> dict[str, object]:
     return words if isinstance(words, dict) else {}
 
 
-def main(device: str) -> None:
+def check_job(name: str) -> None:
+    """Before torchrun starts a process a card, each of which would say the same."""
+    known = [job for job in JOBS if job != "ascend"]
+    if name not in known:
+        raise ProblemError(f"JOB={name} is not one of {', '.join(known)}")
+
+
+def main(device: str, job: str) -> None:
     try:
+        check_job(job)
         machine, place = read_variables()
         check_cards(device, machine.nproc)
         meet(machine, place)
@@ -249,4 +258,4 @@ def main(device: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -46,7 +46,6 @@ export NPROC=${NPROC:-8} NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK-} MASTER_ADDR
 export MASTER_PORT=${MASTER_PORT:-29500} WAIT_SECONDS=${WAIT_SECONDS:-600}
 python=${PYTHON:-python3}
 job=${JOB:-train}
-module=${MODULE:-vocab_parallel_ce.launch.${job//-/_}}
 set_env=${SET_ENV:-/usr/local/Ascend/ascend-toolkit/set_env.sh}
 
 device=""
@@ -91,8 +90,10 @@ if ! command -v "$python" >/dev/null; then
     exit 2
 fi
 # Its own line says what is wrong: torch's warnings of every attempt to connect are left out.
-TORCH_CPP_LOG_LEVEL=FATAL "$python" -m vocab_parallel_ce.launch.ascend.meet "$device" || exit 2
+TORCH_CPP_LOG_LEVEL=FATAL "$python" -m vocab_parallel_ce.launch.ascend.meet "$device" "$job" || exit 2
 
+program=(vocab_parallel_ce.launch "$job")
+if [[ -n ${MODULE-} ]]; then program=("$MODULE"); fi
 where=(--standalone)
 if [[ $NNODES != 1 ]]; then
     where=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR"
@@ -101,4 +102,4 @@ fi
 # As `torchrun` itself starts it; `-m torch.distributed.run` warns, because torch_npu imports it too.
 exec "$python" -c 'from torch.distributed.run import main; main()' \
     "${where[@]}" --nproc-per-node "$NPROC" \
-    --max-restarts "${MAX_RESTARTS:-0}" -m "$module" "$@"
+    --max-restarts "${MAX_RESTARTS:-0}" -m "${program[@]}" "$@"

@@ -291,7 +291,7 @@ def main(
     ] = 2.0,
     quick: Annotated[bool, typer.Option(help="Tiny shapes and 3 repeats: does it run?")] = False,
     gate: Annotated[
-        bool, typer.Option(help="Fail when a goal is below its regression gate.")
+        bool, typer.Option(help="Fail where the loss is slower than the machine's limits allow.")
     ] = False,
 ) -> None:
     """Time and memory of the sharded loss beside what one would otherwise use.

@@ -20,7 +20,10 @@ from vocab_parallel_ce.launch.refusal import FAILED, Refusal, say_and_leave
 _CLONE = Path(__file__).resolve().parents[2]
 PAGES = (_CLONE / "README.md", _CLONE / "docs" / "numbers.md")
 BEGIN, END = "<!-- bench_table: begin -->", "<!-- bench_table: end -->"
-NO_CUDA = "CUDA: not measured yet; the same command with `--device cuda` fills this in."
+NO_CUDA = (
+    "CUDA: not measured yet; on a card `vocab-parallel-ce bench --device cuda --csv "
+    "launch/bench/medians.csv` fills this in."
+)
 
 
 def _milliseconds(row: Row) -> str:

@@ -57,7 +57,7 @@ def parser(program: str) -> PlainParser:
         "--json",
         type=Path,
         metavar="FILE",
-        help=f"write a report [default: {DEFAULT_JSON} of a selftest]",
+        help=f"where to write the report [default: {DEFAULT_JSON}]",
     )
     made.add_argument("--quick", action="store_true", help="small sizes, few repetitions")
     made.add_argument("--rows", "--tokens", type=count, metavar="N", help="rows of a check")
@@ -108,13 +108,14 @@ def main(asked: Namespace) -> None:
     sizes = sizes_of_timing(asked.quick, found.device, world, asked.timed_rows, asked.timed_vocab)
     if is_rank_0():
         print_environment(found)
-        if asked.json is not None or asked.selftest:
-            write_now(path, found)
+        write_now(path, found)
     if found.problem:
+        if is_rank_0():
+            print(f"Written to {path}", flush=True)
         raise Refusal(found.problem)
     if asked.selftest:
         examine(found, asked.quick, shape, sizes, asked.timeout, path)
-    elif asked.json is not None and is_rank_0():
+    elif is_rank_0():
         print(f"Written to {path}", flush=True)
 
 

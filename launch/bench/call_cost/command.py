@@ -1,4 +1,4 @@
-"""vocab-parallel-ce call-cost: what a call costs before the first logit.
+"""vocab-parallel-ce call-cost: the fixed cost of a call, however few its logits.
 
 Two fixed costs that the benchmark's large shapes hide: the microseconds of a forward and backward
 at N = 1, C = 8 beside F.cross_entropy's, and the seconds that the first call of a process takes,

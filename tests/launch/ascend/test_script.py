@@ -164,7 +164,7 @@ def test_bad_variables_are_explained(
     for name in VARIABLES:
         monkeypatch.setenv(name, given.get(name, ""))
     with pytest.raises(SystemExit) as stopped:
-        meet_module.main("cpu")
+        meet_module.main("cpu", "train")
     assert stopped.value.code == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1
@@ -204,6 +204,23 @@ def test_a_job_is_named_as_the_console_entry_names_it(tmp_path: Path) -> None:
     assert code != 0
     assert said == ""
     assert "vocab-parallel-ce train: --vocab 0 must be at least 1\n" in errors
+
+
+def test_a_job_that_is_none_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    code, said, errors = _run(tmp_path, "--device", "cpu", JOB="zzz", NPROC=2)
+    assert (code, said) == (2, "")
+    (line,) = errors.splitlines()
+    assert line.startswith("vocab-parallel-ce ascend: JOB=zzz is not one of doctor, train, ")
+
+
+def test_a_job_in_a_folder_of_another_is_found(tmp_path: Path) -> None:
+    """call-cost lies in bench: its name is no name of a module."""
+    code, _, errors = _run(
+        tmp_path, "--rounds", "1", "--no-first-calls", "--device", "cpu", JOB="call-cost", NPROC=1
+    )
+    assert "No module named" not in errors
+    assert "--device" in errors  # the job itself was asked, and has no such option
+    assert code != 0
 
 
 def test_the_script_of_the_package_is_started(tmp_path: Path) -> None:
