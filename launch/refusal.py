@@ -42,7 +42,9 @@ def say_and_leave(job: str, line: str, status: int = USAGE_ERROR) -> NoReturn:
     if not is_first_of_host():
         time.sleep(PATIENCE)
     who = "" if is_rank_0() else f"rank {os.environ['RANK']}: "
-    print(f"{PROGRAM} {job}".strip() + f": {who}{one_line(line)}", file=sys.stderr, flush=True)
+    said = f"{PROGRAM} {job}".strip() + f": {who}{one_line(line)}\n"
+    sys.stderr.write(said)  # at once with its end: the lines of several ranks must not mix
+    sys.stderr.flush()
     sys.exit(status)
 
 

@@ -149,7 +149,8 @@ def test_is_grads_batched(engine: str) -> None:
 
 def _forward_mode(x: Tensor, y: Tensor, **options: Any) -> None:
     def loss(a: Tensor) -> Tensor:
-        return cross_entropy(a, y, **options)
+        out: Tensor = cross_entropy(a, y, **options)
+        return out
 
     for attempt in (
         lambda: torch.func.jvp(loss, (x,), (x,)),

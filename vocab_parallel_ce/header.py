@@ -67,10 +67,6 @@ HEADER_LAYOUT = HeaderLayout(
 )
 
 
-class LooksGatheredError(ValueError):
-    """All ranks passed the same logits where shards belong; raised on every rank, or on none."""
-
-
 @dataclass(frozen=True)
 class ValueProblems:
     """What is wrong with the values of this rank's own arguments; found on CPU or with check."""
@@ -248,7 +244,7 @@ def raise_on_problems(headers: list[Header], target: Tensor, constant_rows: bool
         ignore_index = first.options["ignore_index"]
         kept = target[target != ignore_index]
         if bool((kept < size).all()):
-            raise LooksGatheredError(
+            raise ValueError(
                 f"input looks gathered: all {len(headers)} ranks of the group passed the same "
                 f"logits of {size} columns and every target is below {size}; each rank must pass "
                 "its own shard of the vocabulary, e.g. logits[..., start:stop] (if these really "

@@ -31,10 +31,11 @@ from vocab_parallel_ce.shard import group_rank_and_size
 INVALID_TARGET = ("error", "ignore")
 SMOOTHING_FORMULAS = ("megatron", "pytorch")
 
+LOOKS_GATHERED = "looks gathered"
 # What an error of the library says -> what mends it in a Megatron run.
 _WAYS_OUT = {
     "target is out of range": "install(invalid_target='ignore') where loss_mask alone marks them",
-    "looks gathered": "in Megatron: GPTModel(parallel_output=True)",
+    LOOKS_GATHERED: "in Megatron: GPTModel(parallel_output=True)",
 }
 
 
@@ -125,7 +126,7 @@ def per_token_loss(
     """Logits [*, v/tp] and target [*] -> loss [*] with z, and the z part of it where it is on.
 
     ``trust_shards``: equal shards in rank order, whatever they hold; else logits that all ranks
-    hold alike are a ``LooksGatheredError``, where nothing is known of the vocabulary.
+    hold alike are an error that says ``LOOKS_GATHERED``, where nothing is known of the vocabulary.
 
     fp32, fp64 for fp64 logits; the same on every rank. One or two collectives, none in backward.
     """
@@ -161,7 +162,7 @@ def _per_token_loss(
     except ValueError as problem:
         for sign, way_out in _WAYS_OUT.items():
             if sign in str(problem):
-                raise type(problem)(f"{problem}; {way_out}") from problem
+                raise ValueError(f"{problem}; {way_out}") from problem
         raise
     loss, zloss = reduce_rows(row_losses(stats, target.reshape(-1), None, request), "none")
     shape = target.shape

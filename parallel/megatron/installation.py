@@ -16,11 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vocab_parallel_ce import VocabShard
-from vocab_parallel_ce.header import LooksGatheredError
 from vocab_parallel_ce.switches import check_is_on, check_word
 from vocab_parallel_ce.warning import warn
 
-from .cross_entropy import MegatronOptions, per_token_loss
+from .cross_entropy import LOOKS_GATHERED, MegatronOptions, per_token_loss
 from .patch import Patch
 
 
@@ -56,8 +55,10 @@ class Installation:
             return per_token_loss(*call, trust_shards=True)
         try:
             return per_token_loss(*call)
-        except LooksGatheredError as problem:  # on every rank, so that all begin again
-            self._warned = True
+        except ValueError as problem:
+            if LOOKS_GATHERED not in str(problem):
+                raise
+            self._warned = True  # it is raised on every rank of the group, so all begin again
             warn(
                 "vocab_parallel_ce: all ranks passed the same logits; if they are gathered, the "
                 "loss is too large by log(tp) and the gradient wrong: use "
