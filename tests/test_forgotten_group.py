@@ -78,7 +78,8 @@ SILENT: dict[str, Call] = {
 def _warned(group: dist.ProcessGroup, name: str) -> list[tuple[str, str]]:
     """(file, message) of every warning of two calls."""
     forgotten_group._warned = False
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")  # the others leave it to the first of the host
         warnings.simplefilter("always")
         for _ in range(2):
             (FORGETFUL | SILENT)[name](group)
