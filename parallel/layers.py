@@ -53,7 +53,23 @@ class _CopyToGroup(torch.autograd.Function):
 
 
 def reduce_from_group(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Partial sums on each rank -> their sum on every rank. Any shape; group None is one rank."""
+    """Partial sums on each rank -> their sum on every rank.
+
+    Args:
+        values: floats of any shape; fp16 and bf16 are summed in fp32.
+        group: the ranks that each hold a part; None is one rank.
+
+    Returns:
+        A tensor like ``values``. Its gradient reaches each rank unchanged.
+
+    Communication:
+        One all_reduce in forward, none in backward; none at all with one rank.
+
+    Example:
+        ```python
+        vectors = reduce_from_group(own_rows_of_the_embedding, tp_group)
+        ```
+    """
     if group is None or dist.get_world_size(group) == 1:
         return values
     result: Tensor = _ReduceFromGroup.apply(values, group)  # type: ignore[no-untyped-call]
@@ -61,7 +77,25 @@ def reduce_from_group(values: Tensor, group: dist.ProcessGroup | None) -> Tensor
 
 
 def copy_to_group(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The same values to ranks that each use them in part; their gradients are summed."""
+    """The same values to ranks that each use them in part; their gradients are summed.
+
+    What the head of a split vocabulary does to its hidden states.
+
+    Args:
+        values: floats of any shape, the same on every rank.
+        group: the ranks that use them; None is one rank.
+
+    Returns:
+        ``values``. Their gradient is the sum over the ranks, carried in fp32 for fp16 and bf16.
+
+    Communication:
+        None in forward, one all_reduce in backward; none at all with one rank.
+
+    Example:
+        ```python
+        logits = F.linear(copy_to_group(hidden, tp_group), weight[shard.start : shard.stop])
+        ```
+    """
     if group is None or dist.get_world_size(group) == 1:
         return values
     result: Tensor = _CopyToGroup.apply(values, group)  # type: ignore[no-untyped-call]
@@ -98,7 +132,26 @@ class _VocabParallelWeight(HoldsGroup):
 
 
 class VocabParallelEmbedding(_VocabParallelWeight):
-    """ids [...] -> vectors [..., width], the same on every rank of the group."""
+    """ids [...] -> vectors [..., width], the same on every rank of the group.
+
+    Args:
+        shard: the rows of the weight that live here.
+        width: of a vector.
+        group: the tensor-parallel group; None is one rank.
+        generator: draws the whole weight; seeded alike on every rank.
+        std: of the normal distribution that it draws from.
+
+    Raises:
+        ValueError: on CPU, for an id outside the vocabulary.
+
+    Communication:
+        One all_reduce in forward.
+
+    Example:
+        ```python
+        embedding = VocabParallelEmbedding(shard, 128, tp_group, generator=torch.Generator())
+        ```
+    """
 
     def __init__(
         self,
@@ -133,7 +186,25 @@ class VocabParallelEmbedding(_VocabParallelWeight):
 class VocabParallelHead(_VocabParallelWeight):
     """hidden [..., width] -> this rank's logits [..., stop - start].
 
-    `weight` ties the head to an embedding of the same shard.
+    Args:
+        shard: the rows of the weight that live here.
+        width: of the hidden states.
+        group: the tensor-parallel group; None is one rank.
+        generator: draws the whole weight; seeded alike on every rank.
+        std: of the normal distribution that it draws from.
+        weight: ties the head to an embedding of the same shard.
+
+    Raises:
+        ValueError: for a ``weight`` that does not fit the shard.
+
+    Communication:
+        One all_reduce in backward: the gradient of the hidden states is summed.
+
+    Example:
+        ```python
+        head = VocabParallelHead(shard, 128, tp_group, generator=g, weight=embedding.weight)
+        loss = cross_entropy(head(hidden), target, group=tp_group, shard=shard)
+        ```
     """
 
     def __init__(
@@ -153,7 +224,19 @@ class VocabParallelHead(_VocabParallelWeight):
 
 
 def vocab_parallel_parameters(model: nn.Module) -> dict[str, VocabShard]:
-    """Name of each parameter that is split over the vocabulary -> the rows that live here."""
+    """Name of each parameter that is split over the vocabulary -> the rows that live here.
+
+    Args:
+        model: with layers of this file anywhere inside.
+
+    Returns:
+        For example {"head.weight": VocabShard(0, 500, 1000)}. Communicates nothing.
+
+    Example:
+        ```python
+        split = vocab_parallel_parameters(model)
+        ```
+    """
     return {
         f"{name}.weight" if name else "weight": module.shard
         for name, module in model.named_modules()
