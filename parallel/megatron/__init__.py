@@ -60,8 +60,17 @@ def vocab_parallel_cross_entropy(
     Returns:
         [*] fp32 (fp64 for fp64 logits), the same on every rank. Its gradient has the logits' dtype.
 
-    One all_gather, or two all_reduces for large batches; none in backward. ValueError and
-    TypeError for wrong input, on accelerators NaN where the values are wrong.
+    Raises:
+        TypeError, ValueError: for wrong arguments; on every rank for wrong labels on CPU, where
+            accelerators give NaN.
+
+    Communication:
+        One all_gather, or two all_reduces for large batches; none in backward.
+
+    Example:
+        ```python
+        losses = vocab_parallel_cross_entropy(logits, labels, tp_group=tp_group)  # [s, b]
+        ```
     """
     return per_token_loss(vocab_parallel_logits, target, label_smoothing, tp_group, _DEFAULTS)[0]
 
@@ -71,7 +80,25 @@ def fused_vocab_parallel_cross_entropy(
 ) -> Tensor:
     """``megatron.core.fusions.fused_cross_entropy``'s signature for the same loss.
 
-    Shapes, errors and communication are those of ``vocab_parallel_cross_entropy``.
+    Args:
+        vocab_parallel_logits: [*, v/tp] this rank's shard, fp16, bf16, fp32 or fp64.
+        target: [*] int64 or int32 vocabulary ids, the same on every rank; -100 is ignored.
+        tp_group: the ranks that hold the vocabulary; None as above.
+
+    Returns:
+        [*] fp32 (fp64 for fp64 logits), the same on every rank.
+
+    Raises:
+        TypeError, ValueError: for wrong arguments; on every rank for wrong labels on CPU, where
+            accelerators give NaN.
+
+    Communication:
+        One all_gather, or two all_reduces for large batches; none in backward.
+
+    Example:
+        ```python
+        losses = fused_vocab_parallel_cross_entropy(logits, labels, tp_group)  # [s, b]
+        ```
     """
     return per_token_loss(vocab_parallel_logits, target, 0.0, tp_group, _DEFAULTS)[0]
 
@@ -84,7 +111,27 @@ def te_parallel_cross_entropy(
 ) -> Tensor:
     """The signature of Megatron's call into TransformerEngine for the same loss.
 
-    TransformerEngine is not needed. ``is_cg_capturable`` is accepted and changes nothing. Shapes,
-    errors and communication are those of ``vocab_parallel_cross_entropy``.
+    TransformerEngine is not needed.
+
+    Args:
+        logits: [*, v/tp] this rank's shard, fp16, bf16, fp32 or fp64.
+        labels: [*] int64 or int32 vocabulary ids, the same on every rank; -100 is ignored.
+        tp_group: the ranks that hold the vocabulary; None as above.
+        is_cg_capturable: accepted, and changes nothing.
+
+    Returns:
+        [*] fp32 (fp64 for fp64 logits), the same on every rank.
+
+    Raises:
+        TypeError, ValueError: for wrong arguments; on every rank for wrong labels on CPU, where
+            accelerators give NaN.
+
+    Communication:
+        One all_gather, or two all_reduces for large batches; none in backward.
+
+    Example:
+        ```python
+        losses = te_parallel_cross_entropy(logits, labels, tp_group)  # [s, b]
+        ```
     """
     return per_token_loss(logits, labels, 0.0, tp_group, _DEFAULTS)[0]

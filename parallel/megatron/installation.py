@@ -138,7 +138,10 @@ def install(
         inplace_backward: let the gradient overwrite the logits; any later read of them sees it.
         smoothing_formula: how ``label_smoothing`` is meant. "megatron": as Megatron computes it on
             one rank, and here on any number. "pytorch": as ``torch.nn.functional.cross_entropy``.
-        engine, collective, check: see ``vocab_parallel_ce.cross_entropy``.
+        engine: "auto" takes the fastest engine of the tensors' device; or an engine by name.
+        collective: "all_gather" (one), "all_reduce" (two), or "auto", which gathers up to 6 MB.
+        check: exchange a preflight before each call, so that ranks that disagree raise together.
+            None follows the variable VOCAB_PARALLEL_CE_CHECK. The same on every rank.
 
     Returns:
         An Installation: ``calls``, ``zloss``, ``uninstall()``; also a context manager.
@@ -147,7 +150,13 @@ def install(
         ImportError without megatron-core; RuntimeError where the replacement did not take (all is
         put back then); ValueError and TypeError for options.
 
-    Communicates nothing. ``VocabParallelCrossEntropy``, which MindSpeed patches, is not touched.
+    Communication:
+        None. ``VocabParallelCrossEntropy``, which MindSpeed patches, is not touched.
+
+    Example:
+        ```python
+        install(vocab_size=50257, inplace_backward=True)  # on every rank, in model_provider
+        ```
     """
     options = MegatronOptions(
         vocab_size, shard, ignore_index, invalid_target, lse_square_scale, inplace_backward,
