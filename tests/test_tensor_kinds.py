@@ -14,7 +14,7 @@ import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -216,7 +216,7 @@ def _collective_logits(group: dist.ProcessGroup) -> None:
     plain = gathered.wait().clone()
     assert torch.equal(got, cross_entropy(plain, data.target, group=group, shard=shard))
 
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = DeviceMesh.from_group(group, "cpu")
     leaf = mine.clone().requires_grad_()
     wide = DTensor.from_local(leaf, mesh, [Shard(1)])
     rows = wide.redistribute(placements=[Shard(0)], async_op=True)
