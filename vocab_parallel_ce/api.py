@@ -11,12 +11,12 @@ from typing import Literal, NamedTuple, overload
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import Options, Outputs, prepare
+from .checks import Options, Outputs, is_number, prepare
 from .dtensor import Layout, unwrap
 from .primitive import log_prob as shard_log_prob
 from .primitive import log_prob_space, row_statistics
 from .reduction import as_scalar, reduce_rows, row_losses
-from .request import RowRequest
+from .request import RowRequest, is_on
 from .shard import VocabShard
 from .together import raises_together
 
@@ -299,7 +299,8 @@ def cross_entropy_loss(
         inplace_backward, normalizer, scale, engine, collective, check,
     )  # fmt: skip
     input, target, weight, options, layout = unwrap(input, target, weight, options)
-    has_lse = lse_square_scale_for_zloss != 0
+    z = lse_square_scale_for_zloss
+    has_lse = not is_number(z) or is_on(z)  # what is no number is refused below
     # The operator answers for ignored rows too, where it hands out log_prob or lse.
     outputs = Outputs(ignored_rows=return_log_prob or has_lse)
     request = prepare(input, target, weight, options, outputs)

@@ -166,16 +166,16 @@ def check_numbers(options: Options, where: str = "") -> None:
             f"ignore_index must be an int64, got {options.ignore_index}{where}; targets are ids in "
             "int64 or int32, and none can have this value"
         )
-    if not _is_number(options.label_smoothing) or not 0 <= options.label_smoothing <= 1:
+    if not is_number(options.label_smoothing) or not 0 <= options.label_smoothing <= 1:
         raise ValueError(
             f"label_smoothing must lie in [0, 1], got {options.label_smoothing!r}{where}"
         )
-    if not _is_number(options.lse_square_scale) or not math.isfinite(options.lse_square_scale):
+    if not is_number(options.lse_square_scale) or not _is_finite(options.lse_square_scale):
         raise ValueError(
             "the z-loss scale (lse_square_scale) must be a finite number, got "
             f"{options.lse_square_scale!r}{where}"
         )
-    if not _is_number(options.scale) or not math.isfinite(options.scale):
+    if not is_number(options.scale) or not _is_finite(options.scale):
         raise ValueError(
             f"scale must be a finite number, got {options.scale!r}{where}; it multiplies the "
             "logits (1 / temperature)"
@@ -208,7 +208,7 @@ def _check_normalizer(normalizer: object, reduction: str, where: str) -> None:
             )
         if normalizer.is_complex() or normalizer.is_quantized or normalizer.dtype == torch.bool:
             raise TypeError(f"normalizer must be a real number, got {normalizer.dtype}{where}")
-    elif not _is_number(normalizer):
+    elif not is_number(normalizer):
         raise TypeError(
             f"normalizer must be a scalar tensor or a number, got {normalizer!r}{where}"
         )
@@ -218,8 +218,14 @@ def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, (int, np.integer, torch.SymInt)) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> TypeGuard[float]:
+def is_number(value: object) -> TypeGuard[float]:
+    """Python's and NumPy's numbers, and a symbol of the compiler; no bool."""
     return _is_int(value) or isinstance(value, (float, np.floating, torch.SymFloat))
+
+
+def _is_finite(value: float) -> bool:
+    """While compiling, a symbol is as good as finite: the operator looks at the number it gets."""
+    return torch.compiler.is_compiling() or math.isfinite(value)
 
 
 def _plain_int(value: int) -> int:

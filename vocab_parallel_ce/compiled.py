@@ -1,19 +1,23 @@
 """The primitive as custom operators, so that torch.compile(fullgraph=True) sees one opaque node.
 
 Three operators under ``torch.ops.vocab_parallel_ce``; the group travels by name because a schema
-has no process groups, and a RowRequest travels as its scalars. The fakes give shapes only. The
-in-place backward is an operator that declares that it mutates the logits: the compiler keeps the
-order of its reads and writes, and copies where overwriting would be seen.
+has no process groups, and a RowRequest travels as its scalars, its floats as a tensor. The
+fakes give shapes only. The in-place backward is an operator that declares that it mutates the
+logits: the compiler keeps the order of its reads and writes, and copies where overwriting would be
+seen.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .engines.contract import arithmetic_dtype
 from .overwriting import refuse_second_backward
@@ -27,10 +31,41 @@ from .preflight import together
 from .request import RowRequest
 
 NO_GROUP = ""
+_OFF = (1.0, 0.0, 0.0)
+"""of scale, label_smoothing and lse_square_scale"""
 
 
 def _group(name: str) -> dist.ProcessGroup | None:
     return None if name == NO_GROUP else _resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def _numbers(request: RowRequest) -> tuple[RowRequest, Tensor | None]:
+    """The float options as a tensor [3] on the host, and the request without them.
+
+    A float in the schema would be a constant of the graph: each new value of a temperature would
+    compile anew. Products with ones are what the compiler can keep open. None where all are off
+    for good: then nothing lies on the host, which CUDA graphs would not allow.
+    """
+    floats = (request.scale, request.label_smoothing, request.lse_square_scale)
+    if all(statically_known_true(a == off) for a, off in zip(floats, _OFF, strict=True)):
+        return request, None
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    closed = replace(request, scale=1.0, label_smoothing=0.0, lse_square_scale=0.0)
+    return closed, torch.stack([one * value for value in floats])
+
+
+def _finite(numbers: Tensor) -> list[float]:
+    """What ``_numbers`` packed; checked when it runs, for the compiler cannot."""
+    values: list[float] = numbers.tolist()
+    names = ("scale", "label_smoothing", "the z-loss scale (lse_square_scale)")
+    for name, value in zip(names, values, strict=True):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return values
+
+
+def _scale(scale: float, numbers: Tensor | None) -> float:
+    return scale if numbers is None else float(numbers[0])
 
 
 @torch.library.custom_op("vocab_parallel_ce::row_statistics", mutates_args=())
@@ -58,6 +93,7 @@ def _row_statistics(
     check: str,
     group_name: str,
     inplace_backward: bool,
+    numbers: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     request = RowRequest(
         start, stop, vocab_size, implicit_shard, smooth, entropy, argmax, ignored_rows, normalized,
@@ -66,6 +102,14 @@ def _row_statistics(
     )  # fmt: skip
     group = _group(group_name)
     with together(group, check):
+        if numbers is not None:
+            scale, label_smoothing, lse_square_scale = _finite(numbers)
+            request = replace(
+                request,
+                scale=scale,
+                label_smoothing=label_smoothing,
+                lse_square_scale=lse_square_scale,
+            )
         r = compute_statistics(logits, target, weight, request, group, normalizer=normalizer)
     return r.stats, r.m, r.s, r.local_target, r.argmax, r.normalizer
 
@@ -120,7 +164,9 @@ def _row_gradient(
     entropy: bool,
     scale: float,
     engine: str,
+    numbers: Tensor | None = None,
 ) -> Tensor:
+    scale = _scale(scale, numbers)
     request = _gradient_request(start, stop, vocab_size, smooth, entropy, scale, engine)
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     result = RowResult(stats, m, s, local_target, m, m)
@@ -149,7 +195,9 @@ def _row_gradient_inplace(
     entropy: bool,
     scale: float,
     engine: str,
+    numbers: Tensor | None = None,
 ) -> None:
+    scale = _scale(scale, numbers)
     request = _gradient_request(start, stop, vocab_size, smooth, entropy, scale, engine)
     result = RowResult(stats, m, s, local_target, m, m)
     compute_gradient(logits, result, weight, grad_stats, request, logits)
@@ -170,7 +218,9 @@ def _log_prob(
     vocab_size: int,
     scale: float,
     engine: str,
+    numbers: Tensor | None = None,
 ) -> Tensor:
+    scale = _scale(scale, numbers)
     request = RowRequest(start, stop, vocab_size, False, scale=scale, engine=engine)
     return compute_log_prob(logits, m, s, request)
 
@@ -182,9 +232,9 @@ def _(logits: Tensor, *_: Any) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, _, weight, _, start, stop, vocab_size, _, smooth, entropy = inputs[:10]
-    scale, engine, inplace_backward = inputs[14], inputs[18], inputs[22]
+    scale, engine, inplace_backward, numbers = inputs[14], inputs[18], inputs[22], inputs[23]
     stats, m, s, local_target, argmax, normalizer = output
-    ctx.save_for_backward(logits, stats, m, s, local_target, weight)
+    ctx.save_for_backward(logits, stats, m, s, local_target, weight, numbers)
     ctx.mark_non_differentiable(m, s, local_target, argmax, normalizer)
     ctx.scalars = (start, stop, vocab_size, smooth, entropy, scale, engine)
     ctx.inplace_backward = inplace_backward
@@ -193,14 +243,34 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_stats: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_second_backward(ctx)
-    logits, *saved = ctx.saved_tensors
-    none = [None] * 22
+    logits, *saved, numbers = ctx.saved_tensors
+    none = [None] * 23
     if not ctx.inplace_backward:
-        return (_row_gradient(logits, *saved, grad_stats, *ctx.scalars), *none)
+        return (_row_gradient(logits, *saved, grad_stats, *ctx.scalars, numbers), *none)
     ctx.overwritten = True
     memory = logits.detach()
-    _row_gradient_inplace(memory, *saved, grad_stats, *ctx.scalars)
+    _row_gradient_inplace(memory, *saved, grad_stats, *ctx.scalars, numbers)
     return (memory, *none)
+
+
+def gradient(
+    logits: Tensor,
+    result: RowResult,
+    weight: Tensor | None,
+    grad_stats: Tensor,
+    request: RowRequest,
+    inplace_backward: bool,
+) -> Tensor:
+    """The backward of an eager loss, for the compiler that follows the tape (compiled autograd)."""
+    r, numbers = _numbers(request)
+    rows = (result.stats, result.m, result.s, result.local_target, weight, grad_stats)
+    scalars = (r.start, r.stop, r.vocab_size, r.smooth, r.entropy, r.scale, r.engine, numbers)
+    if not inplace_backward:
+        grad: Tensor = _row_gradient(logits, *rows, *scalars)
+        return grad
+    memory = logits.detach()
+    _row_gradient_inplace(memory, *rows, *scalars)
+    return memory
 
 
 _row_statistics.register_autograd(_backward, setup_context=_setup_context)
@@ -217,15 +287,16 @@ def row_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``primitive.row_statistics`` as one node of a compiled graph."""
     name = NO_GROUP if group is None else group.group_name
+    closed, numbers = _numbers(request)
     stats, m, s, _, argmax, agreed = _row_statistics(
-        logits, target, weight, normalizer, *request.scalars(), name, inplace_backward
+        logits, target, weight, normalizer, *closed.scalars(), name, inplace_backward, numbers
     )
     return stats, m, s, argmax, agreed
 
 
 def log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) -> Tensor:
     """``primitive.log_prob`` as one node of a compiled graph."""
-    r = request
-    detached = logits.detach()
-    out: Tensor = _log_prob(detached, m, s, r.start, r.stop, r.vocab_size, r.scale, r.engine)
+    r, numbers = _numbers(request)
+    place = (r.start, r.stop, r.vocab_size, r.scale, r.engine, numbers)
+    out: Tensor = _log_prob(logits.detach(), m, s, *place)
     return out

@@ -15,10 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from .checks import Options, admit, check_overwritable
-from .kinds import without_fake_mode
 from .shard import VocabShard
 
 
@@ -106,8 +104,7 @@ def unwrap(
     layout = Layout(mesh, placements, rows, tuple(input.shape))
 
     local = input.to_local(grad_placements=placements)
-    with without_fake_mode():
-        _, offset = compute_local_shape_and_global_offset(input.shape, mesh, placements)
+    offset = _offset(input)
     start = min(offset[last], input.shape[last])
     shard = VocabShard(start, start + local.shape[-1], input.shape[last])
     group = mesh.get_group(vocab_dims[0]) if vocab_dims else None
@@ -116,6 +113,24 @@ def unwrap(
         options = options._replace(normalizer=options.normalizer.full_tensor())
     local_target = _local_target(target, local, layout, offset)
     return *admit(local, local_target, _local_weight(weight), options), layout
+
+
+def _offset(input: DTensor) -> tuple[int, ...]:
+    """Where the local tensor begins in the global one: DTensor cuts as ``torch.chunk`` does.
+
+    In plain integers, so that the compiler can follow them.
+    """
+    mesh, coordinate = input.device_mesh, input.device_mesh.get_coordinate()
+    offset, size = [0] * input.dim(), list(input.shape)
+    assert coordinate is not None  # a rank outside the mesh has no local tensor to call us with
+    for mesh_dim, placement in enumerate(input.placements):
+        if isinstance(placement, Shard):
+            dim = placement.dim % input.dim()
+            step = -(-size[dim] // mesh.size(mesh_dim))
+            first = min(coordinate[mesh_dim] * step, size[dim])
+            offset[dim] += first
+            size[dim] = min(step, size[dim] - first)
+    return tuple(offset)
 
 
 def _vocab_dims(input: DTensor, last: int) -> list[int]:

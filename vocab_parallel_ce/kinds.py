@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import enum
 import re
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -225,13 +224,3 @@ def require_memory(logits: Tensor) -> None:
             "that could be read (was its storage freed, or did a hook for saved tensors hand back "
             "another kind?); pass a plain tensor that holds its numbers until backward is over"
         )
-
-
-def without_fake_mode() -> AbstractContextManager[Any]:
-    """For integers that torch works out with tensors: under FakeTensorMode those hold none."""
-    if torch.compiler.is_compiling() or not _modes_active():
-        return nullcontext()
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    context: AbstractContextManager[Any] = unset_fake_temporarily()
-    return context

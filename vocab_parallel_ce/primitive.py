@@ -99,6 +99,15 @@ class _RowStatistics(torch.autograd.Function):
             raise_explained(problem)
         request: RowRequest = ctx.request
         result = RowResult(stats, m, s, local_target, m, m)
+        if torch.compiler.is_compiling():
+            from . import compiled
+
+            ctx.overwritten = ctx.inplace_backward
+            # The operator's schema has no optional statistics; it reads those of the entropy only.
+            result.stats = m.new_empty(0) if stats is None else stats
+            return compiled.gradient(
+                logits, result, weight, grad_stats, request, ctx.inplace_backward
+            )
         if not has_memory(grad_stats):
             grad_stats = settled(grad_stats)
             if kind_of(grad_stats) is Kind.TRANSFORMED:  # is_grads_batched: many gradients at once

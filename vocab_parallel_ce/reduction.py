@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .engines.contract import arithmetic_dtype
-from .request import RowRequest
+from .request import RowRequest, is_on
 from .statistics import stat_names
 
 
@@ -46,7 +46,7 @@ def row_losses(
     if eps > 0:
         loss = (1 - eps) * loss + (eps / request.vocab_size) * named["smooth"]
     zloss = None
-    if request.lse_square_scale != 0:
+    if is_on(request.lse_square_scale):
         zloss = (request.lse_square_scale * _square(named["lse"])).masked_fill(~kept, 0.0)
     return RowLosses(loss, zloss, row_weight, kept)
 
@@ -101,4 +101,6 @@ def as_scalar(normalizer: Tensor | float | None, logits: Tensor) -> Tensor | Non
     dtype = arithmetic_dtype(logits.dtype)
     if isinstance(normalizer, Tensor):
         return normalizer.detach().reshape(()).to(device=logits.device, dtype=dtype)
+    if torch.compiler.is_compiling():  # a product stays open to other values, a fill does not
+        return torch.ones((), dtype=dtype, device=logits.device) * normalizer
     return torch.full((), normalizer, dtype=dtype, device=logits.device)

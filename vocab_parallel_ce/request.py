@@ -13,6 +13,11 @@ from .engines.contract import Wanted
 from .switches import check_is_on
 
 
+def is_on(value: float) -> bool:
+    """value != 0, but so that the compiler does not take a value of 0 for the only one there is."""
+    return value > 0 or value < 0
+
+
 @dataclass(frozen=True)
 class RowRequest:
     """One call's statics; every field is a scalar that a custom operator can take."""
