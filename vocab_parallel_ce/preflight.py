@@ -63,7 +63,12 @@ def preflight(plan: Plan | Exception, group: dist.ProcessGroup) -> None:
     except Exception as problem:  # a number that no field holds
         plan, packed = problem, _pack(problem)
     # Where a rank failed, its tensors may be anywhere: the group alone decides.
-    device = communication_device(group)
+    try:
+        device = communication_device(group)
+    except Exception:
+        if isinstance(plan, Exception):  # a group of devices that are not here tells nobody
+            raise plan from None
+        raise
     _held.count += 1
     mine = torch.frombuffer(bytearray(packed), dtype=torch.int32).to(device)
     world = dist.get_world_size(group)
