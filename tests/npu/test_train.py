@@ -75,6 +75,7 @@ def test_two_npu_ranks_follow_the_curve_of_the_cpu(tmp_path: Path) -> None:
     assert _losses(tmp_path, "npu")[:6] == curve
 
 
+@pytest.mark.full
 def test_data_parallel_in_bf16_with_every_option_of_the_loss(tmp_path: Path) -> None:
     options = "--dp 2 --dtype bfloat16 --label-smoothing 0.1 --z-loss 1e-3 --tied --no-inplace"
     process = _train(tmp_path, "dp", *options.split())
