@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from ..switches import SCRATCH_MIB, SCRATCH_VARIABLE
-from .contract import IGNORED, Coefficients, RowFunctions, Wanted
+from .contract import IGNORED, Coefficients, RowFunctions, Wanted, without_unused
 
 ROW_FUNCTIONS: RowFunctions | None = None
 LEAVES_LOG_PROB = True
@@ -224,6 +224,7 @@ def gradient(
     out: Tensor,
 ) -> None:
     """See ``contract.Engine``."""
+    local_target = without_unused(local_target, coefficients)
     # The result and, where the logits are strided, a dense copy that a kernel may make of them.
     for rows in _chunks(logits, 2 if coefficients.entropy is None else 3):
         _chunk_gradient(
