@@ -17,7 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from .checks import Options, admit, check_overwritable
+from .rounds import play_after, play_before
 from .shard import VocabShard
+from .switches import check_is_on, check_word
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Layout:
     row_placements: tuple[Placement, ...] = ()
     shape: tuple[int, ...] = ()
     """of the global logits"""
+    row_groups: tuple[dist.ProcessGroup, ...] = ()
+    """of the ranks that hold other rows, where they are to hear of errors (``check``)"""
 
     def rows(self, value: Tensor) -> Tensor:
         """A per-row result [...], sharded like the logits' rows."""
@@ -52,6 +56,11 @@ class Layout:
         part = DTensor.from_local(value, self.mesh, partial, run_check=False)
         return part.redistribute(placements=[Replicate()] * len(partial)).to_local()
 
+    def agree(self) -> None:
+        """With ``check``: raise if a rank that holds other rows has raised."""
+        if self.row_groups:
+            play_after(self.row_groups)
+
     def _wrap(
         self, value: Tensor, placements: tuple[Placement, ...], shape: tuple[int, ...]
     ) -> Tensor:
@@ -72,6 +81,16 @@ def vocabulary_group(input: DTensor) -> dist.ProcessGroup | None:
     last = input.dim() - 1
     dims = [d for d, p in enumerate(input.placements) if _shards(p, last, input.dim())]
     return input.device_mesh.get_group(dims[0]) if len(dims) == 1 else None
+
+
+def row_groups(input: DTensor) -> tuple[dist.ProcessGroup, ...]:
+    """The ranks that hold other rows of the same columns, a group for each mesh dimension."""
+    last = input.dim() - 1
+    return tuple(
+        input.device_mesh.get_group(d)
+        for d, p in enumerate(input.placements)
+        if isinstance(p, Shard) and not _shards(p, last, input.dim())
+    )
 
 
 def unwrap(
@@ -101,7 +120,9 @@ def unwrap(
     vocab_dims = _vocab_dims(input, last)
     placements = tuple(input.placements)
     rows = tuple(Replicate() if d in vocab_dims else p for d, p in enumerate(placements))
-    layout = Layout(mesh, placements, rows, tuple(input.shape))
+    telling = check_is_on(check_word(options.check)) and not torch.compiler.is_compiling()
+    hearing = row_groups(input) if telling else ()
+    layout = Layout(mesh, placements, rows, tuple(input.shape), hearing)
 
     local = input.to_local(grad_placements=placements)
     offset = _offset(input)
@@ -109,10 +130,14 @@ def unwrap(
     shard = VocabShard(start, start + local.shape[-1], input.shape[last])
     group = mesh.get_group(vocab_dims[0]) if vocab_dims else None
     options = options._replace(group=group, shard=shard)
+    _check_target(target, local, layout)
+    local_weight = _local_weight(weight)
+    if telling:
+        play_before(mesh)
     if isinstance(options.normalizer, DTensor):
         options = options._replace(normalizer=options.normalizer.full_tensor())
     local_target = _local_target(target, local, layout, offset)
-    return *admit(local, local_target, _local_weight(weight), options), layout
+    return *admit(local, local_target, local_weight, options), layout
 
 
 def _offset(input: DTensor) -> tuple[int, ...]:
@@ -159,7 +184,7 @@ def _shards(placement: Placement, dim: int, ndim: int) -> bool:
     return isinstance(placement, Shard) and placement.dim % ndim == dim
 
 
-def _local_target(target: Tensor, local: Tensor, layout: Layout, offset: tuple[int, ...]) -> Tensor:
+def _check_target(target: Tensor, local: Tensor, layout: Layout) -> None:
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
     shape = layout.shape[:-1]
@@ -178,6 +203,10 @@ def _local_target(target: Tensor, local: Tensor, layout: Layout, offset: tuple[i
                 f"target has placements {tuple(target.placements)}: ids must not be Partial sums; "
                 "use target.redistribute(...)"
             )
+
+
+def _local_target(target: Tensor, local: Tensor, layout: Layout, offset: tuple[int, ...]) -> Tensor:
+    if isinstance(target, DTensor):
         return target.redistribute(placements=layout.row_placements).to_local()
     if target.shape == local.shape[:-1]:
         return target

@@ -9,8 +9,9 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch.distributed.tensor import DTensor
 
-from .dtensor import vocabulary_group
+from .dtensor import row_groups, vocabulary_group
 from .preflight import together
+from .rounds import told_after, told_before
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -24,8 +25,16 @@ def raises_together(function: Callable[P, T]) -> Callable[P, T]:
         if torch.compiler.is_compiling():  # the custom operator tells, when it runs
             return function(*args, **kwargs)
         input = args[0] if args else kwargs.get("input")
-        group = vocabulary_group(input) if isinstance(input, DTensor) else kwargs.get("group")
-        with together(group, kwargs.get("check")):
+        check = kwargs.get("check")
+        if not isinstance(input, DTensor):
+            with together(kwargs.get("group"), check):
+                return function(*args, **kwargs)
+        group, rows = vocabulary_group(input), row_groups(input)
+        with (
+            told_after(rows, check),
+            together(group, check),
+            told_before(input.device_mesh, check),
+        ):
             return function(*args, **kwargs)
 
     return call
