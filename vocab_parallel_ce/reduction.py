@@ -67,28 +67,28 @@ def reduce_rows(
     reduction: str,
     normalizer: Tensor | None = None,
     total: Callable[[Tensor], Tensor] = _same,
-) -> tuple[Tensor, Tensor]:
-    """(loss with z, the z part of it): [N], or 0-d when reduced.
+) -> tuple[Tensor, Tensor | None]:
+    """(loss with z, the z part of it or None where that is 0): [N], or 0-d when reduced.
 
     ``normalizer`` is 0-d, see ``as_scalar``. ``total`` adds a 0-d sum up over ranks that hold other
     rows of the same batch.
     """
-    if reduction == "none":
-        zloss = torch.zeros_like(rows.loss) if rows.zloss is None else rows.zloss
-        return (rows.loss if rows.zloss is None else rows.loss + zloss), zloss
-    loss = total(rows.loss.sum())
-    zloss = loss.new_zeros(()) if rows.zloss is None else total(rows.zloss.sum())
+    loss, zloss = rows.loss, rows.zloss
+    if reduction != "none":
+        loss = total(loss.sum())
+        zloss = None if zloss is None else total(zloss.sum())
     if reduction == "mean":
         if normalizer is None:
             loss = loss / total(rows.row_weight.sum())
-            if rows.zloss is not None:
+            if zloss is not None:
                 zloss = zloss / total(rows.kept.sum().to(zloss.dtype))
         else:
             # Nothing kept, nothing counted: 0 and a gradient of 0, where 0 / 0 would be NaN.
             empty = (normalizer == 0) & ~rows.kept.any()
             denominator = torch.where(empty, torch.ones_like(normalizer), normalizer)
-            loss, zloss = loss / denominator, zloss / denominator
-    return (loss if rows.zloss is None else loss + zloss), zloss
+            loss = loss / denominator
+            zloss = None if zloss is None else zloss / denominator
+    return (loss if zloss is None else loss + zloss), zloss
 
 
 def as_scalar(normalizer: Tensor | float | None, logits: Tensor) -> Tensor | None:
