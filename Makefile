@@ -214,7 +214,7 @@ gate: $(VENV)/installed ## fails where the loss got slower than this machine's l
 record-shares: $(VENV)/installed ## keeps how near the limits the loss is here: for the gate, on a quiet machine
 	$(BIN)/python -m vocab_parallel_ce.launch.bench --ranks 1 --repeats 15 --wait-idle 10 \
 	    --peers ours-inplace,ours --out runs/shares
-	$(BIN)/python -m vocab_parallel_ce.launch.bench.shares runs/shares/bench.json
+	$(BIN)/python -m vocab_parallel_ce.launch.bench.record runs/shares/bench.json
 
 bench: $(VENV)/installed ## the loss beside its peers on this machine; writes runs/bench
 	$(BIN)/python -m vocab_parallel_ce.launch.bench --out runs/bench

@@ -35,6 +35,7 @@ from vocab_parallel_ce.launch.refusal import Refusal, is_rank_0, say_and_leave
 from vocab_parallel_ce.torch_import import torch_problem
 
 DEFAULT_JSON = Path("runs/doctor.json")
+_TEST = "with --selftest: "
 
 
 def parser(program: str) -> PlainParser:
@@ -59,11 +60,14 @@ def parser(program: str) -> PlainParser:
         metavar="FILE",
         help=f"where to write the report [default: {DEFAULT_JSON}]",
     )
-    made.add_argument("--quick", action="store_true", help="small sizes, few repetitions")
-    made.add_argument("--rows", "--tokens", type=count, metavar="N", help="rows of a check")
-    made.add_argument("--vocab", "--vocab-size", type=count, metavar="N", help="vocabulary of one")
-    made.add_argument("--timed-rows", type=count, metavar="N", help="rows that are timed")
-    made.add_argument("--timed-vocab", type=count, metavar="N", help="vocabulary that is timed")
+    made.add_argument("--quick", action="store_true", help=f"{_TEST}small sizes, few repetitions")
+    made.add_argument("--rows", "--tokens", type=count, metavar="N", help=f"{_TEST}rows of a check")
+    for names, what in (
+        (("--vocab", "--vocab-size"), "vocabulary of a check"),
+        (("--timed-rows",), "rows that are timed"),
+        (("--timed-vocab",), "vocabulary that is timed"),
+    ):
+        made.add_argument(*names, type=count, metavar="N", help=f"{_TEST}{what}")
     made.add_argument(
         "--timeout",
         type=value(options.positive),
@@ -72,6 +76,13 @@ def parser(program: str) -> PlainParser:
         help="how long one check may take [default: 60]",
     )
     return made
+
+
+def refuse_what_has_no_use(asked: Namespace) -> None:
+    """An option of the selftest without it would be ignored: it is refused."""
+    for name in ("quick", "rows", "vocab", "timed_rows", "timed_vocab"):
+        if getattr(asked, name):
+            raise Refusal(f"--{name.replace('_', '-')} needs --selftest")
 
 
 def app(arguments: Sequence[str], prog_name: str) -> None:
@@ -85,6 +96,8 @@ def app(arguments: Sequence[str], prog_name: str) -> None:
 def main(asked: Namespace) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells of every start
     path = asked.json or DEFAULT_JSON
+    if not asked.selftest:
+        refuse_what_has_no_use(asked)
     problem = torch_problem()
     if problem is not None:
         # What cannot be asked is who would have been chosen: whoever has torch_npu meant an NPU.
@@ -116,7 +129,15 @@ def main(asked: Namespace) -> None:
     if asked.selftest:
         examine(found, asked.quick, shape, sizes, asked.timeout, path)
     elif is_rank_0():
+        print(in_short(found))
         print(f"Written to {path}", flush=True)
+
+
+def in_short(found: Environment) -> str:
+    """What the tables above come to, and what to run next."""
+    count = sum(bool(variable.word) for variable in found.variables) + len(found.notes)
+    verdict = "Nothing here is set badly." if not count else f"{count} findings to read above."
+    return f"{verdict}\nWhether the loss is right here: vocab-parallel-ce doctor --selftest"
 
 
 def write_now(path: Path, found: Environment) -> None:
