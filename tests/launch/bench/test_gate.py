@@ -209,7 +209,7 @@ def test_the_records_that_the_gate_uses() -> None:
 
 # --- a kernel that is really slower ------------------------------------------------------------
 
-ROWS, COLUMNS, REPEATS = 2048, 32768, 7
+ROWS, COLUMNS, REPEATS = 1024, 32768, 7
 
 
 def half(value: Any) -> Any:
