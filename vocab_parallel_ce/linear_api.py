@@ -11,8 +11,14 @@ from torch import Tensor
 
 from .api import TokenStatistics
 from .checks import Options, Outputs
-from .linear.checks import LinearOptions, LinearTensors, admit_linear, prepare_linear
-from .linear.primitive import linear_row_statistics
+from .linear.checks import (
+    LinearOptions,
+    LinearTensors,
+    admit_linear,
+    in_forward,
+    prepare_linear,
+)
+from .linear.primitive import linear_loss, linear_row_statistics
 from .reduction import as_scalar, reduce_rows, row_losses
 from .shard import VocabShard
 from .together import raises_together
@@ -38,6 +44,8 @@ def linear_cross_entropy(
     engine: str = "auto",
     collective: str = "auto",
     check: bool | None = None,
+    gradient: str = "auto",
+    hidden_gradient: str = "summed",
     scratch_mib: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``cross_entropy(F.linear(input, linear_weight, linear_bias), target)``; logits never whole.
@@ -74,6 +82,13 @@ def linear_cross_entropy(
         check: True exchanges a preflight first, so that all ranks raise where one has a wrong
             argument, or where they disagree on the number of rows, the dtype or an option. None
             follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank.
+        gradient: when gradients are computed. "forward": with the loss, three matrix products;
+            "sum" and "mean" only, and one backward. "recompute": in backward, from logits that are
+            computed again, four products; for anything. "auto" takes "forward" for "sum" and
+            "mean", but not in fp16, nor with a z-loss that is returned. Where gradients are off
+            none are computed. Inside ``checkpoint(use_reentrant=False)`` ask for "recompute".
+        hidden_gradient: "summed" over the group, as every rank needs it; or "partial", this rank's
+            share, for a caller that sums it itself.
         scratch_mib: what logits may take at a time, in MiB, for an even share of the vocabulary.
             None: 128 on a CPU and 256 on accelerators, and at least 128 rows.
 
@@ -87,12 +102,14 @@ def linear_cross_entropy(
         ValueError: on every rank, on CPU and with ``check``: what ``cross_entropy`` raises there,
             and hidden states that differ between ranks. On accelerators without ``check`` the
             result is NaN instead, and hidden states are not compared.
-        RuntimeError: an ``engine`` that is not available here.
+        RuntimeError: an ``engine`` that is not available here; a second backward where gradients
+            were computed in forward.
 
     Communication:
-        In forward one all_gather of 3 floats a row (4 with label smoothing) and a small header, or
-        two all_reduces. In backward one all_reduce of the gradient of ``input``. With one rank,
-        nothing at all.
+        One all_gather of 3 floats a row (4 with label smoothing) and a small header, or two
+        all_reduces: with "recompute" for all rows together, with "forward" for each chunk. The
+        gradient of ``input`` is summed by one all_reduce, or one a chunk, beside the matrix
+        products. With one rank, nothing at all.
 
     Example:
         ```python
@@ -104,10 +121,16 @@ def linear_cross_entropy(
         reduction, ignore_index, label_smoothing, lse_square_scale, group, shard,
         False, normalizer, scale, engine, collective, check,
     )  # fmt: skip
-    linear = LinearOptions(scratch_mib=scratch_mib)
+    linear = LinearOptions(gradient, hidden_gradient, scratch_mib=scratch_mib)
     tensors = LinearTensors(input, linear_weight, linear_bias, target, weight, normalizer)
     tensors = _converted(admit_linear(tensors, options))
     statics = prepare_linear(tensors, options, linear, Outputs())
+    if in_forward(tensors, options, linear, return_zloss):
+        loss, zloss = linear_loss(
+            tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target,
+            tensors.weight, as_scalar(tensors.normalizer, tensors.input), statics, group,
+        )  # fmt: skip
+        return (loss, zloss) if return_zloss else loss
     stats, _, agreed = linear_row_statistics(
         tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target, tensors.weight,
         as_scalar(tensors.normalizer, tensors.input), statics, group,
@@ -136,6 +159,7 @@ def linear_token_statistics(
     engine: str = "auto",
     collective: str = "auto",
     check: bool | None = None,
+    hidden_gradient: str = "summed",
     scratch_mib: float | None = None,
 ) -> TokenStatistics:
     """``token_statistics`` of ``F.linear(input, linear_weight, linear_bias)``; logits never whole.
@@ -163,6 +187,8 @@ def linear_token_statistics(
         check: True exchanges a preflight first, so that all ranks raise where one has a wrong
             argument, or where they disagree on the number of rows, the dtype or an option. None
             follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank.
+        hidden_gradient: "summed" over the group, as every rank needs it; or "partial", this rank's
+            share, for a caller that sums it itself.
         scratch_mib: what logits may take at a time, in MiB, for an even share of the vocabulary.
             None: 128 on a CPU and 256 on accelerators, and at least 128 rows.
 
@@ -192,7 +218,7 @@ def linear_token_statistics(
     options = Options(
         "none", ignore_index, 0.0, 0.0, group, shard, False, None, scale, engine, collective, check
     )
-    linear = LinearOptions(scratch_mib=scratch_mib)
+    linear = LinearOptions(hidden_gradient=hidden_gradient, scratch_mib=scratch_mib)
     tensors = LinearTensors(input, linear_weight, linear_bias, target, None, None)
     tensors = _converted(admit_linear(tensors, options))
     statics = prepare_linear(tensors, options, linear, Outputs(entropy=entropy, argmax=argmax))

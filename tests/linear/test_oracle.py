@@ -46,6 +46,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 # Of forward and backward by columns, of few rows, of one, and of all.
 CHUNKS = (None, 4, 1, ROWS)
+WAYS = (
+    ("none", "auto"),
+    ("mean", "forward"),
+    ("mean", "recompute"),
+    ("sum", "forward"),
+    ("sum", "auto"),
+)
 ENGINES = ("auto", "eager")
 COLLECTIVES = ("auto", "all_reduce", "all_gather")
 
@@ -65,15 +72,15 @@ def _losses_match(group: dist.ProcessGroup, sharding: Sharding, dtype: torch.dty
         data = head_batch(ROWS, sharding.vocab_size, dtype, options.get("ignore_index", -100))
         if options.pop("weight", False):
             options["weight"] = data.weight
-        for reduction in ("none", "mean", "sum"):
+        for reduction, gradient in WAYS:
             want = expected_head(data, reduction=reduction, biased=biased, **options)
             chunk, engine, collective = next(chunks), next(engines), next(collectives)
-            what = f"{name}, {reduction}, chunk {chunk}, {engine}, {collective}"
+            what = f"{name}, {reduction}, {gradient}, chunk {chunk}, {engine}, {collective}"
             mine = local_head(data, sharding, rank)
             loss = linear_cross_entropy(
                 mine.hidden, mine.head, data.target, reduction=reduction,
                 linear_bias=mine.bias if biased else None, group=group,
-                shard=sharding.shard(rank), engine=engine, collective=collective,
+                shard=sharding.shard(rank), engine=engine, collective=collective, gradient=gradient,
                 scratch_mib=None if chunk is None else scratch_for(chunk, share, dtype), **options,
             )  # fmt: skip
             assert isinstance(loss, torch.Tensor)
@@ -105,7 +112,7 @@ PLANS = [
 @pytest.mark.parametrize(("world", "sharding", "dtype"), PLANS)
 def test_loss_and_gradients(pool: Pool, world: int, sharding: Sharding, dtype: torch.dtype) -> None:
     done = pool.run(_losses_match, world, (sharding, dtype))
-    assert done == [len(OPTIONS) * 3] * world
+    assert done == [len(OPTIONS) * len(WAYS)] * world
 
 
 NARROW = [

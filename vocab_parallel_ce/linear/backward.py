@@ -42,6 +42,9 @@ class Gradients:
     """[V_r, H]; exactly 0 in padding"""
     bias: Tensor | None = None
 
+    def all(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.hidden, self.weight, self.bias
+
 
 @dataclass(frozen=True)
 class Leaves:
@@ -178,7 +181,9 @@ class RowSums:
         self._weight = WeightSum(leaves.weight, size, portions, keep_wide) if needs.weight else None
         self._bias = BiasSum(leaves.bias, size) if needs.bias and leaves.bias is not None else None
         self._hidden = (
-            HiddenSum(call.hidden, call.group, call.statics.partial) if needs.hidden else None
+            HiddenSum(call.hidden, call.group, call.statics.partial, keep_wide)
+            if needs.hidden
+            else None
         )
 
     def add(self, rows: Rows, x: Tensor, hidden: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checks import LOGITS_DTYPES, Held, Options, Outputs, check_group, is_number, prepare
 from ..kinds import check_kinds, settled
+from ..request import is_on
 from ..shard import group_rank_and_size
 from ..transforms import check_transforms
 from .call import Statics
@@ -82,6 +83,29 @@ def prepare_linear(
         share, tensors.input.element_size(), tensors.input.device.type, linear.scratch_mib
     )
     return Statics(request, chunk, linear.scratch_mib, linear.hidden_gradient == "partial")
+
+
+def in_forward(
+    tensors: LinearTensors, options: Options, linear: LinearOptions, return_zloss: bool
+) -> bool:
+    """Whether this call computes gradients together with the loss.
+
+    Raises ValueError where that is asked for and cannot be.
+    """
+    z_apart = return_zloss and is_on(options.lse_square_scale)
+    serves = options.reduction != "none" and not z_apart
+    if linear.gradient == "forward" and not serves:
+        why = "the z-loss has a gradient of its own" if z_apart else "every row has one of its own"
+        raise ValueError(
+            f"gradient='forward' needs one incoming gradient, but with "
+            f"{'return_zloss=True' if z_apart else 'reduction=none'} {why}; use gradient='auto' "
+            "or 'recompute'"
+        )
+    auto = linear.gradient == "auto" and serves and tensors.input.dtype != torch.float16
+    leaves = (tensors.input, tensors.linear_weight, tensors.linear_bias)
+    # Asked here: inside an autograd.Function gradients are off, and its inputs still need some.
+    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+    return needed and (auto or linear.gradient == "forward")
 
 
 def _check_words(linear: LinearOptions, where: str) -> None:

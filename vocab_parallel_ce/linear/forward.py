@@ -20,7 +20,7 @@ def linear_statistics(call: LinearCall) -> RowResult:
     def fill(engine: Engine, parts: Tensor, local_target: Tensor) -> Tensor | None:
         keep = local_target != IGNORED
         kept = kept_rows(keep) if call.leaves_out else None
-        told = _Told(call)
+        told = Told(call)
         if kept is not None:
             parts.zero_()
         for rows in portions(call.rows, kept, max(1, chunk)):
@@ -50,7 +50,7 @@ def fill_rows(
     parts[:, rows] = some
 
 
-class _Told:
+class Told:
     """What the header tells of the hidden states: where others can compare, and where it is seen.
 
     Not on an accelerator that nobody waits for: nobody would read it.

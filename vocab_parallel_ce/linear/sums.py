@@ -71,15 +71,20 @@ class HiddenSum:
     """
 
     def __init__(
-        self, like: Tensor, group: dist.ProcessGroup | None, partial: bool = False
+        self,
+        like: Tensor,
+        group: dist.ProcessGroup | None,
+        partial: bool = False,
+        keep_wide: bool = False,
     ) -> None:
-        self.out = torch.zeros_like(like)
+        wide = keep_wide and is_narrow(like.dtype)
+        self.out = torch.zeros_like(like, dtype=torch.float32 if wide else like.dtype)
         self._group = None if partial or group is None or group.size() == 1 else group
         self._under_way: list[tuple[Any, Tensor, Rows]] = []
 
     def put(self, rows: Rows, values: Tensor) -> None:
         """This rank's share of the gradient of some rows; ``values`` [n, H] are used up."""
-        if self._group is None:
+        if self._group is None or values.numel() == 0:
             self.out[rows] = values.to(self.out.dtype)
             return
         values = values.to(self._carried_in(values)).contiguous()
@@ -104,3 +109,17 @@ class HiddenSum:
         while self._under_way:
             self._finish()
         return self.out
+
+
+def scale_(values: Tensor, factor: Tensor) -> None:
+    """values * factor in place, with the product of narrow numbers formed in fp32."""
+    if values.device.type == "cpu" and bool(factor == 1):
+        return
+    if not is_narrow(values.dtype):
+        values.mul_(factor)
+        return
+    step = max(1, _BLOCK_BYTES // (values[:1].numel() * 4 + 1))
+    if values.device.type != "cpu":
+        step *= 64
+    for block in values.split(step):
+        block.copy_(block.float().mul_(factor))
