@@ -27,8 +27,9 @@ from .switches import check_is_on, check_word
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 _ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)
 _TEXT_BYTES = 1024
-# has error, kind of error, rows, logits dtype, target dtype, columns, collective; header; text
-_FIELDS = 7
+# has error, kind of error, rows, logits dtype, target dtype, columns, collective, width of the
+# hidden states, rows of an exchange; header; text
+_FIELDS = 9
 _FORMAT = f"<{_FIELDS}q{HEADER_INTS}i{_TEXT_BYTES}s"
 
 
@@ -41,6 +42,10 @@ class Plan:
     target: Tensor
     normalizer: Tensor | None = None
     """0-d, in the arithmetic dtype"""
+    width: int = 0
+    """of the hidden states that the logits are made of; 0 where they are given"""
+    chunk: int = 0
+    """rows of an exchange, where a call makes more than one; else 0"""
 
 
 class _Held(threading.local):
@@ -88,6 +93,8 @@ def preflight(plan: Plan | Exception, group: dist.ProcessGroup) -> None:
         (3, "the dtype of input", lambda code: str(_DTYPES[code])),
         (4, "the dtype of target", lambda code: str(_DTYPES[code])),
         (6, "collective", lambda code: COLLECTIVES[code]),
+        (7, "the width of input", str),
+        (8, "the rows of an exchange (gradient, scratch_mib, or whether gradients are on)", str),
     ):
         for rank, other in enumerate(plans):
             if other[column] != plans[0][column]:
@@ -140,6 +147,8 @@ def _pack(plan: Plan | Exception) -> bytes:
         _DTYPES.index(plan.target.dtype),
         columns,
         COLLECTIVES.index(plan.request.collective),
+        plan.width,
+        plan.chunk,
         *header.tolist(),
         b"",
     )

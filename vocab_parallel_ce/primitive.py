@@ -53,6 +53,12 @@ class _RefuseSecondDerivative(torch.autograd.Function):
         )
 
 
+def refusing_second_derivative(grad: Tensor) -> Tensor:
+    """``grad`` for a caller that records a graph of it."""
+    out: Tensor = _RefuseSecondDerivative.apply(grad.requires_grad_())  # type: ignore[no-untyped-call]
+    return out
+
+
 class _RowStatistics(torch.autograd.Function):
     """The primitive in eager mode."""
 
@@ -87,7 +93,7 @@ class _RowStatistics(torch.autograd.Function):
         with torch.no_grad():
             grad = _RowStatistics._gradient(ctx, grad_stats)
         if torch.is_grad_enabled():  # create_graph=True
-            grad = _RefuseSecondDerivative.apply(grad.requires_grad_())  # type: ignore[no-untyped-call]
+            grad = refusing_second_derivative(grad)
         return (grad, *(None,) * 7)
 
     @staticmethod
