@@ -12,7 +12,7 @@ left out of the time (it is 4 k of b C bytes a row) and counted in the memory.
                         collectives.py
 
 The npu engine makes more sweeps, always in fp32, over chunks of rows with scratch memory of its own
-(engines/npu.py counts them). How many of them the device's cache answers was never seen, so it is
+(engines/npu/ counts them). How many of them the device's cache answers was never seen, so it is
 given twice: as if none were, and, named "all in cache", as if every chunk were read and written
 once. The truth lies between.
 
@@ -143,7 +143,7 @@ def _ours(case: Case, engine: str, inplace: bool) -> Way:
 
 
 def _npu(b: int) -> tuple[list[Sweep], list[Sweep]]:
-    """The sweeps that engines/npu.py counts."""
+    """The sweeps that engines/npu/ counts."""
     forward = [Sweep("max, subtract, the operator", 5 * 4, 2 * 4)]
     backward = [Sweep("subtract, exp, scale, zero", 4 * 4, 4 * 4)]
     if b < 4:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vocab_parallel_ce.engines import eager, npu
+from vocab_parallel_ce.engines import eager
 from vocab_parallel_ce.engines.contract import IGNORED, Coefficients, Engine
 from vocab_parallel_ce.engines.cpu import engine as cpu
+from vocab_parallel_ce.engines.npu import engine as npu
 from vocab_parallel_ce.engines.triton import engine as triton
 from vocab_parallel_ce.testing.engine import EngineCheck, Subject, engine_checks, random_shard
 

@@ -46,8 +46,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..switches import SCRATCH_MIB, SCRATCH_VARIABLE
-from .contract import IGNORED, Coefficients, RowFunctions, Wanted
+from ...switches import SCRATCH_MIB, SCRATCH_VARIABLE
+from ..contract import IGNORED, Coefficients, RowFunctions, Wanted
 
 ROW_FUNCTIONS: RowFunctions | None = None
 LEAVES_LOG_PROB = True
