@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from .ledger import entered
+
 # Storage and shape: torch_npu's own kernels, which only move or look at memory.
 OWN_KERNELS = {
     "_has_compatible_shallow_copy_type",
@@ -89,7 +91,7 @@ def install() -> None:
         for name, kernel in operators.KERNELS.items():
             if not _exists(f"npu::{name}"):  # torch_npu has one of two names
                 continue
-            npu.impl(name, kernel, "PrivateUse1", **again)
+            npu.impl(name, entered(name, kernel), "PrivateUse1", **again)
 
 
 def cpu_alias(tensor: torch.Tensor) -> torch.Tensor:
@@ -197,7 +199,8 @@ def _kernel(aten_name: str) -> Callable[..., Any]:
         for index, argument in enumerate(operator._schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
-    return _writing_kernel(operator, written) if written else on_cpu(operator)
+    kernel = _writing_kernel(operator, written) if written else on_cpu(operator)
+    return entered(aten_name, kernel, written)
 
 
 def _writing_kernel(operator: Any, written: list[tuple[int, str]]) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from ...switches import SCRATCH_MIB, SCRATCH_VARIABLE
 
 _MIB = 1 << 20
 _CACHE_FOR_OTHERS = 16 * _MIB
-LOWEST = torch.finfo(torch.float32).min
+_LOWEST = torch.finfo(torch.float32).min
 
 
 def scratch_bytes() -> int:
@@ -107,9 +107,11 @@ def minus(m: Tensor) -> Tensor:
     return m.neg()[:, None]
 
 
-def floored(top: Tensor) -> Tensor:
-    """A row's maximum in fp32, finite where all of the row is -inf: -inf - -inf would be NaN."""
-    return torch.maximum(top, torch.full((1,), LOWEST, dtype=torch.float32, device=top.device))
+def lowest(like: Tensor) -> Tensor:
+    """The lowest finite fp32 number, [1]. The maximum of it and of a row's maximum is fp32 and
+    finite even where the row is all -inf: -inf - -inf would be NaN.
+    """
+    return torch.full((1,), _LOWEST, dtype=torch.float32, device=like.device)
 
 
 def shifted(x: Tensor, minus_m: Tensor, out: Tensor) -> Tensor:
@@ -119,10 +121,14 @@ def shifted(x: Tensor, minus_m: Tensor, out: Tensor) -> Tensor:
     return torch.add(x, minus_m)
 
 
-def first_column_of(x: Tensor, top: Tensor) -> Tensor:
-    """The first column that holds the row's maximum ``top``, [n] fp32: exact below 2^24.
+def numbered(logits: Tensor) -> Tensor:
+    """The columns' numbers [C_r] in fp32, which is exact below 2^24."""
+    return torch.arange(logits.shape[1], dtype=torch.float32, device=logits.device)
+
+
+def first_column_of(x: Tensor, top: Tensor, columns: Tensor) -> Tensor:
+    """The first of ``columns`` that holds the row's maximum ``top``, [n].
 
     No order among ties is promised for the device's own argmax.
     """
-    columns = torch.arange(x.shape[1], dtype=torch.float32, device=x.device)
     return torch.where(x == top[:, None], columns, float(x.shape[1])).amin(1)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..contract import IGNORED, Coefficients, Wanted
-from .chunks import Scaling, first_column_of, floored, minus, row_ranges
+from .chunks import Scaling, first_column_of, lowest, minus, numbered, row_ranges
 from .finishing import finish_partials, subtract_smoothing, write_chunk
 from .log_prob import log_prob
 from .target_column import TargetColumn
@@ -78,14 +78,15 @@ def partials(
     at_target = TargetColumn(logits, scaling, local_target)
     wide = logits.dtype == torch.float32 or scaling.widens
     tops = named["m"] if wide else torch.empty_like(named["m"], dtype=logits.dtype)
-    zeros = torch.zeros_like(named["s"])
+    zeros, floor = torch.zeros_like(named["s"]), lowest(logits)
     ones = torch.ones_like(zeros)
+    columns = numbered(logits) if wanted.argmax else None
 
     def chunk(logits: Tensor, named: dict[str, Tensor], rows: slice) -> None:
         x = scaling.chunk(logits)
         at_target.see(x, rows)
         top = torch.amax(x, 1, out=tops[rows])
-        shift = floored(top)
+        shift = torch.maximum(top, floor)
         e = fused(x, shift, ones[rows], zeros[rows])
         torch.sum(e, 1, out=named["s"])
         if wanted.smooth:
@@ -97,8 +98,8 @@ def partials(
             torch.sum(e.mul_(z), 1, out=named["t"])
             del z
         del e
-        if wanted.argmax:
-            named["argmax"].view(torch.int32).copy_(first_column_of(x, top))
+        if columns is not None:
+            named["argmax"].view(torch.int32).copy_(first_column_of(x, top, columns))
 
     more = wanted.entropy or wanted.smooth or wanted.argmax
     for rows in row_ranges(logits, 1 + scaling.widens + more):

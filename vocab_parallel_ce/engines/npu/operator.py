@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ..contract import IGNORED, Coefficients, Wanted
-from .chunks import Scaling, first_column_of, floored, minus, row_ranges, shifted
+from .chunks import Scaling, first_column_of, lowest, minus, numbered, row_ranges, shifted
 from .finishing import finish_partials, subtract_smoothing, write_chunk
 from .log_prob import log_prob
 from .target_column import TargetColumn
@@ -70,16 +70,18 @@ def partials(
     named = dict(zip(wanted.rows, out.unbind(0), strict=True))
     scaling = Scaling(scale, logits)
     at_target = TargetColumn(logits, scaling, local_target)
+    floor = lowest(logits)
     buffers = 2 + scaling.widens + wanted.argmax  # x - m and the operator's log_prob; x; columns
+    columns = numbered(logits) if wanted.argmax else None
 
     def chunk(logits: Tensor, named: dict[str, Tensor], rows: slice) -> None:
         x = scaling.chunk(logits)
         at_target.see(x, rows)
         top, best = x.max(1)
         named["m"].copy_(top)
-        if wanted.argmax:
-            named["argmax"].view(torch.int32).copy_(first_column_of(x, top))
-        z = torch.add(x, minus(floored(top)))
+        if columns is not None:
+            named["argmax"].view(torch.int32).copy_(first_column_of(x, top, columns))
+        z = torch.add(x, minus(torch.maximum(top, floor)))
         del x
         # What the device calls the maximum of a row of NaN is not told; a column it must be.
         log_s, scratch = _operator(z, best.clamp_(0, z.shape[1] - 1))

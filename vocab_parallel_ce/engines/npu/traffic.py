@@ -83,13 +83,13 @@ class UnknownTrafficError(RuntimeError):
 
 
 _EACH_ONCE = """
-    abs add addcmul all amax amin any arange argmax bitwise_and bitwise_not bitwise_or clamp
-    clamp_min copy_ eq exp fill_ ge gt isfinite isnan le log logical_and logical_not logical_or lt
-    masked_fill masked_fill_ max maximum mean min minimum mul ne neg npu_dtype_cast _npu_dtype_cast
-    npu_fused_cross_entropy_loss_with_max_sum fused_cross_entropy_loss_with_max_sum ones_like
-    reciprocal sum where zero_ zeros_like cat stack clone div bitwise_left_shift bitwise_right_shift
-    bitwise_xor
-    exp_ log_ neg_ clamp_ clamp_min_ bitwise_and_ bitwise_or_ bitwise_xor_
+    _npu_dtype_cast abs abs_ add addcmul all amax amin any arange argmax bitwise_and
+    bitwise_and_ bitwise_left_shift bitwise_not bitwise_or bitwise_or_ bitwise_right_shift
+    bitwise_xor bitwise_xor_ cat clamp clamp_ clamp_min clamp_min_ clone copy_ div eq exp exp_
+    fill_ floor_divide full fused_cross_entropy_loss_with_max_sum ge gt isfinite isnan le log
+    log_ logical_and logical_not logical_or lt masked_fill masked_fill_ max maximum mean min
+    minimum mul nan_to_num ne neg neg_ npu_dtype_cast npu_fused_cross_entropy_loss_with_max_sum
+    ones_like pow reciprocal remainder sign square stack sum where zero_ zeros_like
 """
 _CASTS_FIRST = "sub sub_ add_ mul_ div_ addcmul_ rsub"
 _TABLE: dict[str, Rule | None] = {
@@ -106,7 +106,8 @@ _TABLE: dict[str, Rule | None] = {
     "index_put_": None,
     "_index_put_impl_": None,
     "logsumexp": None,
-    "softmax": None,
+    "_softmax": None,
+    "_log_softmax": None,
 }
 
 
@@ -136,7 +137,7 @@ def moved(operator: str, reads: Sequence[Operand], writes: Sequence[Operand]) ->
         sizes = [operand.itemsize * few for operand in (*reads, *writes)]
         return Moved(sum(sizes), max((operand.itemsize for operand in writes), default=0) * few)
     read, written = _total(reads), _total(writes)
-    if operator == "copy_" and _one_copy(reads, writes):
+    if operator in ("copy_", "clone") and _one_copy(reads, writes):
         return Moved(read, written)
     if rule is Rule.OPERATOR:
         largest = max(reads, key=lambda operand: operand.bytes)
@@ -154,7 +155,7 @@ def moved(operator: str, reads: Sequence[Operand], writes: Sequence[Operand]) ->
 
 
 def _one_copy(reads: Sequence[Operand], writes: Sequence[Operand]) -> bool:
-    """Whether copy_ is one kernel: of one dtype it moves strided memory itself."""
+    """Whether a copy is one kernel: of one dtype it moves strided memory itself."""
     return len({operand.itemsize for operand in (*reads, *writes)}) == 1
 
 

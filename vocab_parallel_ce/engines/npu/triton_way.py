@@ -6,4 +6,4 @@ import torch
 
 
 def unavailable(dtype: torch.dtype) -> str | None:
-    return "its kernels are not here yet"
+    return "triton-ascend is not installed"
