@@ -428,7 +428,11 @@ def test_the_fused_kernel_gives_its_loss_alone(calls: list[OperatorCall]) -> Non
 def test_what_the_fused_kernel_refuses(
     change: dict[str, Any], rule: str, calls: list[OperatorCall], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = {"top": torch.ones(N), "total": torch.ones(N), "predicted": torch.ones(N)}
+    given: dict[str, Any] = {
+        "top": torch.ones(N),
+        "total": torch.ones(N),
+        "predicted": torch.ones(N),
+    }
     given |= {"x": torch.ones(N, C), **change}
     monkeypatch.setenv("NPU_SIM_CANN", given.pop("cann", "9.0.0"))
     args = [given.pop(name) for name in ("top", "total", "predicted")]
