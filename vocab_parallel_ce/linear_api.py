@@ -46,6 +46,7 @@ def linear_cross_entropy(
     check: bool | None = None,
     gradient: str = "auto",
     hidden_gradient: str = "summed",
+    sequence_parallel: bool = False,
     scratch_mib: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``cross_entropy(F.linear(input, linear_weight, linear_bias), target)``; logits never whole.
@@ -89,6 +90,9 @@ def linear_cross_entropy(
             none are computed. Inside ``checkpoint(use_reentrant=False)`` ask for "recompute".
         hidden_gradient: "summed" over the group, as every rank needs it; or "partial", this rank's
             share, for a caller that sums it itself.
+        sequence_parallel: dimension 0 of ``input`` is the sequence, and each rank holds its equal
+            part of it, [S / tp, ..., H]; ``target`` [S, ...] is whole on every rank, and so is what
+            is returned. Rows are gathered, and their gradient scattered, a chunk at a time.
         scratch_mib: what logits may take at a time, in MiB, for an even share of the vocabulary.
             None: 128 on a CPU and 256 on accelerators, and at least 128 rows.
 
@@ -121,7 +125,7 @@ def linear_cross_entropy(
         reduction, ignore_index, label_smoothing, lse_square_scale, group, shard,
         False, normalizer, scale, engine, collective, check,
     )  # fmt: skip
-    linear = LinearOptions(gradient, hidden_gradient, scratch_mib=scratch_mib)
+    linear = LinearOptions(gradient, hidden_gradient, sequence_parallel, scratch_mib)
     tensors = LinearTensors(input, linear_weight, linear_bias, target, weight, normalizer)
     tensors = _converted(admit_linear(tensors, options))
     statics = prepare_linear(tensors, options, linear, Outputs())
@@ -139,7 +143,7 @@ def linear_cross_entropy(
     given = agreed if statics.request.normalized else None
     loss, zloss = reduce_rows(rows, reduction, given)
     if reduction == "none":
-        loss, zloss = loss.reshape(target.shape), zloss.reshape(target.shape)
+        loss, zloss = loss.reshape(tensors.target.shape), zloss.reshape(tensors.target.shape)
     return (loss, zloss) if return_zloss else loss
 
 
@@ -160,6 +164,7 @@ def linear_token_statistics(
     collective: str = "auto",
     check: bool | None = None,
     hidden_gradient: str = "summed",
+    sequence_parallel: bool = False,
     scratch_mib: float | None = None,
 ) -> TokenStatistics:
     """``token_statistics`` of ``F.linear(input, linear_weight, linear_bias)``; logits never whole.
@@ -189,6 +194,9 @@ def linear_token_statistics(
             follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank.
         hidden_gradient: "summed" over the group, as every rank needs it; or "partial", this rank's
             share, for a caller that sums it itself.
+        sequence_parallel: dimension 0 of ``input`` is the sequence, and each rank holds its equal
+            part of it, [S / tp, ..., H]; ``target`` [S, ...] is whole on every rank, and so is what
+            is returned. Rows are gathered, and their gradient scattered, a chunk at a time.
         scratch_mib: what logits may take at a time, in MiB, for an even share of the vocabulary.
             None: 128 on a CPU and 256 on accelerators, and at least 128 rows.
 
@@ -218,7 +226,7 @@ def linear_token_statistics(
     options = Options(
         "none", ignore_index, 0.0, 0.0, group, shard, False, None, scale, engine, collective, check
     )
-    linear = LinearOptions(hidden_gradient=hidden_gradient, scratch_mib=scratch_mib)
+    linear = LinearOptions("auto", hidden_gradient, sequence_parallel, scratch_mib)
     tensors = LinearTensors(input, linear_weight, linear_bias, target, None, None)
     tensors = _converted(admit_linear(tensors, options))
     statics = prepare_linear(tensors, options, linear, Outputs(entropy=entropy, argmax=argmax))
@@ -226,7 +234,7 @@ def linear_token_statistics(
         tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target, None, None,
         statics, group,
     )  # fmt: skip
-    shape = target.shape
+    shape = tensors.target.shape
     return TokenStatistics(
         log_prob=0.0 - stats.select(0, 0).reshape(shape),
         lse=stats.select(0, 1).reshape(shape),

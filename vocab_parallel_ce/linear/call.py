@@ -12,6 +12,7 @@ from ..preflight import Plan
 from ..request import RowRequest
 from .chunks import columns_of_a_block
 from .head import Head
+from .kept import Portion, portions, portions_of_parts
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Statics:
     scratch_mib: float | None = None
     partial: bool = False
     """the gradient of the hidden states is left unsummed"""
+    sequence_parallel: bool = False
+    """each rank has its part of the hidden states"""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class LinearCall:
     """The tensors of one call, plain and without a tape."""
 
     hidden: Tensor
-    """[N, H]"""
+    """[N, H], or this rank's part of them"""
     head: Head
     target: Tensor
     """[N]"""
@@ -52,7 +55,14 @@ class LinearCall:
     @property
     def leaves_out(self) -> bool:
         """Whether ignored rows are left out of the products."""
-        return self.hidden.device.type == "cpu"
+        return self.hidden.device.type == "cpu" and not self.statics.sequence_parallel
+
+    def portions(self, kept: Tensor | None, size: int) -> list[Portion]:
+        """Of all rows, or of those that are kept, so many at a time."""
+        if not self.statics.sequence_parallel:
+            return portions(self.rows, kept, size)
+        world = 1 if self.group is None else self.group.size()
+        return portions_of_parts(self.rows, world, size, self.hidden.device)
 
     def scratch(self, rows: int, columns: int) -> Tensor:
         """Room for logits."""
@@ -67,6 +77,8 @@ class LinearCall:
 
     def block_columns(self, rows: int) -> int | None:
         """Columns of logits that exist at a time in backward; None: go by rows."""
+        if self.statics.sequence_parallel:  # all rows at once are what nobody holds
+            return None
         itemsize = self.hidden.element_size()
         return columns_of_a_block(rows, itemsize, self.hidden.device.type, self.statics.scratch_mib)
 

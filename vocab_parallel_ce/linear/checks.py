@@ -75,6 +75,11 @@ def prepare_linear(
     _check_words(linear, where)
     _check_tensors(tensors, where)
     _check_target(tensors.input, tensors.target, linear, world, where)
+    if linear.sequence_parallel and linear.hidden_gradient == "partial":
+        raise ValueError(
+            "hidden_gradient='partial' leaves the gradient of the whole sequence unsummed, which "
+            f"nobody holds with sequence_parallel=True{where}; use hidden_gradient='summed'"
+        )
     columns = tensors.linear_weight.shape[0]
     logits = tensors.input.detach().new_empty(()).expand(*tensors.target.shape, columns)
     request = prepare(logits, tensors.target, tensors.weight, options, outputs, _HEAD)
@@ -82,7 +87,18 @@ def prepare_linear(
     chunk = rows_of_a_chunk(
         share, tensors.input.element_size(), tensors.input.device.type, linear.scratch_mib
     )
-    return Statics(request, chunk, linear.scratch_mib, linear.hidden_gradient == "partial")
+    if linear.sequence_parallel and chunk < world:
+        raise ValueError(
+            f"scratch_mib={linear.scratch_mib} has room for {chunk} rows of logits, but with "
+            f"sequence_parallel=True a portion has one of each of the {world} ranks; pass more"
+        )
+    return Statics(
+        request,
+        chunk,
+        linear.scratch_mib,
+        linear.hidden_gradient == "partial",
+        linear.sequence_parallel and world > 1,
+    )
 
 
 def in_forward(
@@ -164,6 +180,19 @@ def _check_target(
     hidden: Tensor, target: Tensor, linear: LinearOptions, world: int, where: str
 ) -> None:
     wanted = tuple(hidden.shape[:-1])
+    if linear.sequence_parallel:
+        if hidden.dim() < 2:
+            raise ValueError(
+                f"sequence_parallel=True needs input [S / {world}, ..., H], got shape "
+                f"{tuple(hidden.shape)}{where}"
+            )
+        wanted = (wanted[0] * world, *wanted[1:])
+        if target.shape != wanted:
+            raise ValueError(
+                f"target has shape {tuple(target.shape)}, but input {tuple(hidden.shape)} is one "
+                f"of {world} equal parts of {wanted}{where}: with sequence_parallel=True target is "
+                "whole on every rank, and every rank's part has the same length"
+            )
     if target.shape != wanted:
         raise ValueError(
             f"target has shape {tuple(target.shape)}, but input {tuple(hidden.shape)} needs "
