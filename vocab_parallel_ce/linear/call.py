@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,10 @@ class Statics:
     """the gradient of the hidden states is left unsummed"""
     sequence_parallel: bool = False
     """each rank has its part of the hidden states"""
+
+    def scalars(self) -> tuple[Any, ...]:
+        """For a custom operator, behind those of the request."""
+        return self.chunk, self.scratch_mib, self.partial, self.sequence_parallel
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,21 @@ class LinearCall:
         return columns_of_a_block(rows, itemsize, self.hidden.device.type, self.statics.scratch_mib)
 
 
+def linear_call(
+    hidden: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    normalizer: Tensor | None,
+    statics: Statics,
+    group: dist.ProcessGroup | None,
+) -> LinearCall:
+    """From tensors as a caller has them: [..., H], [V_r, H], [V_r], [...]."""
+    head = plain_head(head_weight, head_bias, statics.request)
+    return LinearCall(flat(hidden), head, target.reshape(-1), weight, statics, group, normalizer)
+
+
 def plain_head(weight: Tensor, bias: Tensor | None, request: RowRequest) -> Head:
     """The rows of a weight [V_r, H] that are ids, without a tape."""
     size = request.size
@@ -91,7 +111,7 @@ def plain_head(weight: Tensor, bias: Tensor | None, request: RowRequest) -> Head
 
 def flat(hidden: Tensor) -> Tensor:
     """[..., H] -> [N, H]"""
-    return hidden.detach().reshape(-1, hidden.shape[-1])
+    return hidden.detach().reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
 
 
 def is_narrow(dtype: torch.dtype) -> bool:

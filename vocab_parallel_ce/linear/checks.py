@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import LOGITS_DTYPES, Held, Options, Outputs, check_group, is_number, prepare
-from ..kinds import check_kinds, settled
+from ..kinds import Kind, check_kinds, kind_of, settled
 from ..request import is_on
 from ..shard import group_rank_and_size
 from ..transforms import check_transforms
@@ -101,10 +101,24 @@ def prepare_linear(
     )
 
 
+def seen_through_transforms(tensors: LinearTensors) -> bool:
+    """Whether torch.func stands between the caller and the numbers: on one rank, whole logits."""
+    leaves = (tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target)
+    if torch.compiler.is_compiling():
+        return False
+    return any(x is not None and kind_of(x) is Kind.TRANSFORMED for x in leaves)
+
+
 def in_forward(
-    tensors: LinearTensors, options: Options, linear: LinearOptions, return_zloss: bool
+    tensors: LinearTensors,
+    options: Options,
+    linear: LinearOptions,
+    return_zloss: bool,
+    rows_shared: bool,
 ) -> bool:
     """Whether this call computes gradients together with the loss.
+
+    ``rows_shared``: other ranks hold other rows, so that denominators are summed over them.
 
     Raises ValueError where that is asked for and cannot be.
     """
@@ -118,6 +132,8 @@ def in_forward(
             "or 'recompute'"
         )
     auto = linear.gradient == "auto" and serves and tensors.input.dtype != torch.float16
+    if rows_shared and torch.compiler.is_compiling():  # no operator sums in the middle of it
+        return False
     leaves = (tensors.input, tensors.linear_weight, tensors.linear_bias)
     # Asked here: inside an autograd.Function gradients are off, and its inputs still need some.
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
