@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from .api import TokenStatistics
+from .api import TokenStatistics, cross_entropy, token_statistics
 from .checks import Options, Outputs
 from .linear.checks import (
     LinearOptions,
@@ -17,14 +18,16 @@ from .linear.checks import (
     admit_linear,
     in_forward,
     prepare_linear,
+    seen_through_transforms,
 )
+from .linear.dtensor import unwrap_linear
 from .linear.primitive import linear_loss, linear_row_statistics
 from .reduction import as_scalar, reduce_rows, row_losses
 from .shard import VocabShard
-from .together import raises_together
+from .together import linear_raises_together
 
 
-@raises_together
+@linear_raises_together
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -46,6 +49,7 @@ def linear_cross_entropy(
     check: bool | None = None,
     gradient: str = "auto",
     hidden_gradient: str = "summed",
+    sequence_parallel: bool = False,
     scratch_mib: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``cross_entropy(F.linear(input, linear_weight, linear_bias), target)``; logits never whole.
@@ -56,7 +60,10 @@ def linear_cross_entropy(
     ``input`` and ``linear_weight`` and one chunk.
 
     Args:
-        input: hidden states [..., H]; fp16, bf16, fp32 or fp64, the same on every rank.
+        input: hidden states [..., H]; fp16, bf16, fp32 or fp64, the same on every rank. Or a
+            DTensor, with ``linear_weight`` a DTensor sharded over dimension 0 of the same mesh: it
+            brings group and shard. Where it is itself sharded over dimension 0 there, it is the
+            part of a sequence.
         linear_weight: [V_r, H] this rank's rows of the head, in the dtype of ``input``. Inside
             torch.autocast both are converted, as F.linear does. Rows beyond the shard are padding.
         target: [...] int64 or int32 vocabulary ids, the same on every rank.
@@ -89,6 +96,9 @@ def linear_cross_entropy(
             none are computed. Inside ``checkpoint(use_reentrant=False)`` ask for "recompute".
         hidden_gradient: "summed" over the group, as every rank needs it; or "partial", this rank's
             share, for a caller that sums it itself.
+        sequence_parallel: dimension 0 of ``input`` is the sequence, and each rank holds its equal
+            part of it, [S / tp, ..., H]; ``target`` [S, ...] is whole on every rank, and so is what
+            is returned. Rows are gathered, and their gradient scattered, a chunk at a time.
         scratch_mib: what logits may take at a time, in MiB, for an even share of the vocabulary.
             None: 128 on a CPU and 256 on accelerators, and at least 128 rows.
 
@@ -121,29 +131,39 @@ def linear_cross_entropy(
         reduction, ignore_index, label_smoothing, lse_square_scale, group, shard,
         False, normalizer, scale, engine, collective, check,
     )  # fmt: skip
-    linear = LinearOptions(gradient, hidden_gradient, scratch_mib=scratch_mib)
+    linear = LinearOptions(gradient, hidden_gradient, sequence_parallel, scratch_mib)
     tensors = LinearTensors(input, linear_weight, linear_bias, target, weight, normalizer)
+    tensors, options, linear, layout = unwrap_linear(tensors, options, linear)
     tensors = _converted(admit_linear(tensors, options))
     statics = prepare_linear(tensors, options, linear, Outputs())
-    if in_forward(tensors, options, linear, return_zloss):
+    if seen_through_transforms(tensors):
+        return cross_entropy(
+            F.linear(input, linear_weight, linear_bias), target, weight, reduction, ignore_index,
+            label_smoothing, lse_square_scale=lse_square_scale, return_zloss=return_zloss,
+            shard=shard, normalizer=normalizer, scale=scale, engine=engine,
+        )  # fmt: skip
+    if in_forward(tensors, options, linear, return_zloss, rows_shared=layout.shares_rows):
         loss, zloss = linear_loss(
             tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target,
-            tensors.weight, as_scalar(tensors.normalizer, tensors.input), statics, group,
+            tensors.weight, as_scalar(tensors.normalizer, tensors.input), statics, options.group,
+            layout.total,
         )  # fmt: skip
+        loss, zloss = layout.scalar(loss), layout.scalar(zloss)
         return (loss, zloss) if return_zloss else loss
     stats, _, agreed = linear_row_statistics(
         tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target, tensors.weight,
-        as_scalar(tensors.normalizer, tensors.input), statics, group,
+        as_scalar(tensors.normalizer, tensors.input), statics, options.group,
     )  # fmt: skip
     rows = row_losses(stats, tensors.target.reshape(-1), tensors.weight, statics.request)
     given = agreed if statics.request.normalized else None
-    loss, zloss = reduce_rows(rows, reduction, given)
+    loss, zloss = reduce_rows(rows, reduction, given, layout.total)
     if reduction == "none":
-        loss, zloss = loss.reshape(target.shape), zloss.reshape(target.shape)
-    return (loss, zloss) if return_zloss else loss
+        loss, zloss = loss.reshape(tensors.target.shape), zloss.reshape(tensors.target.shape)
+    wrap = layout.rows if reduction == "none" else layout.scalar
+    return (wrap(loss), wrap(zloss)) if return_zloss else wrap(loss)
 
 
-@raises_together
+@linear_raises_together
 def linear_token_statistics(
     input: Tensor,
     linear_weight: Tensor,
@@ -160,6 +180,7 @@ def linear_token_statistics(
     collective: str = "auto",
     check: bool | None = None,
     hidden_gradient: str = "summed",
+    sequence_parallel: bool = False,
     scratch_mib: float | None = None,
 ) -> TokenStatistics:
     """``token_statistics`` of ``F.linear(input, linear_weight, linear_bias)``; logits never whole.
@@ -168,7 +189,10 @@ def linear_token_statistics(
     again: four matrix products where a head and its loss take three.
 
     Args:
-        input: hidden states [..., H]; fp16, bf16, fp32 or fp64, the same on every rank.
+        input: hidden states [..., H]; fp16, bf16, fp32 or fp64, the same on every rank. Or a
+            DTensor, with ``linear_weight`` a DTensor sharded over dimension 0 of the same mesh: it
+            brings group and shard. Where it is itself sharded over dimension 0 there, it is the
+            part of a sequence.
         linear_weight: [V_r, H] this rank's rows of the head, in the dtype of ``input``. Inside
             torch.autocast both are converted, as F.linear does. Rows beyond the shard are padding.
         target: [...] int64 or int32 vocabulary ids, the same on every rank.
@@ -189,6 +213,9 @@ def linear_token_statistics(
             follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank.
         hidden_gradient: "summed" over the group, as every rank needs it; or "partial", this rank's
             share, for a caller that sums it itself.
+        sequence_parallel: dimension 0 of ``input`` is the sequence, and each rank holds its equal
+            part of it, [S / tp, ..., H]; ``target`` [S, ...] is whole on every rank, and so is what
+            is returned. Rows are gathered, and their gradient scattered, a chunk at a time.
         scratch_mib: what logits may take at a time, in MiB, for an even share of the vocabulary.
             None: 128 on a CPU and 256 on accelerators, and at least 128 rows.
 
@@ -218,27 +245,35 @@ def linear_token_statistics(
     options = Options(
         "none", ignore_index, 0.0, 0.0, group, shard, False, None, scale, engine, collective, check
     )
-    linear = LinearOptions(hidden_gradient=hidden_gradient, scratch_mib=scratch_mib)
+    linear = LinearOptions("auto", hidden_gradient, sequence_parallel, scratch_mib)
     tensors = LinearTensors(input, linear_weight, linear_bias, target, None, None)
+    tensors, options, linear, layout = unwrap_linear(tensors, options, linear)
     tensors = _converted(admit_linear(tensors, options))
     statics = prepare_linear(tensors, options, linear, Outputs(entropy=entropy, argmax=argmax))
+    if seen_through_transforms(tensors):
+        return token_statistics(
+            F.linear(input, linear_weight, linear_bias), target, entropy=entropy, argmax=argmax,
+            ignore_index=ignore_index, shard=shard, scale=scale, engine=engine,
+        )  # fmt: skip
     stats, best, _ = linear_row_statistics(
         tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target, None, None,
-        statics, group,
+        statics, options.group,
     )  # fmt: skip
-    shape = target.shape
+    shape = tensors.target.shape
     return TokenStatistics(
-        log_prob=0.0 - stats.select(0, 0).reshape(shape),
-        lse=stats.select(0, 1).reshape(shape),
-        entropy=stats.select(0, 2).reshape(shape) if entropy else None,
-        argmax=best.reshape(shape) if argmax else None,
+        log_prob=layout.rows(0.0 - stats.select(0, 0).reshape(shape)),
+        lse=layout.rows(stats.select(0, 1).reshape(shape)),
+        entropy=layout.rows(stats.select(0, 2).reshape(shape)) if entropy else None,
+        argmax=layout.rows(best.reshape(shape)) if argmax else None,
     )
 
 
 def _converted(tensors: LinearTensors) -> LinearTensors:
     """Inside torch.autocast: hidden states and head in its dtype, as F.linear takes them."""
     hidden = tensors.input
-    if not isinstance(hidden, Tensor) or not torch.is_autocast_enabled(hidden.device.type):
+    if not isinstance(hidden, Tensor) or hidden.is_meta:
+        return tensors
+    if not torch.is_autocast_enabled(hidden.device.type):
         return tensors
     dtype = torch.get_autocast_dtype(hidden.device.type)
     named = {

@@ -132,6 +132,31 @@ def test_all_rows_ignored(reduction: str, gradient: str) -> None:
         assert bool((grad == 0).all())
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_blocks_of_columns(dtype: torch.dtype, bias: bool) -> None:
+    """The budget holds 150 columns of every row: five blocks, the last one short."""
+    rows, classes = 12, 700
+    hidden, head = torch.randn(rows, H).to(dtype), torch.randn(classes, H).to(dtype)
+    b = torch.randn(classes).to(dtype).requires_grad_() if bias else None
+    target = torch.randint(classes, (rows,))
+    leaves = [hidden.requires_grad_(), head.requires_grad_(), *([b] if b is not None else [])]
+    weight = torch.rand(classes)
+    scratch = scratch_for(rows, 150, dtype)
+    options: dict[str, Any] = {"label_smoothing": 0.2, "reduction": "none"}
+    loss = _loss(hidden, head, target, linear_bias=b, weight=weight, scratch_mib=scratch, **options)
+    up = torch.randn(rows).to(loss.dtype)
+    got = torch.autograd.grad(loss, leaves, up)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    whole = F.linear(wide[0], wide[1], wide[2] if bias else None)
+    want = torch.autograd.grad(
+        F.cross_entropy(whole, target, weight.double(), **options), wide, up.double()
+    )
+    for a, w in zip(got, want, strict=True):
+        error = float((a - w).norm() / w.norm())
+        assert error < (1e-7 if dtype == torch.float64 else 1e-2)
+
+
 # A second backward, a second derivative
 
 

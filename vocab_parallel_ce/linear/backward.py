@@ -15,8 +15,9 @@ from torch import Tensor
 from ..engines.contract import ELSEWHERE, IGNORED
 from ..passes import RowResult, compute_gradient
 from .call import LinearCall, is_narrow
-from .kept import Rows, count, kept_rows, masked, portions
-from .sums import BiasSum, HiddenSum, WeightSum
+from .hidden import HiddenRows, HiddenSum
+from .kept import Portion, Rows, kept_rows, masked
+from .sums import BiasSum, WeightSum
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def _by_columns(
     kept: Tensor | None,
     columns: int,
 ) -> Gradients:
-    every: Rows = slice(0, call.rows) if kept is None else kept
+    portion = Portion(slice(0, call.rows) if kept is None else kept)
+    every = portion.rows
     hidden = call.hidden[every]
     if not call.leaves_out and needs.weight:
         hidden = masked(hidden, alive)
@@ -88,7 +90,7 @@ def _by_columns(
     if needs.weight:
         out.weight = _like(leaves.weight, size)
     bias = BiasSum(leaves.bias, size) if needs.bias and leaves.bias is not None else None
-    total = HiddenSum(call.hidden, call.group, call.statics.partial) if needs.hidden else None
+    total = HiddenSum(call) if needs.hidden else None
     share = _Share(hidden, one_block=columns >= size) if needs.hidden else None
     scratch = call.scratch(rows * min(columns, size), 1).view(-1)
     for begin in range(0, size, columns):
@@ -99,13 +101,13 @@ def _by_columns(
         if share is not None and total is not None:
             share.add(x, head.weight)
             if end == size:  # the sum over ranks runs beside the last product
-                total.put(every, share.value)
+                total.put(portion, share.value)
         if out.weight is not None:
             torch.mm(x.t(), hidden, out=out.weight[place])
         if bias is not None:
             bias.add(x, place)
     if size == 0 and share is not None and total is not None:  # the other ranks have some
-        total.put(every, share.value)
+        total.put(portion, share.value)
     out.hidden = None if total is None else total.result()
     out.bias = None if bias is None else bias.result()
     return out
@@ -151,17 +153,17 @@ def by_rows(
     """The same by portions of rows."""
     chunk = max(1, min(call.statics.chunk, call.rows))
     scratch = call.scratch(chunk, call.head.size)
-    parts = list(portions(call.rows, kept, chunk))
-    sums = RowSums(call, leaves, needs, len(parts))
-    for rows in parts:
-        hidden = call.hidden[rows]
+    portions = call.portions(kept, chunk)
+    sums, source = RowSums(call, leaves, needs, len(portions)), HiddenRows(call, portions)
+    for portion in portions:
+        hidden, rows = source.take(portion), portion.rows
         if not call.leaves_out and needs.weight:
             hidden = masked(hidden, alive[rows])
-        x = call.head.logits(hidden, scratch[: count(rows)])
+        x = call.head.logits(hidden, scratch[: portion.count])
         compute_gradient(
             x, rows_of(result, rows), call.weight, grad_stats[:, rows], call.request, x
         )
-        sums.add(rows, x, hidden)
+        sums.add(portion, x, hidden)
     return sums.result()
 
 
@@ -180,16 +182,12 @@ class RowSums:
         self._head = call.head
         self._weight = WeightSum(leaves.weight, size, portions, keep_wide) if needs.weight else None
         self._bias = BiasSum(leaves.bias, size) if needs.bias and leaves.bias is not None else None
-        self._hidden = (
-            HiddenSum(call.hidden, call.group, call.statics.partial, keep_wide)
-            if needs.hidden
-            else None
-        )
+        self._hidden = HiddenSum(call, keep_wide) if needs.hidden else None
 
-    def add(self, rows: Rows, x: Tensor, hidden: Tensor) -> None:
+    def add(self, portion: Portion, x: Tensor, hidden: Tensor) -> None:
         """x [n, size] is the gradient of the logits of ``hidden`` [n, H]."""
         if self._hidden is not None:  # first: its sum over ranks runs beside the next product
-            self._hidden.put(rows, x @ self._head.weight)
+            self._hidden.put(portion, x @ self._head.weight)
         if self._weight is not None:
             self._weight.add(x, hidden)
         if self._bias is not None:

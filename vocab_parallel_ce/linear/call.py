@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from ..preflight import Plan
 from ..request import RowRequest
 from .chunks import columns_of_a_block
 from .head import Head
+from .kept import Portion, portions, portions_of_parts
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,12 @@ class Statics:
     scratch_mib: float | None = None
     partial: bool = False
     """the gradient of the hidden states is left unsummed"""
+    sequence_parallel: bool = False
+    """each rank has its part of the hidden states"""
+
+    def scalars(self) -> tuple[Any, ...]:
+        """For a custom operator, behind those of the request."""
+        return self.chunk, self.scratch_mib, self.partial, self.sequence_parallel
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class LinearCall:
     """The tensors of one call, plain and without a tape."""
 
     hidden: Tensor
-    """[N, H]"""
+    """[N, H], or this rank's part of them"""
     head: Head
     target: Tensor
     """[N]"""
@@ -52,7 +60,14 @@ class LinearCall:
     @property
     def leaves_out(self) -> bool:
         """Whether ignored rows are left out of the products."""
-        return self.hidden.device.type == "cpu"
+        return self.hidden.device.type == "cpu" and not self.statics.sequence_parallel
+
+    def portions(self, kept: Tensor | None, size: int) -> list[Portion]:
+        """Of all rows, or of those that are kept, so many at a time."""
+        if not self.statics.sequence_parallel:
+            return portions(self.rows, kept, size)
+        world = 1 if self.group is None else self.group.size()
+        return portions_of_parts(self.rows, world, size, self.hidden.device)
 
     def scratch(self, rows: int, columns: int) -> Tensor:
         """Room for logits."""
@@ -67,8 +82,25 @@ class LinearCall:
 
     def block_columns(self, rows: int) -> int | None:
         """Columns of logits that exist at a time in backward; None: go by rows."""
+        if self.statics.sequence_parallel:  # all rows at once are what nobody holds
+            return None
         itemsize = self.hidden.element_size()
         return columns_of_a_block(rows, itemsize, self.hidden.device.type, self.statics.scratch_mib)
+
+
+def linear_call(
+    hidden: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    normalizer: Tensor | None,
+    statics: Statics,
+    group: dist.ProcessGroup | None,
+) -> LinearCall:
+    """From tensors as a caller has them: [..., H], [V_r, H], [V_r], [...]."""
+    head = plain_head(head_weight, head_bias, statics.request)
+    return LinearCall(flat(hidden), head, target.reshape(-1), weight, statics, group, normalizer)
 
 
 def plain_head(weight: Tensor, bias: Tensor | None, request: RowRequest) -> Head:
@@ -79,7 +111,7 @@ def plain_head(weight: Tensor, bias: Tensor | None, request: RowRequest) -> Head
 
 def flat(hidden: Tensor) -> Tensor:
     """[..., H] -> [N, H]"""
-    return hidden.detach().reshape(-1, hidden.shape[-1])
+    return hidden.detach().reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
 
 
 def is_narrow(dtype: torch.dtype) -> bool:

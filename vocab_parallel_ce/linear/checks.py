@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checks import LOGITS_DTYPES, Held, Options, Outputs, check_group, is_number, prepare
-from ..kinds import check_kinds, settled
+from ..kinds import Kind, check_kinds, kind_of, settled
 from ..request import is_on
 from ..shard import group_rank_and_size
 from ..transforms import check_transforms
@@ -75,6 +75,11 @@ def prepare_linear(
     _check_words(linear, where)
     _check_tensors(tensors, where)
     _check_target(tensors.input, tensors.target, linear, world, where)
+    if linear.sequence_parallel and linear.hidden_gradient == "partial":
+        raise ValueError(
+            "hidden_gradient='partial' leaves the gradient of the whole sequence unsummed, which "
+            f"nobody holds with sequence_parallel=True{where}; use hidden_gradient='summed'"
+        )
     columns = tensors.linear_weight.shape[0]
     logits = tensors.input.detach().new_empty(()).expand(*tensors.target.shape, columns)
     request = prepare(logits, tensors.target, tensors.weight, options, outputs, _HEAD)
@@ -82,13 +87,38 @@ def prepare_linear(
     chunk = rows_of_a_chunk(
         share, tensors.input.element_size(), tensors.input.device.type, linear.scratch_mib
     )
-    return Statics(request, chunk, linear.scratch_mib, linear.hidden_gradient == "partial")
+    if linear.sequence_parallel and chunk < world:
+        raise ValueError(
+            f"scratch_mib={linear.scratch_mib} has room for {chunk} rows of logits, but with "
+            f"sequence_parallel=True a portion has one of each of the {world} ranks; pass more"
+        )
+    return Statics(
+        request,
+        chunk,
+        linear.scratch_mib,
+        linear.hidden_gradient == "partial",
+        linear.sequence_parallel and world > 1,
+    )
+
+
+def seen_through_transforms(tensors: LinearTensors) -> bool:
+    """Whether torch.func stands between the caller and the numbers: on one rank, whole logits."""
+    leaves = (tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target)
+    if torch.compiler.is_compiling():
+        return False
+    return any(x is not None and kind_of(x) is Kind.TRANSFORMED for x in leaves)
 
 
 def in_forward(
-    tensors: LinearTensors, options: Options, linear: LinearOptions, return_zloss: bool
+    tensors: LinearTensors,
+    options: Options,
+    linear: LinearOptions,
+    return_zloss: bool,
+    rows_shared: bool,
 ) -> bool:
     """Whether this call computes gradients together with the loss.
+
+    ``rows_shared``: other ranks hold other rows, so that denominators are summed over them.
 
     Raises ValueError where that is asked for and cannot be.
     """
@@ -102,6 +132,8 @@ def in_forward(
             "or 'recompute'"
         )
     auto = linear.gradient == "auto" and serves and tensors.input.dtype != torch.float16
+    if rows_shared and torch.compiler.is_compiling():  # no operator sums in the middle of it
+        return False
     leaves = (tensors.input, tensors.linear_weight, tensors.linear_bias)
     # Asked here: inside an autograd.Function gradients are off, and its inputs still need some.
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
@@ -164,6 +196,19 @@ def _check_target(
     hidden: Tensor, target: Tensor, linear: LinearOptions, world: int, where: str
 ) -> None:
     wanted = tuple(hidden.shape[:-1])
+    if linear.sequence_parallel:
+        if hidden.dim() < 2:
+            raise ValueError(
+                f"sequence_parallel=True needs input [S / {world}, ..., H], got shape "
+                f"{tuple(hidden.shape)}{where}"
+            )
+        wanted = (wanted[0] * world, *wanted[1:])
+        if target.shape != wanted:
+            raise ValueError(
+                f"target has shape {tuple(target.shape)}, but input {tuple(hidden.shape)} is one "
+                f"of {world} equal parts of {wanted}{where}: with sequence_parallel=True target is "
+                "whole on every rank, and every rank's part has the same length"
+            )
     if target.shape != wanted:
         raise ValueError(
             f"target has shape {tuple(target.shape)}, but input {tuple(hidden.shape)} needs "

@@ -9,7 +9,8 @@ from ..engines.contract import IGNORED, Engine
 from ..header import fingerprint, fingerprint_bits
 from ..passes import RowResult, exchange_statistics, fill_partials
 from .call import LinearCall
-from .kept import Rows, count, kept_rows, masked, portions
+from .hidden import HiddenRows
+from .kept import Rows, count, kept_rows, masked
 
 
 def linear_statistics(call: LinearCall) -> RowResult:
@@ -23,11 +24,13 @@ def linear_statistics(call: LinearCall) -> RowResult:
         told = Told(call)
         if kept is not None:
             parts.zero_()
-        for rows in portions(call.rows, kept, max(1, chunk)):
-            hidden = call.hidden[rows]
-            told.add(hidden, keep[rows])
-            logits = call.head.logits(hidden, scratch[: count(rows)])
-            fill_rows(engine, parts, rows, logits, local_target, call)
+        portions = call.portions(kept, max(1, chunk))
+        source = HiddenRows(call, portions)
+        for portion in portions:
+            hidden = source.take(portion)
+            told.add(hidden, keep[portion.rows])
+            logits = call.head.logits(hidden, scratch[: portion.count])
+            fill_rows(engine, parts, portion.rows, logits, local_target, call)
         return told.bits()
 
     return exchange_statistics(fill, call.plan(scratch, 0), call.target, call.weight, call.group)
@@ -58,6 +61,7 @@ class Told:
 
     def __init__(self, call: LinearCall) -> None:
         several = call.group is not None and call.group.size() > 1
+        several &= not call.statics.sequence_parallel  # what was gathered is the same
         on_host = call.hidden.device.type == "cpu" or call.request.checking
         self._sum = torch.zeros(2, device=call.hidden.device) if several and on_host else None
 

@@ -24,7 +24,8 @@ from ..request import is_on
 from .backward import Gradients, Leaves, Needs, RowSums, rows_of
 from .call import LinearCall
 from .forward import Told
-from .kept import Rows, count, kept_rows, masked, portions
+from .hidden import HiddenRows
+from .kept import Portion, Rows, kept_rows, masked
 
 
 @dataclass
@@ -43,7 +44,7 @@ class LossAndGradients:
 class _Pending:
     """A chunk whose statistics are known, and the gradient of whose logits is not yet made."""
 
-    rows: Rows
+    portion: Portion
     logits: Tensor
     hidden: Tensor
     result: RowResult
@@ -82,10 +83,11 @@ class _InForward:
         self._scratch = call.scratch(self._chunk, call.head.size)
         self._keep = call.target != call.request.ignore_index
         kept = kept_rows(self._keep) if call.leaves_out else None
-        self._parts = list(portions(call.rows, kept, self._chunk))
+        self._portions = call.portions(kept, self._chunk)
         # There is always one, for its header: that ranks differ must be told without any row, too.
-        self._parts = self._parts or [self._keep.new_empty(0, dtype=torch.int64)]
-        self._sums = RowSums(call, leaves, needs, len(self._parts), keep_wide=self._postponed)
+        self._portions = self._portions or [Portion(slice(0, 0))]
+        self._source = HiddenRows(call, self._portions)
+        self._sums = RowSums(call, leaves, needs, len(self._portions), keep_wide=self._postponed)
         dtype = arithmetic_dtype(call.hidden.dtype)
         row_weight, keep = row_weights(call.target, call.weight, self._request, dtype)
         has_z = is_on(self._request.lse_square_scale)
@@ -97,25 +99,25 @@ class _InForward:
         self._pending: _Pending | None = None
 
     def run(self) -> LossAndGradients:
-        self._one(self._parts[0], first=True)
-        for rows in self._parts[1:]:
+        self._one(self._portions[0], first=True)
+        for portion in self._portions[1:]:
             with together(self._call.group, self._request.check):
-                self._one(rows, first=False)
+                self._one(portion, first=False)
         self._finish()
         loss, zloss = reduce_rows(self._losses, self._request.reduction, self._agreed, self._total)
         factor = self._factor_of_loss if self._postponed else None
         return LossAndGradients(loss, zloss, self._sums.result(), factor)
 
-    def _one(self, rows: Rows, first: bool) -> None:
+    def _one(self, portion: Portion, first: bool) -> None:
         """Statistics and losses of a chunk; the gradients of the one before it."""
-        call, n = self._call, count(rows)
+        call, rows, n = self._call, portion.rows, portion.count
         target, announced = call.target[rows], None
         if first:
             # As many rows as every rank has, until the headers say that the targets are the same.
-            missing = min(self._chunk, call.rows) - n
+            missing = 0 if portion.own is not None else min(self._chunk, call.rows) - n
             blank = target.new_full((missing,), self._request.ignore_index)
             target, announced = torch.cat([target, blank]), call.target
-        hidden, logits = call.hidden[rows], self._scratch[:n]
+        hidden, logits = self._source.take(portion), self._scratch[:n]
         if not call.leaves_out:  # NaN there would reach the weight's gradient
             hidden = masked(hidden, self._keep[rows])
 
@@ -137,7 +139,9 @@ class _InForward:
         if first:
             self._settle(result.normalizer if self._request.normalized else None)
         coefficients = self._coefficients(rows, result.stats[:, :n])
-        self._pending = _Pending(rows, logits, hidden, rows_of(result, slice(0, n)), coefficients)
+        self._pending = _Pending(
+            portion, logits, hidden, rows_of(result, slice(0, n)), coefficients
+        )
 
     def _settle(self, agreed: Tensor | None) -> None:
         """What the sums of losses are multiplied by, once the ranks agree on the normalizer."""
@@ -180,4 +184,4 @@ class _InForward:
             chunk.logits, chunk.result, self._call.weight, chunk.coefficients, self._request,
             chunk.logits,
         )  # fmt: skip
-        self._sums.add(chunk.rows, chunk.logits, chunk.hidden)
+        self._sums.add(chunk.portion, chunk.logits, chunk.hidden)

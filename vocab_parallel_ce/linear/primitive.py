@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..kinds import Kind, has_memory, kind_of, settled, traced
 from ..passes import RowResult
 from ..primitive import refusing_second_derivative
 from .backward import Gradients, Leaves, Needs, linear_gradient
-from .call import LinearCall, Statics, flat, plain_head
+from .call import Statics, linear_call
 from .forward import linear_statistics
 from .in_forward import loss_with_gradients
 from .sums import scale_
@@ -39,7 +40,9 @@ class _LinearRowStatistics(torch.autograd.Function):
         statics: Statics,
         group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        call = _call(hidden, head_weight, head_bias, target, weight, normalizer, statics, group)
+        call = linear_call(
+            hidden, head_weight, head_bias, target, weight, normalizer, statics, group
+        )
         result = linear_statistics(call)
         ctx.save_for_backward(
             hidden, head_weight, head_bias, target, weight, result.stats, result.m, result.s,
@@ -54,9 +57,10 @@ class _LinearRowStatistics(torch.autograd.Function):
     def backward(ctx: Any, grad_stats: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_stats is None:  # nothing upstream depends on the statistics
             return (None,) * 8
+        grad_stats = _one_gradient(grad_stats)
         with torch.no_grad():
             hidden, head_weight, head_bias, target, weight, stats, m, s, local = ctx.saved_tensors
-            call = _call(
+            call = linear_call(
                 hidden, head_weight, head_bias, target, weight, None, ctx.statics, ctx.group
             )
             out = linear_gradient(
@@ -88,7 +92,9 @@ class _LinearLoss(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         total: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
-        call = _call(hidden, head_weight, head_bias, target, weight, normalizer, statics, group)
+        call = linear_call(
+            hidden, head_weight, head_bias, target, weight, normalizer, statics, group
+        )
         needs = Needs(*ctx.needs_input_grad[:3])
         out = loss_with_gradients(call, Leaves(head_weight, head_bias), needs, total)
         ctx.gradients, ctx.factor = out.gradients, out.factor
@@ -107,6 +113,7 @@ class _LinearLoss(torch.autograd.Function):
                 "(gradient='forward'): the first one gave them away; use gradient='recompute' to "
                 "go backward more than once"
             )
+        grad_loss = _one_gradient(grad_loss)
         out: Gradients = ctx.gradients
         ctx.gradients = None
         with torch.no_grad():
@@ -119,25 +126,23 @@ class _LinearLoss(torch.autograd.Function):
         return (*_handed_out((hidden, *grads[1:]), grad_loss), *(None,) * 6)
 
 
+def _one_gradient(grad: Tensor) -> Tensor:
+    """A gradient that comes in, with memory of its own."""
+    if has_memory(grad) or torch.compiler.is_compiling():
+        return grad
+    if kind_of(grad) is Kind.TRANSFORMED:
+        raise ValueError(
+            "is_grads_batched asks for many gradients at once, which the fused head does not make; "
+            "go backward once for each, or use cross_entropy on F.linear's logits"
+        )
+    return settled(grad)
+
+
 def _handed_out(grads: Sequence[Tensor | None], *origins: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients; with create_graph=True they lead to ``origins``, and refuse to go there."""
     if not torch.is_grad_enabled():
         return tuple(grads)
     return tuple(None if g is None else refusing_second_derivative(g, *origins) for g in grads)
-
-
-def _call(
-    hidden: Tensor,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    target: Tensor,
-    weight: Tensor | None,
-    normalizer: Tensor | None,
-    statics: Statics,
-    group: dist.ProcessGroup | None,
-) -> LinearCall:
-    head = plain_head(head_weight, head_bias, statics.request)
-    return LinearCall(flat(hidden), head, target.reshape(-1), weight, statics, group, normalizer)
 
 
 def linear_row_statistics(
@@ -154,6 +159,12 @@ def linear_row_statistics(
 
     hidden [..., H], head_weight [V_r, H], head_bias [V_r] or None, target [...].
     """
+    if traced(hidden):
+        from . import compiled
+
+        return compiled.linear_row_statistics(
+            hidden, head_weight, head_bias, target, weight, normalizer, statics, group
+        )
     out: tuple[Tensor, Tensor, Tensor] = _LinearRowStatistics.apply(  # type: ignore[no-untyped-call]
         hidden, head_weight, head_bias, target, weight, normalizer, statics, group
     )
@@ -179,6 +190,12 @@ def linear_loss(
 
     ``total`` adds a 0-d sum up over ranks that hold other rows of the same batch.
     """
+    if traced(hidden):
+        from . import compiled
+
+        return compiled.linear_loss(
+            hidden, head_weight, head_bias, target, weight, normalizer, statics, group
+        )
     out: tuple[Tensor, Tensor] = _LinearLoss.apply(  # type: ignore[no-untyped-call]
         hidden, head_weight, head_bias, target, weight, normalizer, statics, group, total
     )

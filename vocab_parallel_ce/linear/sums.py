@@ -1,15 +1,11 @@
-"""Where gradients are added up: the weight's over chunks of rows, the hidden states' over ranks."""
+"""Where gradients of the weight and the bias are added up over portions of rows."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .call import is_narrow
-from .kept import Rows
 
 _BLOCK_BYTES = 4 << 20
 
@@ -61,54 +57,6 @@ class BiasSum:
 
     def result(self) -> Tensor:
         return self._total.to(self._dtype)
-
-
-class HiddenSum:
-    """The gradient [N, H] of the hidden states: parts of it are summed over the ranks of a group.
-
-    A sum is started as soon as a part is known, and runs beside the products that come next. On a
-    CPU narrow parts are summed in fp32, on accelerators in their own dtype.
-    """
-
-    def __init__(
-        self,
-        like: Tensor,
-        group: dist.ProcessGroup | None,
-        partial: bool = False,
-        keep_wide: bool = False,
-    ) -> None:
-        wide = keep_wide and is_narrow(like.dtype)
-        self.out = torch.zeros_like(like, dtype=torch.float32 if wide else like.dtype)
-        self._group = None if partial or group is None or group.size() == 1 else group
-        self._under_way: list[tuple[Any, Tensor, Rows]] = []
-
-    def put(self, rows: Rows, values: Tensor) -> None:
-        """This rank's share of the gradient of some rows; ``values`` [n, H] are used up."""
-        if self._group is None or values.numel() == 0:
-            self.out[rows] = values.to(self.out.dtype)
-            return
-        values = values.to(self._carried_in(values)).contiguous()
-        work = dist.all_reduce(values, group=self._group, async_op=True)
-        self._under_way.append((work, values, rows))
-        while len(self._under_way) > 1:  # one at a time: the memory of two parts
-            self._finish()
-
-    def _carried_in(self, values: Tensor) -> torch.dtype:
-        if not is_narrow(self.out.dtype):
-            return self.out.dtype
-        return torch.float32 if values.device.type == "cpu" else self.out.dtype
-
-    def _finish(self) -> None:
-        work, values, rows = self._under_way.pop(0)
-        if work is not None:
-            work.wait()
-        self.out[rows] = values.to(self.out.dtype)
-
-    def result(self) -> Tensor:
-        """Waits for what is under way."""
-        while self._under_way:
-            self._finish()
-        return self.out
 
 
 def scale_(values: Tensor, factor: Tensor) -> None:
