@@ -39,7 +39,7 @@ from .log_prob import log_prob
 from .target_column import TargetColumn
 from .traffic import Step
 
-__all__ = ["BACKWARD", "FORWARD", "gradient", "log_prob", "partials"]
+__all__ = ["BACKWARD", "FORWARD", "call", "gradient", "log_prob", "partials"]
 MAX_ROWS = 199_999  # the operator keeps a few floats a row on chip, for fewer than 200,000 rows
 NEGLIGIBLE = -200.0  # e^-200 is 0 in fp32, so below it a log-probability counts for nothing
 
@@ -84,7 +84,7 @@ def partials(
         z = torch.add(x, minus(torch.maximum(top, floor)))
         del x
         # What the device calls the maximum of a row of NaN is not told; a column it must be.
-        log_s, scratch = _operator(z, best.clamp_(0, z.shape[1] - 1))
+        log_s, scratch = call(z, best.clamp_(0, z.shape[1] - 1))
         if log_prob_out is not None:
             log_prob_out[rows].copy_(scratch)
         torch.exp(log_s, out=named["s"])
@@ -101,7 +101,7 @@ def partials(
     finish_partials(named, local_target, wanted)
 
 
-def _operator(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def call(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The loss [n] and the log-probabilities [n, C_r] that the operator gives."""
     torch_npu: Any = import_module("torch_npu")
     loss, log_prob, _, _ = torch_npu.npu_cross_entropy_loss(x, target, None, "none")
