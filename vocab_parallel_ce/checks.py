@@ -52,6 +52,14 @@ class Options(NamedTuple):
     check: bool | None = None
 
 
+class Held(NamedTuple):
+    """What messages call the tensor that holds this rank's part of the vocabulary."""
+
+    name: str = "input"
+    places: str = "columns"
+    part: str = "logits[..., {start}:{stop}]"
+
+
 class Outputs(NamedTuple):
     """Which optional outputs a public function asks for."""
 
@@ -61,14 +69,19 @@ class Outputs(NamedTuple):
 
 
 def prepare(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: Options, outputs: Outputs
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    outputs: Outputs,
+    held: Held = Held(),  # noqa: B008 (a tuple of strings)
 ) -> RowRequest:
     """Check everything static and say what the primitive shall do.
 
     Raises TypeError or ValueError, or RuntimeError where an engine is asked for that is not
     available.
     """
-    request = _prepare(input, target, weight, options, outputs)
+    request = _prepare(input, target, weight, options, outputs, held)
     if not torch.compiler.is_compiling():
         if ordinary(input) or input.is_meta or _served_by_an_engine(input):
             select(options.engine, input)
@@ -107,9 +120,14 @@ def admit(
 
 
 def _prepare(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: Options, outputs: Outputs
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    outputs: Outputs,
+    held: Held,
 ) -> RowRequest:
-    _check_group(options.group)
+    check_group(options.group)
     rank, world = group_rank_and_size(options.group)
     where = f" (rank {rank} of the group)" if world > 1 else ""
     check_numbers(options, where)
@@ -118,7 +136,7 @@ def _prepare(
         # A compiled call learns of a wrong group when it runs, before it sends anything.
         backend = check_group_serves(input.device.type, options.group)
         check_backend_dtype(backend, input.dtype, where)
-    shard = _resolve_shard(input, options.shard, rank, world, where)
+    shard = _resolve_shard(input.shape[-1], options.shard, rank, world, where, held)
     if weight is not None and weight.shape[0] != shard.vocab_size:
         raise ValueError(
             f"weight has {weight.shape[0]} entries but vocab_size is {shard.vocab_size}: pass the "
@@ -148,7 +166,8 @@ def _prepare(
     )
 
 
-def _check_group(group: object) -> None:
+def check_group(group: object) -> None:
+    """Raise TypeError for what is no group."""
     if group is None:
         return
     if not isinstance(group, dist.ProcessGroup):
@@ -285,13 +304,13 @@ def _check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, where: 
 
 
 def _resolve_shard(
-    input: Tensor, shard: VocabShard | None, rank: int, world: int, where: str
+    columns: int, shard: VocabShard | None, rank: int, world: int, where: str, held: Held
 ) -> VocabShard:
-    columns = input.shape[-1]
+    name, places = held.name, held.places
     if shard is None:
         if columns == 0:
             raise ValueError(
-                f"input has no columns{where}; an empty shard must be told: "
+                f"{name} has no {places}{where}; an empty shard must be told: "
                 "shard=VocabShard(start, start, vocab_size)"
             )
         return VocabShard(rank * columns, (rank + 1) * columns, world * columns)
@@ -299,7 +318,7 @@ def _resolve_shard(
         raise TypeError(f"shard must be a VocabShard or None, got {type(shard).__name__}{where}")
     if columns < shard.size:
         raise ValueError(
-            f"input has {columns} columns but shard holds the {shard.size} ids "
+            f"{name} has {columns} {places} but shard holds the {shard.size} ids "
             f"[{shard.start}, {shard.stop}){where}; the shard must be the one that the head was "
             "split by"
         )
@@ -309,10 +328,10 @@ def _resolve_shard(
             "there is one rank only; pass group= with the ranks that hold the others"
         )
     if columns == shard.vocab_size and shard.size < shard.vocab_size:
+        part = held.part.format(start=shard.start, stop=shard.stop)
         raise ValueError(
-            f"input looks gathered: it has all vocab_size={shard.vocab_size} columns, but shard "
-            f"holds [{shard.start}, {shard.stop}){where}; pass this rank's logits, "
-            f"logits[..., {shard.start}:{shard.stop}]"
+            f"{name} looks gathered: it has all vocab_size={shard.vocab_size} {places}, but shard "
+            f"holds [{shard.start}, {shard.stop}){where}; pass this rank's part, {part}"
         )
     return shard
 

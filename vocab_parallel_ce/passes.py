@@ -1,6 +1,7 @@
 """The forward and the backward pass of one rank's shard, without autograd.
 
     compute_statistics   partials of this shard (one read), one exchange, arithmetic on [N]
+    exchange_statistics  the same for whoever has another way to fill the partials
     compute_gradient     no communication; one formula for every output (one read, one write)
     compute_log_prob     the log-softmax of this shard, where a caller asks for it
 
@@ -11,7 +12,7 @@ dimensions that cannot be flattened are looped over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -113,27 +114,55 @@ def compute_statistics(
     ``normalizer`` is 0-d, in the arithmetic dtype; ``log_prob_out``: see
     ``primitive.log_prob_space``.
     """
+
+    def fill(engine: Engine, parts: Tensor, local_target: Tensor) -> None:
+        fill_partials(engine, parts, logits, local_target, weight, request, log_prob_out)
+
+    plan = Plan(request, logits, target, normalizer)
+    return exchange_statistics(fill, plan, target, weight, group)
+
+
+def exchange_statistics(
+    fill: Callable[[Engine, Tensor, Tensor], Tensor | None],
+    plan: Plan,
+    target: Tensor,
+    weight: Tensor | None,
+    group: dist.ProcessGroup | None,
+    announced: Tensor | None = None,
+) -> RowResult:
+    """Partials as ``fill`` writes them, one exchange, and the statistics of every row.
+
+    Args:
+        fill: writes the partials [k, N] of rows whose ``local_target`` [N] it is given. What it
+            returns, if anything, is what the header tells of the hidden states, an int64.
+        plan: of the call; its logits stand for those that ``fill`` reads, by dtype and device.
+        target: [...] of the N rows.
+        weight: the full vector.
+        group: of the vocabulary.
+        announced: the targets that the header speaks of, where they are not ``target``.
+    """
+    request, logits, normalizer = plan.request, plan.logits, plan.normalizer
     several = group if group is not None and dist.get_world_size(group) > 1 else None
     on_host = _on_host(logits, request)
     ids = target.reshape(-1).long()  # every comparison with an id happens in int64
     engine = select_to_read(request.engine, logits)
-    steps = row_steps(engine, ids, weight, request, normalizer, on_host, group)
+    steps = row_steps(engine, ids, weight, request, normalizer, on_host, group, announced)
 
     dtype, wanted = arithmetic_dtype(logits.dtype), request.wanted
     k, rows = len(wanted.rows), ids.shape[0]
     if several is None:
         parts = torch.empty(k, rows, dtype=dtype, device=logits.device)
-        _fill_partials(engine, parts, logits, steps.local_target, weight, request, log_prob_out)
+        fill(engine, parts, steps.local_target)
         gathered = Gathered.of_one_rank(parts)
     else:
         payload = Payload.allocate(k, rows, dtype, logits.device)
         parts = payload.parts
-        _fill_partials(engine, parts, logits, steps.local_target, weight, request, log_prob_out)
+        hidden = fill(engine, parts, steps.local_target)
         payload.shard_weight[0] = _shard_total(weight, request, dtype)
-        steps.write_header(payload)
+        steps.write_header(payload, hidden)
         if request.checking:
             check_group_serves(logits.device.type, several)
-            preflight(Plan(request, logits, target, normalizer), several)
+            preflight(plan, several)
         gathered = exchange(payload, wanted, request.collective, several)
     stats, m, s, argmax = steps.conclude(gathered, parts, _total_weight(weight, request, dtype))
     if argmax is None:
@@ -147,15 +176,16 @@ def compute_statistics(
     return RowResult(stats, m, s, steps.local_target, argmax, agreed)
 
 
-def _fill_partials(
+def fill_partials(
     engine: Engine,
     parts: Tensor,
     logits: Tensor,
     local_target: Tensor,
     weight: Tensor | None,
     request: RowRequest,
-    log_prob_out: Tensor | None,
+    log_prob_out: Tensor | None = None,
 ) -> None:
+    """The partials [k, N] of the logits [..., C_r] into ``parts``."""
     size = request.size
     if size == 0 or parts.shape[1] == 0:
         parts.zero_()

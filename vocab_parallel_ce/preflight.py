@@ -29,8 +29,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.in
 _ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)
 _TEXT_BYTES = 1024
 _TOLD = "_vocab_parallel_ce_told"
-# has error, kind of error, rows, logits dtype, target dtype, columns, collective; header; text
-_FIELDS = 7
+# has error, kind of error, rows, logits dtype, target dtype, columns, collective, width of the
+# hidden states, rows of an exchange; header; text
+_FIELDS = 9
 _FORMAT = f"<{_FIELDS}q{HEADER_INTS}i{_TEXT_BYTES}s"
 
 
@@ -43,6 +44,10 @@ class Plan:
     target: Tensor
     normalizer: Tensor | None = None
     """0-d, in the arithmetic dtype"""
+    width: int = 0
+    """of the hidden states that the logits are made of; 0 where they are given"""
+    chunk: int = 0
+    """rows of an exchange, where a call makes more than one; else 0"""
 
 
 class _Held(threading.local):
@@ -83,6 +88,8 @@ def preflight(plan: Plan | Exception, group: dist.ProcessGroup) -> None:
         (3, "the dtype of input", lambda code: str(_DTYPES[code])),
         (4, "the dtype of target", lambda code: str(_DTYPES[code])),
         (6, "collective", lambda code: COLLECTIVES[code]),
+        (7, "the width of input", str),
+        (8, "the rows of an exchange (gradient, scratch_mib, or whether gradients are on)", str),
     ):
         for rank, other in enumerate(plans):
             if other[column] != plans[0][column]:
@@ -185,6 +192,8 @@ def _pack(plan: Plan | Exception) -> bytes:
         _DTYPES.index(plan.target.dtype),
         columns,
         COLLECTIVES.index(plan.request.collective),
+        plan.width,
+        plan.chunk,
         *header.tolist(),
         b"",
     )

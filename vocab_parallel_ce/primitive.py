@@ -53,6 +53,12 @@ class _RefuseSecondDerivative(torch.autograd.Function):
         )
 
 
+def refusing_second_derivative(grad: Tensor, *origins: Tensor) -> Tensor:
+    """``grad`` for a caller that records a graph of it; it depends on ``origins``."""
+    out: Tensor = _RefuseSecondDerivative.apply(grad.requires_grad_(), *origins)  # type: ignore[no-untyped-call]
+    return out
+
+
 class _RowStatistics(torch.autograd.Function):
     """The primitive in eager mode."""
 
@@ -95,7 +101,7 @@ class _RowStatistics(torch.autograd.Function):
         with torch.no_grad():
             grad = _RowStatistics._gradient(ctx, saved, grad_stats)
         if recording:
-            grad = _RefuseSecondDerivative.apply(grad.requires_grad_(), *origins)  # type: ignore[no-untyped-call]
+            grad = refusing_second_derivative(grad, *origins)
         return (grad, *(None,) * 7)
 
     @staticmethod

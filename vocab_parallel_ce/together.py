@@ -19,21 +19,33 @@ T = TypeVar("T")
 
 def raises_together(function: Callable[P, T]) -> Callable[P, T]:
     """A public function, of whose errors the other ranks are told; its call's included."""
+    return _telling(function, "input", 0, dim=-1)
+
+
+def linear_raises_together(function: Callable[P, T]) -> Callable[P, T]:
+    """The same of a function whose second argument holds the vocabulary: the head's weight."""
+    return _telling(function, "linear_weight", 1, dim=0)
+
+
+def _telling(function: Callable[P, T], name: str, place: int, dim: int) -> Callable[P, T]:
+    """A DTensor at that place, or of that name, brings the group: it is sharded over ``dim``."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         if torch.compiler.is_compiling():  # the custom operator tells, when it runs
             return function(*args, **kwargs)
-        input = args[0] if args else kwargs.get("input")
+        holder = args[place] if len(args) > place else kwargs.get(name)
         check = kwargs.get("check")
-        if not isinstance(input, DTensor):
+        if not isinstance(holder, DTensor) or holder.dim() == 0:
             with together(kwargs.get("group"), check):
                 return function(*args, **kwargs)
-        group, rows = vocabulary_group(input), row_groups(input)
+        group = vocabulary_group(holder, dim)
+        input = args[0] if args else kwargs.get("input")
+        rows = row_groups(input, group) if isinstance(input, DTensor) else ()
         with (
             told_after(rows, check),
             together(group, check),
-            told_before(input.device_mesh, check),
+            told_before(holder.device_mesh, check),
         ):
             return function(*args, **kwargs)
 
