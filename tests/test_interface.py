@@ -110,7 +110,9 @@ def test_module_takes_the_functions_arguments() -> None:
 
 def test_result_fields() -> None:
     assert CrossEntropyLossOutput._fields == ("loss", "log_prob", "zloss", "lse_for_zloss")
-    assert TokenStatistics._fields == ("log_prob", "lse", "entropy", "argmax")
+    assert TokenStatistics._fields == (
+        "log_prob", "lse", "entropy", "argmax", "sum_p_squared",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [n for n in vocab_parallel_ce.__all__ if n != "__version__"])
