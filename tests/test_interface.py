@@ -37,11 +37,11 @@ LOSS = (
     ("label_smoothing", 0.0),
 )
 GROUPED = {"group": None, "shard": None, "inplace_backward": False}
-RUN = {"scale": 1.0, "engine": "auto", "collective": "auto", "check": None}
+RUN = {"scale": 1.0, "softcap": None, "engine": "auto", "collective": "auto", "check": None}
 POSITIONAL: dict[Callable[..., Any], tuple[tuple[str, object], ...]] = {
     cross_entropy: LOSS,
     cross_entropy_loss: (*LOSS, ("lse_square_scale_for_zloss", 0.0), ("return_zloss", False)),
-    token_statistics: LOSS[:2],
+    token_statistics: (LOSS[0], ("target", None)),
 }
 KEYWORDS: dict[Callable[..., Any], dict[str, object]] = {
     cross_entropy: {
@@ -52,7 +52,14 @@ KEYWORDS: dict[Callable[..., Any], dict[str, object]] = {
         **RUN,
     },
     cross_entropy_loss: {"return_log_prob": True, **GROUPED, "normalizer": None, **RUN},
-    token_statistics: {"entropy": False, "argmax": False, "ignore_index": -100, **GROUPED, **RUN},
+    token_statistics: {
+        "entropy": False,
+        "argmax": False,
+        "sum_p_squared": False,
+        "ignore_index": -100,
+        **GROUPED,
+        **RUN,
+    },
 }
 FUNCTIONS = tuple(POSITIONAL)
 

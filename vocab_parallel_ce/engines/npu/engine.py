@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module, metadata, util
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,11 +79,12 @@ def partials(
         if log_prob_out is not None:
             extra.log_prob(way, logits, out[0], out[1], more, log_prob_out)
         return
-    arguments: tuple[Any, ...] = (logits, local_target, weight, scale, wanted, out)
+    number = float(scale)
     if log_prob_out is None:
-        choice.way_for(logits.dtype).partials(*arguments)
+        way = choice.way_for(logits.dtype)
+        way.partials(logits, local_target, weight, number, wanted, out)
     else:
-        operator.partials(*arguments, log_prob_out=log_prob_out)
+        operator.partials(logits, local_target, weight, number, wanted, out, log_prob_out)
 
 
 def gradient(
