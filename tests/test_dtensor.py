@@ -197,7 +197,9 @@ def _statistics(group: dist.ProcessGroup, placements: Placements) -> None:
     data = batch(9, 11, torch.float32, ignore_index=1)
     want = expected(data.logits, data.target, ignore_index=1, reduction="none")
     logits = distribute_tensor(data.logits, mesh, placements).requires_grad_()
-    got = token_statistics(logits, data.target, entropy=True, argmax=True, ignore_index=1)
+    got = token_statistics(
+        logits, data.target, entropy=True, argmax=True, sum_p_squared=True, ignore_index=1
+    )
     parts = {name: _as_dtensor(part) for name, part in got._asdict().items()}
     whole = {name: part.full_tensor() for name, part in parts.items()}
     total = parts["log_prob"] + parts["lse"] + parts["entropy"]
