@@ -7,6 +7,7 @@ exchange, so that all ranks raise together.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
@@ -31,6 +32,7 @@ LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TARGET_DTYPES = (torch.int64, torch.int32)
 DEVICES_WITHOUT_FP64 = ("npu",)
 _INT64 = torch.iinfo(torch.int64)
+_LARGEST = sys.float_info.max
 
 
 class Options(NamedTuple):
@@ -231,6 +233,8 @@ def _check_normalizer(normalizer: object, reduction: str, where: str) -> None:
         raise TypeError(
             f"normalizer must be a scalar tensor or a number, got {normalizer!r}{where}"
         )
+    elif not _fits_a_float(normalizer):
+        raise ValueError(f"normalizer is an int that no float can hold{where}")
 
 
 def _is_int(value: object) -> TypeGuard[int]:
@@ -244,7 +248,12 @@ def is_number(value: object) -> TypeGuard[float]:
 
 def _is_finite(value: float) -> bool:
     """While compiling, a symbol is as good as finite: the operator looks at the number it gets."""
-    return torch.compiler.is_compiling() or math.isfinite(value)
+    return torch.compiler.is_compiling() or (_fits_a_float(value) and math.isfinite(value))
+
+
+def _fits_a_float(value: float) -> bool:
+    """False of ints beyond the largest float, which have no value there, not even inf."""
+    return not isinstance(value, int) or abs(value) <= _LARGEST
 
 
 def _plain_int(value: int) -> int:

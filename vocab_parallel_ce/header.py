@@ -91,9 +91,9 @@ def _static_ints(request: RowRequest) -> tuple[int, ...]:
         request.stop,
         request.vocab_size,
         flags,
-        request.scale,
-        request.label_smoothing,
-        request.lse_square_scale,
+        request.scale + 0.0,  # -0.0 is the same option
+        request.label_smoothing + 0.0,
+        request.lse_square_scale + 0.0,
         request.ignore_index,
     )
     return struct.unpack(f"<{STATIC_INTS}i", packed)
@@ -313,7 +313,8 @@ def _raise_on_hidden(headers: list[Header]) -> None:
 
 
 def _raise_on_normalizers(headers: list[Header]) -> None:
-    values = torch.tensor([header.normalizer for header in headers], dtype=torch.float64)
+    given = [header.normalizer for header in headers]
+    values = torch.tensor(given, dtype=torch.float64, device="cpu")
     for rank, same in enumerate(_alike(values).tolist()):
         if not same:
             raise ValueError(

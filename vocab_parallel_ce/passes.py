@@ -23,6 +23,7 @@ from .collectives import Payload, check_group_serves, exchange
 from .engines import select_to_read
 from .engines.contract import IGNORED, Coefficients, Engine, Gathered, arithmetic_dtype
 from .header import read_normalizers
+from .kinds import require_memory
 from .preflight import Plan, preflight
 from .request import RowRequest
 from .row_steps import row_steps
@@ -200,6 +201,8 @@ def compute_gradient(
         out[..., size:].zero_()
     if size == 0 or result.m.numel() == 0:
         return
+    if weight is not None:
+        require_memory(weight, "weight")
 
     def scaled(g: Tensor) -> Tensor:
         return g if request.scale == 1 else g * request.scale

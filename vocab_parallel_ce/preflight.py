@@ -103,8 +103,9 @@ def preflight(plan: Plan | Exception, group: dist.ProcessGroup) -> None:
                     f"{show(plans[0][column])}, rank {rank} has {show(other[column])}; "
                     "every rank of a tensor-parallel group must pass the same batch"
                 )
-    headers = torch.tensor([p[_FIELDS : _FIELDS + HEADER_INTS] for p in plans], dtype=torch.int32)
-    empty = torch.empty(0, dtype=torch.int64)
+    ints = [p[_FIELDS : _FIELDS + HEADER_INTS] for p in plans]
+    headers = torch.tensor(ints, dtype=torch.int32, device="cpu")  # whatever the default device is
+    empty = torch.empty(0, dtype=torch.int64, device="cpu")
     dtype = arithmetic_dtype(_DTYPES[plans[0][3]])
     raise_on_problems(read_headers(headers, dtype), empty, constant_rows=True)
 
@@ -133,8 +134,8 @@ def _pack(plan: Plan | Exception) -> bytes:
         name = "" if type(plan) in _ERRORS else f"{type(plan).__name__}: "
         text = f"{name}{plan}".encode("utf-8", "replace")[:_TEXT_BYTES]
         return struct.pack(_FORMAT, 1, kind, *[0] * (_FIELDS - 2), *[0] * HEADER_INTS, text)
-    header = torch.empty(HEADER_INTS, dtype=torch.int32)
-    none = torch.empty(0, dtype=torch.int64)
+    header = torch.empty(HEADER_INTS, dtype=torch.int32, device="cpu")
+    none = torch.empty(0, dtype=torch.int64, device="cpu")
     normalizer = None if plan.normalizer is None else plan.normalizer.cpu()
     write_header(header, plan.request, none, None, None, ValueProblems(), normalizer)
     columns = plan.logits.shape[-1]

@@ -152,4 +152,4 @@ def as_scalar(normalizer: Tensor | float | None, logits: Tensor) -> Tensor | Non
         return normalizer.detach().reshape(()).to(device=logits.device, dtype=dtype)
     if torch.compiler.is_compiling():  # a product stays open to other values, a fill does not
         return torch.ones((), dtype=dtype, device=logits.device) * normalizer
-    return torch.full((), normalizer, dtype=dtype, device=logits.device)
+    return torch.full((), float(normalizer), dtype=dtype, device=logits.device)

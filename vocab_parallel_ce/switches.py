@@ -6,8 +6,11 @@ import os
 
 CHECK_VARIABLE = "VOCAB_PARALLEL_CE_CHECK"
 SCRATCH_VARIABLE = "VOCAB_PARALLEL_CE_NPU_SCRATCH_MIB"
-SCRATCH_MIB = 128
-"""what holds while SCRATCH_VARIABLE is unset"""
+SCRATCH_MIB = 88
+"""what holds while SCRATCH_VARIABLE is unset and the card does not tell its cache: of 192 MiB"""
+WAY_VARIABLE = "VOCAB_PARALLEL_CE_NPU_WAY"
+WAYS = ("auto", "max_sum", "operator", "triton")
+"""words of WAY_VARIABLE; auto while it is unset"""
 
 
 def check_word(check: object) -> str:

@@ -20,6 +20,8 @@ from vocab_parallel_ce.switches import (
     CHECK_VARIABLE,
     SCRATCH_MIB,
     SCRATCH_VARIABLE,
+    WAY_VARIABLE,
+    WAYS,
     check_is_on,
 )
 
@@ -198,6 +200,10 @@ def _folder(value: str, setting: Setting) -> str:
     return "" if Path(value).is_dir() else "is no folder of this machine"
 
 
+def _way(value: str, setting: Setting) -> str:
+    return "" if value in WAYS else f"must be one of {', '.join(WAYS)}"
+
+
 def _checking(value: str, setting: Setting) -> str:
     if check_is_on("environment"):
         return "every call exchanges a preflight and waits for the device: for debugging, not speed"
@@ -274,7 +280,13 @@ VARIABLES = (
         "0",
         flagged("1", "the host waits for every collective: slow"),
     ),
-    Variable(SCRATCH_VARIABLE, ("npu",), f"{SCRATCH_MIB} MiB", whole_number(1, unit=" of MiB")),
+    Variable(
+        SCRATCH_VARIABLE,
+        ("npu",),
+        f"by the card's cache, else {SCRATCH_MIB} MiB",
+        whole_number(1, unit=" of MiB"),
+    ),
+    Variable(WAY_VARIABLE, ("npu",), "auto", _way),
     Variable("CUDA_VISIBLE_DEVICES", ("cuda",), "every card", _visible_devices("cuda")),
     Variable("CUDA_LAUNCH_BLOCKING", ("cuda",), "0", flagged("1", _SLOW_LAUNCH)),
     Variable("NCCL_SOCKET_IFNAME", ("cuda",), "chosen by NCCL", _interface_patterns),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from vocab_parallel_ce.launch.measuring.machine import processor
 
 MIB = 1 << 20
 _HOLD_CYCLES = 4_000_000
+_HOLD_SECONDS = 2e-3
 _CACHE_GUESS = 192 * MIB  # an Ascend 910B's; more than any card of NVIDIA has
 
 
@@ -25,20 +28,49 @@ def synchronize(device: torch.device) -> None:
 
 
 def hold(device: torch.device) -> None:
-    """Keep a CUDA stream busy for about 2 ms, while the host queues what is to be timed behind it.
+    """Keep a stream busy for about 2 ms, while the host queues what is to be timed behind it.
 
     In a training step the host runs ahead of the device; without this, events would time how fast
-    it can launch. What waits for the device inside the timed part still pays for that.
+    it can launch. What waits for the device inside the timed part still pays for that. CUDA has a
+    kernel that waits; an NPU multiplies matrices.
     """
     if device.type == "cuda" and hasattr(torch.cuda, "_sleep"):
         torch.cuda._sleep(_HOLD_CYCLES)
+    elif device.type == "npu":
+        matrix, times = _work(device)
+        for _ in range(times):
+            torch.mm(matrix, matrix)
+
+
+@cache
+def _work(device: torch.device) -> tuple[torch.Tensor, int]:
+    """A matrix, and how many products of it keep the device busy for about 2 ms.
+
+    None where even a small product takes the host's time of a launch many times over: then nothing
+    runs ahead of anything, as on a stand-in of the host's own memory.
+    """
+
+    def seconds(matrix: torch.Tensor) -> float:
+        torch.mm(matrix, matrix)
+        synchronize(device)
+        started = time.perf_counter()
+        torch.mm(matrix, matrix)
+        synchronize(device)
+        return time.perf_counter() - started
+
+    small = torch.ones(512, 512, dtype=torch.bfloat16, device=device)
+    if seconds(small) > _HOLD_SECONDS / 4:
+        return small, 0
+    large = torch.ones(4096, 4096, dtype=torch.bfloat16, device=device)
+    return large, max(1, min(16, round(_HOLD_SECONDS / seconds(large))))
 
 
 def cache_bytes(device: torch.device) -> int:
     """The last cache before an accelerator's memory; a generous guess where it is not told."""
     told = 0
-    if device.type == "cuda":
-        told = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+    if device.type in ("cuda", "npu"):
+        properties = device_module(device).get_device_properties(device.index or 0)
+        told = getattr(properties, "L2_cache_size", 0)
     return told or _CACHE_GUESS
 
 

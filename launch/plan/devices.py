@@ -100,7 +100,11 @@ DEVICES = {
             "Ascend A2 (910B)",
             engine="npu",
             compiles=False,
-            peak_bandwidth=Figure(1600 * GB, "assumption: one die of a 910C"),
+            peak_bandwidth=Figure(
+                1600 * GB,
+                "Huawei's best practices for Ascend C (CANN's documentation, "
+                "atlas_ascendc_best_practices_10_0036)",
+            ),
             bandwidth=Figure(1360 * GB, "assumption: 85% of the peak, as on A3"),
             link_bandwidth=Figure(150 * GB, "assumption: HCCS, all seven links of a card"),
             gather_latency=Figure(25 * US, _HCCL),

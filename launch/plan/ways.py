@@ -11,10 +11,12 @@ left out of the time (it is 4 k of b C bytes a row) and counted in the memory.
     collectives         one all_gather of 4 (k N + header), or two all_reduces above the limit of
                         collectives.py
 
-The npu engine makes more sweeps, always in fp32, over chunks of rows with scratch memory of its own
-(engines/npu.py counts them). How many of them the device's cache answers was never seen, so it is
-given twice: as if none were, and, named "all in cache", as if every chunk were read and written
-once. The truth lies between.
+The npu engine makes more sweeps over chunks of rows, with scratch memory of its own. Its ways list
+their kernels (``FORWARD`` and ``BACKWARD`` in engines/npu/max_sum.py and operator.py), and
+engines/npu/traffic.py says what each of them reads and writes; the tests count the same on a
+stand-in. How many of the bytes the card's cache answers was never seen, so max_sum is given twice:
+as if none were, and, named "all in cache", as if every chunk were read and written once. The truth
+lies between. The operator is what a CANN before 8.5.0 leaves.
 
 **Megatron unfused** (megatron-core 0.16.1, core/tensor_parallel/cross_entropy.py), one eager
 kernel after another. The logits are widened to fp32 unless they are fp32, in which case they are
@@ -46,6 +48,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vocab_parallel_ce.collectives import GATHER_LIMIT_BYTES
+from vocab_parallel_ce.engines.npu import max_sum, operator
+from vocab_parallel_ce.engines.npu.traffic import Step, of_step
 from vocab_parallel_ce.header import HEADER_INTS
 from vocab_parallel_ce.launch.bench.rank import DTYPES, PARTIALS
 from vocab_parallel_ce.launch.plan.devices import MIB
@@ -115,6 +119,7 @@ def ways(case: Case, engine: str, compiles: bool) -> tuple[Way, ...]:
     ours = [_ours(case, engine, inplace) for inplace in (True, False)]
     if engine == "npu":
         ours = [row for way in ours for row in (way, _all_in_cache(way, case))]
+        ours.append(_by_operator(_ours(case, engine, inplace=True), case))
     return (*ours, _unfused(case), _fused(case, compiles))
 
 
@@ -124,33 +129,38 @@ def ways(case: Case, engine: str, compiles: bool) -> tuple[Way, ...]:
 def _ours(case: Case, engine: str, inplace: bool) -> Way:
     b, n = case.itemsize, case.rows
     fresh = 0 if inplace else b
-    forward = [Sweep("statistics", b, 0, rate="partials")]
-    backward = [Sweep("gradient", b, b, fresh, rate="gradient")]
+    forward: tuple[Sweep, ...] = (Sweep("statistics", b, 0, rate="partials"),)
+    backward: tuple[Sweep, ...] = (Sweep("gradient", b, b, fresh, rate="gradient"),)
     scratch = 0
     if engine == "npu":
-        forward, backward = _npu(b)
+        forward, backward = _sweeps(max_sum.FORWARD, b), _sweeps(max_sum.BACKWARD, b)
         scratch = SCRATCH_MIB * MIB
     row_bytes = ROW_SCRATCH + 4 * PARTIALS * (case.ranks + 1)
     return Way(
         "ours-inplace" if inplace else "ours",
         "ours, in place" if inplace else "ours, out of place",
-        tuple(forward),
-        tuple(backward),
+        forward,
+        backward,
         _our_collectives(case),
         held=16 * n,
         peak=row_bytes * n + fresh * case.elements + scratch,
     )
 
 
-def _npu(b: int) -> tuple[list[Sweep], list[Sweep]]:
-    """The sweeps that engines/npu.py counts."""
-    forward = [Sweep("max, subtract, the operator", 5 * 4, 2 * 4)]
-    backward = [Sweep("subtract, exp, scale, zero", 4 * 4, 4 * 4)]
-    if b < 4:
-        widen = Sweep("widen", b, 4)
-        forward = [widen, *forward]
-        backward = [widen, *backward, Sweep("narrow", 4, b)]
-    return forward, backward
+def _sweeps(steps: tuple[Step, ...], b: int) -> tuple[Sweep, ...]:
+    """What the kernels of an npu way move."""
+    moved = [(step.operator, of_step(step, b)) for step in steps]
+    return tuple(Sweep(name, m.read, m.written) for name, m in moved if m.bytes)
+
+
+def _by_operator(way: Way, case: Case) -> Way:
+    return replace(
+        way,
+        name=f"{way.name}-operator",
+        label=f"{way.label}, way operator",
+        forward=_sweeps(operator.FORWARD, case.itemsize),
+        backward=_sweeps(operator.BACKWARD, case.itemsize),
+    )
 
 
 def _all_in_cache(way: Way, case: Case) -> Way:

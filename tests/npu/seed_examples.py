@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vocab_parallel_ce import cross_entropy_loss
-from vocab_parallel_ce.engines import npu, select
+from vocab_parallel_ce.engines import select
+from vocab_parallel_ce.engines.npu import engine as npu
 from vocab_parallel_ce.parallel.groups import ParallelGroups
 
 ROWS, CLASSES = 4096, 8080

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
+
+from .ledger import entered
 
 # Storage and shape: torch_npu's own kernels, which only move or look at memory.
 OWN_KERNELS = {
@@ -60,6 +63,13 @@ def install() -> None:
         return
     from . import operators
 
+    # torch before 2.8 lets a kernel be replaced without being asked.
+    again = (
+        {"allow_override": True}
+        if "allow_override" in signature(torch.library.Library.impl).parameters
+        else {}
+    )
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*overrid", category=UserWarning)
         aten = torch.library.Library("aten", "IMPL")
@@ -69,17 +79,19 @@ def install() -> None:
             if namespace != "aten":
                 continue
             if _is_computed(name):
-                aten.impl(aten_name, _kernel(aten_name), "PrivateUse1", allow_override=True)
+                aten.impl(aten_name, _kernel(aten_name), "PrivateUse1", **again)
             # An operator that torch composes of others, but torch_npu answers by one of CANN.
             if _has_kernel(name, "AutogradPrivateUse1") and _has_kernel(name, COMPOSED):
                 composition = (
                     _attention if aten_name == ATTENTION else _operator(aten_name).decompose
                 )
-                aten.impl(aten_name, composition, "AutogradPrivateUse1", allow_override=True)
+                aten.impl(aten_name, composition, "AutogradPrivateUse1", **again)
         npu = torch.library.Library("npu", "IMPL")
         _libraries.append(npu)
         for name, kernel in operators.KERNELS.items():
-            npu.impl(name, kernel, "PrivateUse1", allow_override=True)
+            if not _exists(f"npu::{name}"):  # torch_npu has one of two names
+                continue
+            npu.impl(name, entered(name, kernel), "PrivateUse1", **again)
 
 
 def cpu_alias(tensor: torch.Tensor) -> torch.Tensor:
@@ -160,6 +172,10 @@ def _has_kernel(name: str, key: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, key))
 
 
+def _exists(name: str) -> bool:
+    return bool(torch._C._dispatch_has_kernel(name))
+
+
 def _operator(aten_name: str) -> Any:
     base, _, overload = aten_name.partition(".")
     return getattr(getattr(torch.ops.aten, base), overload or "default")
@@ -183,7 +199,8 @@ def _kernel(aten_name: str) -> Callable[..., Any]:
         for index, argument in enumerate(operator._schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
-    return _writing_kernel(operator, written) if written else on_cpu(operator)
+    kernel = _writing_kernel(operator, written) if written else on_cpu(operator)
+    return entered(aten_name, kernel, written)
 
 
 def _writing_kernel(operator: Any, written: list[tuple[int, str]]) -> Callable[..., Any]:

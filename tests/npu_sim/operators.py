@@ -1,11 +1,12 @@
-"""The fused cross-entropy operator and its backward, as the CANN kernels compute them, and strict.
+"""The cross-entropy operators of torch_npu, as the CANN kernels compute them, and strict.
 
 Whatever the documents forbid, and whatever the real kernel would answer with memory that is not
 its own, raises RuntimeError here with the rule. The arithmetic is the kernel's: fp32 inside, in
 its order, each output rounded once to the input's dtype.
 
 NPU_SIM_CANN chooses the version: 8.5.0 reads out of bounds at any negative target, ignore_index
-included; 9.0.0 ignores a row whose target equals ignore_index, whatever its sign.
+included; 9.0.0 ignores a row whose target equals ignore_index, whatever its sign. Before 8.5.0 the
+fused operator for sharded vocabularies, ``fused_max_sum``, is not there.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ class OperatorCall:
     rows: int
     columns: int
     dtype: torch.dtype
-    reduction: str
-    ignore_index: int
-    label_smoothing: float
-    weighted: bool
+    reduction: str = "none"
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    weighted: bool = False
 
 
 calls: list[OperatorCall] = []
 """What this process called, in order. ``calls.clear()`` starts over."""
 
 
-def _require(holds: bool, rule: str) -> None:
+def _require(holds: bool, rule: str, name: str = "npu_cross_entropy_loss") -> None:
     if not holds:
-        raise RuntimeError(f"npu_cross_entropy_loss: {rule}")
+        raise RuntimeError(f"{name}: {rule}")
 
 
 def forward(
@@ -151,6 +152,68 @@ def backward(
     return gradient.to(log_prob.dtype)
 
 
+FUSED_NAMES = (
+    "npu_fused_cross_entropy_loss_with_max_sum",
+    "fused_cross_entropy_loss_with_max_sum",
+)
+FUSED_SCHEMA = (
+    "(Tensor logits_max, Tensor sum_exp_logits, Tensor predicted_logits, *, "
+    "float? label_smoothing=0., Tensor? input=None, Tensor? weight=None, "
+    "Tensor? vocab_parallel_logits=None) -> (Tensor, Tensor)"
+)
+
+
+def fused_max_sum(
+    logits_max: torch.Tensor,
+    sum_exp_logits: torch.Tensor,
+    predicted_logits: torch.Tensor,
+    *,
+    label_smoothing: float | None = 0.0,
+    input: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    vocab_parallel_logits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss [N], softmax [N, V] in fp32) of FusedCrossEntropyLossWithMaxSum, on the CPU.
+
+    Nothing asks whether the row vectors are true statistics of the logits: nor does the kernel.
+    """
+    name = FUSED_NAMES[0]
+
+    def require(holds: bool, rule: str) -> None:
+        _require(holds, rule, name)
+
+    version = os.environ.get("NPU_SIM_CANN", "9.0.0")
+    require(
+        _number(version) >= (8, 5),
+        f"aclnnFusedCrossEntropyLossWithMaxSum is not in libopapi.so of CANN {version}",
+    )
+    rows = logits_max.numel()
+    vectors = {
+        "logits_max": logits_max,
+        "sum_exp_logits": sum_exp_logits,
+        "predicted_logits": predicted_logits,
+    }
+    for what, vector in vectors.items():
+        require(vector.dtype == torch.float32, f"{what} is {vector.dtype}, not fp32")
+        require(vector.shape == (rows,), f"{what} has shape {list(vector.shape)}, not [{rows}]")
+    require(not label_smoothing, f"label_smoothing is {label_smoothing}: only 0 is served")
+    require(input is None and weight is None, "input and weight are reserved: they must be None")
+    loss = sum_exp_logits.log() - predicted_logits
+    x = vocab_parallel_logits
+    if x is None:
+        return loss, torch.empty(0)
+    require(x.dim() == 2, f"vocab_parallel_logits has shape {list(x.shape)}, not [N, V]")
+    require(x.dtype in DTYPES, f"vocab_parallel_logits is {x.dtype}, not fp16, bf16 or fp32")
+    require(
+        x.shape[0] == rows and x.numel() > 0,
+        f"vocab_parallel_logits has shape {list(x.shape)}, the row vectors have [{rows}]",
+    )
+    softmax = (x.float().contiguous() - logits_max[:, None]).exp_()
+    softmax *= sum_exp_logits.reciprocal()[:, None]
+    calls.append(OperatorCall(name, rows, x.shape[1], x.dtype))
+    return loss, softmax
+
+
 def cast(input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """npu_dtype_cast, which torch_npu puts under ``Tensor.to``."""
     result: torch.Tensor = torch.ops.aten._to_copy.default(input, dtype=dtype)
@@ -166,6 +229,7 @@ def _forward_kernel(input: torch.Tensor, *args: Any, **options: Any) -> Any:
 KERNELS: dict[str, Callable[..., Any]] = {
     "npu_cross_entropy_loss": _forward_kernel,
     "npu_cross_entropy_loss_backward": on_cpu(backward),
+    **dict.fromkeys(FUSED_NAMES, on_cpu(fused_max_sum)),
     "npu_dtype_cast": on_cpu(cast),
     "_npu_dtype_cast": on_cpu(cast),
 }

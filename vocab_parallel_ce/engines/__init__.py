@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ..kinds import require_memory
 from ..warning import warn
-from . import eager, npu
+from . import eager
 from .contract import Engine
 from .cpu import engine as cpu
+from .npu import engine as npu
 from .triton import engine as triton
 
 ENGINES = ("auto", "cpu", "npu", "triton", "eager")

@@ -8,7 +8,7 @@ autograd on its [N] vectors. Its backward computes the logits again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -71,7 +71,9 @@ class _LinearRowStatistics(torch.autograd.Function):
                 Needs(*ctx.needs_input_grad[:3]),
             )
             grad = None if out.hidden is None else out.hidden.view(hidden.shape)
-        return (*_handed_out(grad, out.weight, out.bias), *(None,) * 5)
+        recording = torch.is_grad_enabled()
+        origins = (grad_stats, hidden[..., :0].sum(), head_weight[:0].sum()) if recording else ()
+        return (*_handed_out((grad, out.weight, out.bias), *origins), *(None,) * 5)
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -121,7 +123,7 @@ class _LinearLoss(torch.autograd.Function):
                     scale_(grad, factor)
             grads = [None if g is None else g.to(ctx.dtype) for g in out.all()]
             hidden = None if grads[0] is None else grads[0].view(ctx.shape)
-        return (*_handed_out(hidden, *grads[1:]), *(None,) * 6)
+        return (*_handed_out((hidden, *grads[1:]), grad_loss), *(None,) * 6)
 
 
 def _one_gradient(grad: Tensor) -> Tensor:
@@ -136,11 +138,11 @@ def _one_gradient(grad: Tensor) -> Tensor:
     return settled(grad)
 
 
-def _handed_out(*grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _handed_out(grads: Sequence[Tensor | None], *origins: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients; with create_graph=True they lead to ``origins``, and refuse to go there."""
     if not torch.is_grad_enabled():
-        return grads
-    # create_graph=True
-    return tuple(None if g is None else refusing_second_derivative(g) for g in grads)
+        return tuple(grads)
+    return tuple(None if g is None else refusing_second_derivative(g, *origins) for g in grads)
 
 
 def linear_row_statistics(

@@ -51,6 +51,8 @@ BAD: list[tuple[str, str, dict[str, str], str]] = [
     ("TORCH_HCCL_ASYNC_ERROR_HANDLING", "0", {}, "a lost rank"),
     ("TORCH_HCCL_BLOCKING_WAIT", "1", {}, "slow"),
     ("VOCAB_PARALLEL_CE_NPU_SCRATCH_MIB", "0", {}, "at least 1"),
+    ("VOCAB_PARALLEL_CE_NPU_WAY", "fused", {}, "auto, max_sum, operator, triton"),
+    ("VOCAB_PARALLEL_CE_NPU_WAY", "AUTO", {}, "auto, max_sum, operator, triton"),
     ("CUDA_VISIBLE_DEVICES", "-1", {}, "names no card"),
     ("CUDA_VISIBLE_DEVICES", "1,1", {}, "more than once"),
     ("CUDA_LAUNCH_BLOCKING", "1", {}, "slow"),

@@ -1,0 +1,190 @@
+"""What each way makes a card read, write and launch, counted on the stand-in by the table."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from vocab_parallel_ce import cross_entropy, token_statistics
+from vocab_parallel_ce.engines import select
+from vocab_parallel_ce.engines.contract import ELSEWHERE, IGNORED, Coefficients, Wanted
+from vocab_parallel_ce.engines.npu import max_sum, operator
+from vocab_parallel_ce.engines.npu.traffic import (
+    Operand,
+    Step,
+    UnknownTrafficError,
+    moved,
+    of_step,
+)
+
+from ..npu_sim import ledger
+
+N, C = 48, 16_001
+BF16, FP32 = torch.bfloat16, torch.float32
+# Bytes an element of what is of size [N]: some forty vectors of 4 and 8 bytes
+VECTORS = 0.05
+PLAIN = Wanted()
+Entries = list[ledger.Entry]
+
+
+def _both(
+    way: ModuleType, logits: Tensor, wanted: Wanted = PLAIN, scale: float = 1.0
+) -> tuple[Entries, Entries]:
+    """What the forward and the backward pass of a way enter; the gradient goes in place."""
+    select("auto", logits)  # which tries the operators once
+    target = torch.arange(len(logits)) * 333 % logits.shape[1]
+    target[1::4], target[2::4] = ELSEWHERE, IGNORED
+    y = target.to("npu")
+    out = torch.empty(len(wanted.rows), len(logits), device="npu")
+    g = torch.ones(len(logits), device="npu")
+    c = Coefficients(g, g, g if wanted.smooth else None, g if wanted.entropy else None)
+    with ledger.recording() as forward:
+        way.partials(logits, y, None, scale, wanted, out)
+    with ledger.recording() as backward:
+        way.gradient(logits, out[0], out[1], y, c, None, scale, logits)
+    return forward, backward
+
+
+def _logits(dtype: torch.dtype, rows: int = N, columns: int = C) -> Tensor:
+    return torch.randn(rows, columns).to("npu", dtype)
+
+
+# The budgets
+
+
+@pytest.mark.parametrize(
+    ("way", "dtype", "forward", "backward"),
+    [
+        (max_sum, BF16, 12, 16),
+        (max_sum, FP32, 16, 24),
+        (operator, BF16, 24, 32),
+        (operator, FP32, 28, 32),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)).rpartition(".")[2],
+)
+def test_bytes_an_element(way: ModuleType, dtype: torch.dtype, forward: int, backward: int) -> None:
+    """Zeroing of ignored rows included; and the plan counts the very kernels that ran."""
+    x = _logits(dtype)
+    passes = _both(way, x)
+    for entries, budget, steps in zip(
+        passes, (forward, backward), (way.FORWARD, way.BACKWARD), strict=True
+    ):
+        assert budget <= ledger.bytes_per_element(entries, x) <= budget + VECTORS
+        assert sum(of_step(step, dtype.itemsize).bytes for step in steps) == budget
+        ran = [name for name in ledger.sweeps(entries, x) if name not in ("gather", "put_")]
+        launched = [s.operator for s in steps if not (s.unless_fp32 and dtype == FP32)]
+        assert ran == launched
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_at_most_four_calls_a_chunk(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of max_sum, each way; everything else is once a call, however many chunks there are."""
+    columns = 4096
+    counts = []
+    for mib, chunks in (("1", 6), ("6", 1)):
+        monkeypatch.setenv("VOCAB_PARALLEL_CE_NPU_SCRATCH_MIB", mib)
+        passes = _both(max_sum, _logits(dtype, 64 * 6, columns))
+        assert [e.operator for e in passes[0]].count("amax") == chunks
+        counts.append([len(entries) for entries in passes])
+    several, one = counts
+    assert (several[0] - one[0]) / 5 <= 4
+    assert (several[1] - one[1]) / 5 <= 4
+    assert one[0] <= 24
+    assert one[1] <= 30
+
+
+@pytest.mark.parametrize("way", [max_sum, operator], ids=["max_sum", "operator"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_strided_logits_are_made_dense_once_a_chunk(way: ModuleType, dtype: torch.dtype) -> None:
+    """One copy a pass; the strided result costs a copy of its own, and its kernels none."""
+    b = dtype.itemsize
+    dense = _both(way, _logits(dtype))
+    strided = _both(way, _logits(dtype, columns=C + 7)[:, :C])
+    x = _logits(dtype)
+    for entries, before in zip(strided, dense, strict=True):
+        names = ledger.sweeps(entries, x)
+        assert names.count("clone") == 1
+        more = ledger.bytes_per_element(entries, x) - ledger.bytes_per_element(before, x)
+        # read and written once; backward, in fp32 zeroed and narrowed into place
+        assert more <= 2 * b + VECTORS + (0 if entries is strided[0] else 12)
+
+
+@pytest.mark.parametrize("way", [max_sum, operator], ids=["max_sum", "operator"])
+def test_whole_rows_are_never_written_for_one_element(way: ModuleType) -> None:
+    wanted = Wanted(smooth=True, entropy=True, argmax=True)
+    for scale in (1.0, 0.7):
+        for entries in _both(way, _logits(BF16), wanted, scale):
+            names = {entry.operator for entry in entries}
+            assert not names & {"scatter_", "scatter_add_", "scatter_reduce_", "index_put_"}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "forward", "backward"),
+    [
+        (Wanted(smooth=True), 22, 24),
+        (Wanted(entropy=True), 38, 46),
+        (Wanted(argmax=True), 24, 16),
+    ],
+    ids=["smoothing", "entropy", "argmax"],
+)
+def test_bytes_of_options(wanted: Wanted, forward: int, backward: int) -> None:
+    """Of max_sum in bf16; argmax numbers the columns once a call."""
+    x = _logits(BF16)
+    for entries, budget in zip(_both(max_sum, x, wanted), (forward, backward), strict=True):
+        assert ledger.bytes_per_element(entries, x) <= budget + VECTORS + 8 * wanted.argmax / N
+
+
+def test_a_whole_call_adds_little() -> None:
+    """Loss and gradient as a user asks for them: no operator beyond the table or on all logits."""
+    x = _logits(BF16).requires_grad_()
+    y = (torch.arange(N) % C).to("npu")
+    select("auto", x)
+    with ledger.recording() as entries:
+        cross_entropy(x, y, lse_square_scale=1e-4).backward()
+        token_statistics(x.detach(), y)
+    assert ledger.bytes_per_element(entries, x) <= 12 + 16 + 12 + 4 * VECTORS
+
+
+# The ledger itself
+
+
+def test_an_operator_that_is_not_in_the_table_is_an_error() -> None:
+    x = _logits(FP32, 2, 5)
+    with ledger.recording(), pytest.raises(UnknownTrafficError, match="erfinv is not in the table"):
+        torch.erfinv(x)
+    with ledger.recording(), pytest.raises(UnknownTrafficError, match=r"softmax .* is unknown"):
+        x.softmax(1)
+    torch.erfinv(x)  # nobody records
+
+
+def test_a_whole_row_scatter_is_counted_as_one() -> None:
+    x = _logits(BF16)
+    index = torch.zeros(N, 1, dtype=torch.int64, device="npu")
+    with ledger.recording() as entries:
+        x.scatter_(1, index, 0.0)
+    assert 4 <= ledger.bytes_per_element(entries, x) <= 4 + VECTORS
+
+
+def test_the_table_by_hand() -> None:
+    """A million elements: reads and writes in MB."""
+    million = 10**6
+    bf16, fp32, rows = Operand(million, 2), Operand(million, 4), Operand(1000, 4)
+    strided = Operand(million, 2, dense=False)
+
+    def megabytes(name: str, reads: list[Operand], writes: list[Operand]) -> tuple[int, int]:
+        found = moved(name, reads, writes)
+        return round(found.read / million), round(found.written / million)
+
+    assert megabytes("add", [bf16, rows], [fp32]) == (2, 4)
+    assert megabytes("sub", [bf16, rows], [fp32]) == (6, 8)
+    assert megabytes("npu_cross_entropy_loss", [fp32, rows], [rows, fp32]) == (12, 4)
+    assert megabytes("scatter_", [rows, bf16], [bf16]) == (2, 2)
+    assert megabytes("put_", [rows, rows, bf16], [bf16]) == (0, 0)
+    assert megabytes("gather", [bf16, rows], [rows]) == (0, 0)
+    assert megabytes("amax", [strided], [rows]) == (4, 2)
+    assert megabytes("clone", [strided], [bf16]) == (2, 2)
+    assert megabytes("copy_", [fp32], [strided]) == (6, 4)
+    assert of_step(Step("copy_", "fp32", "logits", unless_fp32=True), 4).bytes == 0
