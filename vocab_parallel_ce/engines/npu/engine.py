@@ -17,7 +17,7 @@ from importlib import import_module, metadata, util
 import torch
 from torch import Tensor
 
-from ..contract import Coefficients, RowFunctions, Wanted, without_unused
+from ..contract import Coefficients, RowFunctions, Wanted
 from . import choice, operator
 from .chunks import scratch_bytes
 
@@ -89,7 +89,6 @@ def gradient(
 ) -> None:
     """See ``contract.Engine``."""
     way = choice.way_for(logits.dtype)
-    local_target = without_unused(local_target, coefficients)
     way.gradient(logits, m, s, local_target, coefficients, weight, scale, out)
 
 
