@@ -218,11 +218,10 @@ class Engine(Protocol):
 
 def without_unused(local_target: Tensor, coefficients: Coefficients) -> Tensor:
     """``local_target`` with rows whose coefficients are all 0 marked IGNORED as well."""
-    unused = torch.ones_like(local_target, dtype=torch.bool)
-    for part in coefficients:
-        if part is not None:
-            unused &= part == 0
-    return local_target.masked_fill(unused, IGNORED)
+    first, *others = (part == 0 for part in coefficients if part is not None)
+    for zero in others:
+        first &= zero
+    return local_target.masked_fill(first, IGNORED)
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
