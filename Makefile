@@ -115,7 +115,7 @@ environments: $(ENVIRONMENTS) ## builds every environment that the tests need
 
 ascend-triton: $(VENV_TRITON_ASCEND)/installed ## whether the Triton kernels fit an Ascend core
 	@start=$$(date +%s); echo "== Triton kernels for Ascend, without CANN"; \
-	$(VENV_TRITON_ASCEND)/bin/python -m tests.engines.triton.ascend && \
+	$(VENV_TRITON_ASCEND)/bin/python -m tests.engines.ascend && \
 	echo "== Triton kernels for Ascend: $$(( $$(date +%s) - start )) s"
 
 demo: $(VENV)/installed ## a GPT on two CPU ranks, the vocabulary split between them
@@ -189,8 +189,9 @@ unit-npu: $(VENV_NPU)/installed ## the tests of the Ascend engine: real torch_np
 	echo "== tests of the Ascend engine: $$(( $$(date +%s) - start )) s"
 endif
 
-# The engine's contract and its own tests; tests/engines/triton compiles the kernels as well.
-TESTS_TRITON := tests/engines/triton tests/engines/test_contract.py
+# The engine's contract and its own tests; tests/engines/triton compiles the kernels as well. And
+# the npu engine's kernels for Ascend.
+TESTS_TRITON := tests/engines/triton tests/engines/npu tests/engines/test_contract.py
 
 ifeq ($(TRITON),no)
 unit-triton:
