@@ -5,6 +5,7 @@
 #   NPU=no                      leaves out what needs torch-npu: the tests of the Ascend engine
 #   TRITON=no                   leaves out what needs Triton: the tests of the CUDA engine
 #   JOBS=2                      how many files of tests run side by side
+#   GRIDS=yes                   the full grids too, as in test-all
 #   MEGATRON=0.12.1             the version of megatron-core that unit-megatron runs on
 #   TORCH_NPU=torch-npu==2.13.0, TORCH_OF_NPU=torch==2.13.0
 #                               what unit-npu runs on; each version in an environment of its own
@@ -28,13 +29,15 @@ VENV_TRITON_ASCEND ?= .venv-triton-ascend
 
 # Files of tests run side by side, each in one process: many wait for ranks that they have started.
 PARALLEL := -n $(JOBS) --dist loadfile
+# Cases that pyproject.toml leaves out.
+ALL := $(if $(GRIDS),-m "full or not full")
 BIN := $(VENV)/bin
 BIN_NPU := $(VENV_NPU)/bin
 BIN_TRITON := $(VENV_TRITON)/bin
 MEGATRON_FOLDER := .megatron-$(MEGATRON)
 TORCHRUN := $(BIN)/torchrun --standalone
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-megatron quick test test-all lint types docs unit unit-all unit-megatron \
+.PHONY: help demo demo-megatron quick test test-all checks lint types docs unit unit-megatron \
     unit-npu unit-triton gate record-shares bench ascend-triton environments clean
 .DELETE_ON_ERROR:
 
@@ -138,9 +141,13 @@ quick: lint types ## lint, types, and tests that touch every module: under two m
 	$(BIN)/python -m pytest -q -m quick && \
 	echo "== quick tests: $$(( $$(date +%s) - start )) s"
 
-test: lint types docs unit unit-megatron unit-npu unit-triton ## everything that CI runs but the gate
+test: checks unit unit-megatron unit-npu unit-triton ## everything that CI runs but the gate
 
-test-all: lint types docs unit-all unit-megatron unit-npu unit-triton ## and the full grids of options and shapes
+test-all: ## the same, and the full grids of options and shapes
+	@$(MAKE) --no-print-directory test GRIDS=yes
+
+checks: $(VENV)/installed ## lint, types and docs, two at a time
+	@$(MAKE) --no-print-directory -j2 lint types docs
 
 lint: $(VENV)/installed ## ruff: rules and format
 	@start=$$(date +%s); echo "== lint"; \
@@ -158,13 +165,8 @@ docs: $(VENV)/installed ## builds the pages into site/: no dead link, no missing
 
 unit: $(VENV)/installed ## the tests on CPU, megatron-core 0.16.1 included
 	@start=$$(date +%s); echo "== tests"; \
-	$(BIN)/python -m pytest -q $(PARALLEL) --durations=15 && \
+	$(BIN)/python -m pytest -q $(PARALLEL) $(ALL) --durations=15 && \
 	echo "== tests: $$(( $$(date +%s) - start )) s"
-
-unit-all: $(VENV)/installed ## the same, and the full grids
-	@start=$$(date +%s); echo "== tests, full grids"; \
-	$(BIN)/python -m pytest -q $(PARALLEL) -m "full or not full" --durations=15 && \
-	echo "== tests, full grids: $$(( $$(date +%s) - start )) s"
 
 # The Megatron-core that MindSpeed builds on, before the one in the environment; a few MB.
 $(MEGATRON_FOLDER)/installed: $(VENV)/installed
@@ -177,7 +179,7 @@ $(MEGATRON_FOLDER)/installed: $(VENV)/installed
 unit-megatron: $(MEGATRON_FOLDER)/installed ## the tests of the Megatron hook on another version
 	@start=$$(date +%s); echo "== tests on megatron-core $(MEGATRON)"; \
 	PYTHONPATH=$(CURDIR)/$(MEGATRON_FOLDER) VOCAB_PARALLEL_CE_TEST_MEGATRON=$(MEGATRON) \
-	    $(BIN)/python -m pytest -q --durations=5 tests/parallel/megatron && \
+	    $(BIN)/python -m pytest -q $(PARALLEL) $(ALL) --durations=5 tests/parallel/megatron && \
 	echo "== tests on megatron-core $(MEGATRON): $$(( $$(date +%s) - start )) s"
 
 # What only an NPU has, and the tests of the loss that run on any device.
@@ -190,7 +192,7 @@ unit-npu:
 else
 unit-npu: $(VENV_NPU)/installed ## the tests of the Ascend engine: real torch_npu on stand-ins for CANN
 	@start=$$(date +%s); echo "== tests of the Ascend engine: the real torch-npu over tests/npu_sim"; \
-	$(BIN_NPU)/python -m tests.npu_sim python -m pytest -q $(PARALLEL) --durations=10 $(TESTS_NPU) && \
+	$(BIN_NPU)/python -m tests.npu_sim python -m pytest -q $(PARALLEL) $(ALL) --durations=10 $(TESTS_NPU) && \
 	echo "== tests of the Ascend engine: $$(( $$(date +%s) - start )) s"
 endif
 
@@ -204,7 +206,7 @@ unit-triton:
 else
 unit-triton: $(VENV_TRITON)/installed ## the tests of the CUDA engine: Triton's interpreter and compiler
 	@start=$$(date +%s); echo "== tests of the CUDA engine: Triton's interpreter and compiler"; \
-	TRITON_INTERPRET=1 $(BIN_TRITON)/python -m pytest -q $(PARALLEL) --durations=10 \
+	TRITON_INTERPRET=1 $(BIN_TRITON)/python -m pytest -q $(PARALLEL) $(ALL) --durations=10 \
 	    -W ignore::RuntimeWarning $(TESTS_TRITON) && \
 	echo "== tests of the CUDA engine: $$(( $$(date +%s) - start )) s"
 endif
@@ -220,7 +222,7 @@ gate: $(VENV)/installed ## fails where the loss got slower than this machine's l
 record-shares: $(VENV)/installed ## keeps how near the limits the loss is here: for the gate, on a quiet machine
 	$(BIN)/python -m vocab_parallel_ce.launch.bench --ranks 1 --repeats 15 --wait-idle 10 \
 	    --peers ours-inplace,ours --out runs/shares
-	$(BIN)/python -m vocab_parallel_ce.launch.bench.shares runs/shares/bench.json
+	$(BIN)/python -m vocab_parallel_ce.launch.bench.record runs/shares/bench.json
 
 bench: $(VENV)/installed ## the loss beside its peers on this machine; writes runs/bench
 	$(BIN)/python -m vocab_parallel_ce.launch.bench --out runs/bench

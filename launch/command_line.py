@@ -66,7 +66,7 @@ def in_one_style(error: Any, typed: Sequence[str]) -> str:
         return f"{missing[1]} needs a value; {SEE_HELP}"
     if unknown := re.match(r"No such option:? ['\"]?(--?[\w-]*)", message):
         known = [name for each in error.ctx.command.params for name in each.opts]
-        near = difflib.get_close_matches(unknown[1], known, 1)
+        near = difflib.get_close_matches(unknown[1], known, 1, cutoff=0.75)
         way_out = f"did you mean {near[0]}?" if near else SEE_HELP
         return f"there is no option {unknown[1]}; {way_out}"
     if extra := re.match(r"Got unexpected extra argument.*\((.*)\)", message):
@@ -149,14 +149,26 @@ Timeout = Annotated[
         options.positive, "--timeout", metavar="SECONDS", help="How long a rank waits for others."
     ),
 ]
-TensorParallel = Annotated[int | None, whole("Ranks that split the vocabulary.", "--tp")]
-DataParallel = Annotated[int | None, whole("Copies of the model.", "--dp")]
+TensorParallel = Annotated[
+    int | None,
+    whole("Ranks that split the vocabulary. [default: all that --dp leaves]", "--tp"),
+]
+DataParallel = Annotated[
+    int | None, whole("Copies of the model. [default: what --tp leaves]", "--dp")
+]
 Json = Annotated[Path | None, file("Write every number to this file.", "--json")]
 Text = Annotated[
     list[Path] | None,
-    typer.Option("--text", metavar="PATH", help="File or folder to train on; repeatable."),
+    typer.Option(
+        "--text",
+        metavar="PATH",
+        help="File or folder to train on; repeatable. [default: Python's standard library]",
+    ),
 ]
-Cache = Annotated[Path | None, folder("Keeps the tokens between runs.", "--cache")]
+Cache = Annotated[
+    Path | None,
+    folder("Keeps the tokens between runs. [default: ~/.cache/vocab_parallel_ce/text]", "--cache"),
+]
 
 
 # --- what jobs do alike -----------------------------------------------------------------------

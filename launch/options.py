@@ -37,9 +37,9 @@ def dtype(text: str) -> str:
 
 def training_dtype(text: str) -> str:
     """fp32 or bf16."""
-    if dtype(text) == "fp16":
+    if DTYPES.get(text, text) == "fp16":
         raise ValueError("fp16 needs a loss scale, which this job does not have; use bf16 or fp32")
-    return dtype(text)
+    return one_of(DTYPES.get(text, text), TRAINABLE)
 
 
 def whole(text: str, least: int | None = None) -> int:

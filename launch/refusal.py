@@ -20,7 +20,7 @@ from vocab_parallel_ce.warning import is_first_of_host
 
 PROGRAM = "vocab-parallel-ce"
 FAILED, USAGE_ERROR = 1, 2
-PATIENCE = 5.0
+PATIENCE = 20.0
 """Seconds that a rank waits for the first one of its host to say the same."""
 
 

@@ -22,6 +22,10 @@ BETWEEN = 3
 """characters that a column costs beside its content"""
 
 
+def ranks_in_words(ranks: int) -> str:
+    return "1 process" if ranks == 1 else f"{ranks} ranks"
+
+
 class Coloured(str):
     """A cell, or a line, with a colour that rich knows."""
 

@@ -160,6 +160,24 @@ def test_double_backward_is_refused(upstream: str, in_place: bool, engine: str) 
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("in_place", [False, True], ids=["", "in place"])
+def test_a_second_derivative_of_the_logits_alone_is_refused(in_place: bool, engine: str) -> None:
+    """torch visits only what lies between the gradient and the logits: it must meet the refusal."""
+    x, target, _ = _batch()
+
+    def loss(y: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(y * 1, target, inplace_backward=in_place, engine=engine)
+
+    (grad,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.grad(grad.sum(), x, allow_unused=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.functional.hessian(loss, x.detach())
+    with pytest.raises(RuntimeError, match="twice"):  # the trick of a double backward
+        torch.autograd.functional.jvp(loss, x.detach(), torch.ones_like(x))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_create_graph_alone_is_allowed(engine: str) -> None:
     """Other parts of a graph may be differentiated twice, and the gradient is the same."""
     x, target, _ = _batch()

@@ -304,3 +304,11 @@ def test_the_bits_of_floats_count(dtype: torch.dtype) -> None:
     other[1] = torch.nextafter(other[1], other[2])
     assert float_checksum(values) != float_checksum(other)
     assert float_checksum(values) == float_checksum(values.clone())
+
+
+def test_minus_zero_is_the_same_option() -> None:
+    """Whichever of the two came first."""
+    off: dict[str, Any] = {name: -0.0 for name in ("label_smoothing", "lse_square_scale", "scale")}
+    for first, second in ((off, dict.fromkeys(off, 0.0)), (dict.fromkeys(off, 0.0), off)):
+        headers = _headers([Rank(0, 6, **first), Rank(6, 12, **second)])
+        assert not _on_device(headers, TARGET, False)

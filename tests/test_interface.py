@@ -73,6 +73,8 @@ def test_public_names() -> None:
         "__version__",
         "cross_entropy",
         "cross_entropy_loss",
+        "linear_cross_entropy",
+        "linear_token_statistics",
         "token_statistics",
     ]
     assert not hasattr(vocab_parallel_ce, "no_such_name")

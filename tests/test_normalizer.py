@@ -52,7 +52,7 @@ def test_otherwise_it_is_what_the_division_gives() -> None:
     total = cross_entropy(logits, target, reduction="sum")
     assert cross_entropy(logits, target, normalizer=0).item() == torch.inf
     assert bool(cross_entropy(logits, target, normalizer=torch.nan).isnan())
-    for value in (-3, 7.5, torch.tensor(9), torch.tensor([[2.0]], dtype=torch.float16)):
+    for value in (-3, 7.5, 2**80, torch.tensor(9), torch.tensor([[2.0]], dtype=torch.float16)):
         want = total / float(value)
         torch.testing.assert_close(cross_entropy(logits, target, normalizer=value), want)
 

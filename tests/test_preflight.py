@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -104,3 +105,16 @@ def test_when_all_fail_all_raise(pool: Pool) -> None:
     outcomes = pool.run(_all_fail, 3)
     assert [kind for kind, _, _ in outcomes] == ["ValueError"] * 3
     assert all("mine is 0" in text for _, text, _ in outcomes)
+
+
+def _default_device(group: dist.ProcessGroup) -> None:
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    alike = replace(_plan(rank, world), normalizer=torch.tensor(3.0))
+    other = _plan(rank, world, rows=3 + rank)
+    with torch.device("meta"):
+        preflight(alike, group)
+        assert "the number of rows" in _raised(group, other)[1]
+
+
+def test_the_default_device_does_not_matter(pool: Pool) -> None:
+    pool.run(_default_device, 2)

@@ -160,6 +160,24 @@ def test_freed_memory_is_not_read(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_freed_memory_of_any_argument_is_refused_by_name(name: str, engine: str) -> None:
+    arguments = _arguments()
+    arguments[name].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=rf"^{name} of shape .* has no memory.*storage freed"):
+        cross_entropy(**arguments, engine=engine)
+
+
+def test_a_weight_freed_before_backward_is_refused() -> None:
+    arguments = _arguments()
+    leaf, weight = arguments["input"].requires_grad_(), arguments["weight"]
+    loss = cross_entropy(leaf, arguments["target"], weight, label_smoothing=0.1)
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"^weight of shape .* has no memory"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_in_place_after_an_async_collective(engine: str) -> None:
     target, data = torch.arange(ROWS), torch.randn(ROWS, COLUMNS)
     grads = []

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         cross_entropy_loss,
         token_statistics,
     )
+    from .linear_api import linear_cross_entropy, linear_token_statistics
     from .modules import VocabParallelCrossEntropyLoss
     from .shard import VocabShard
 
@@ -30,6 +31,8 @@ __all__ = [
     "__version__",
     "cross_entropy",
     "cross_entropy_loss",
+    "linear_cross_entropy",
+    "linear_token_statistics",
     "token_statistics",
 ]
 
@@ -40,6 +43,8 @@ _HOMES = {
     "VocabShard": "shard",
     "cross_entropy": "api",
     "cross_entropy_loss": "api",
+    "linear_cross_entropy": "linear_api",
+    "linear_token_statistics": "linear_api",
     "token_statistics": "api",
 }
 

@@ -7,6 +7,7 @@ exchange, so that all ranks raise together.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
@@ -31,6 +32,7 @@ LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TARGET_DTYPES = (torch.int64, torch.int32)
 DEVICES_WITHOUT_FP64 = ("npu",)
 _INT64 = torch.iinfo(torch.int64)
+_LARGEST = sys.float_info.max
 
 
 class Options(NamedTuple):
@@ -50,6 +52,14 @@ class Options(NamedTuple):
     check: bool | None = None
 
 
+class Held(NamedTuple):
+    """What messages call the tensor that holds this rank's part of the vocabulary."""
+
+    name: str = "input"
+    places: str = "columns"
+    part: str = "logits[..., {start}:{stop}]"
+
+
 class Outputs(NamedTuple):
     """Which optional outputs a public function asks for."""
 
@@ -59,14 +69,19 @@ class Outputs(NamedTuple):
 
 
 def prepare(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: Options, outputs: Outputs
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    outputs: Outputs,
+    held: Held = Held(),  # noqa: B008 (a tuple of strings)
 ) -> RowRequest:
     """Check everything static and say what the primitive shall do.
 
     Raises TypeError or ValueError, or RuntimeError where an engine is asked for that is not
     available.
     """
-    request = _prepare(input, target, weight, options, outputs)
+    request = _prepare(input, target, weight, options, outputs, held)
     if not torch.compiler.is_compiling():
         served_by_an_engine = kind_of(input) is Kind.MEMORY and not traced(input)
         if ordinary(input) or input.is_meta or served_by_an_engine:
@@ -102,9 +117,14 @@ def admit(
 
 
 def _prepare(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: Options, outputs: Outputs
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    outputs: Outputs,
+    held: Held,
 ) -> RowRequest:
-    _check_group(options.group)
+    check_group(options.group)
     rank, world = group_rank_and_size(options.group)
     where = f" (rank {rank} of the group)" if world > 1 else ""
     check_numbers(options, where)
@@ -113,7 +133,7 @@ def _prepare(
         # A compiled call learns of a wrong group when it runs, before it sends anything.
         backend = check_group_serves(input.device.type, options.group)
         check_backend_dtype(backend, input.dtype, where)
-    shard = _resolve_shard(input, options.shard, rank, world, where)
+    shard = _resolve_shard(input.shape[-1], options.shard, rank, world, where, held)
     if weight is not None and weight.shape[0] != shard.vocab_size:
         raise ValueError(
             f"weight has {weight.shape[0]} entries but vocab_size is {shard.vocab_size}: pass the "
@@ -143,7 +163,8 @@ def _prepare(
     )
 
 
-def _check_group(group: object) -> None:
+def check_group(group: object) -> None:
+    """Raise TypeError for what is no group."""
     if group is None:
         return
     if not isinstance(group, dist.ProcessGroup):
@@ -212,6 +233,8 @@ def _check_normalizer(normalizer: object, reduction: str, where: str) -> None:
         raise TypeError(
             f"normalizer must be a scalar tensor or a number, got {normalizer!r}{where}"
         )
+    elif not _fits_a_float(normalizer):
+        raise ValueError(f"normalizer is an int that no float can hold{where}")
 
 
 def _is_int(value: object) -> TypeGuard[int]:
@@ -225,7 +248,12 @@ def is_number(value: object) -> TypeGuard[float]:
 
 def _is_finite(value: float) -> bool:
     """While compiling, a symbol is as good as finite: the operator looks at the number it gets."""
-    return torch.compiler.is_compiling() or math.isfinite(value)
+    return torch.compiler.is_compiling() or (_fits_a_float(value) and math.isfinite(value))
+
+
+def _fits_a_float(value: float) -> bool:
+    """False of ints beyond the largest float, which have no value there, not even inf."""
+    return not isinstance(value, int) or abs(value) <= _LARGEST
 
 
 def _plain_int(value: int) -> int:
@@ -273,13 +301,13 @@ def _check_tensors(input: Tensor, target: Tensor, weight: Tensor | None, where: 
 
 
 def _resolve_shard(
-    input: Tensor, shard: VocabShard | None, rank: int, world: int, where: str
+    columns: int, shard: VocabShard | None, rank: int, world: int, where: str, held: Held
 ) -> VocabShard:
-    columns = input.shape[-1]
+    name, places = held.name, held.places
     if shard is None:
         if columns == 0:
             raise ValueError(
-                f"input has no columns{where}; an empty shard must be told: "
+                f"{name} has no {places}{where}; an empty shard must be told: "
                 "shard=VocabShard(start, start, vocab_size)"
             )
         return VocabShard(rank * columns, (rank + 1) * columns, world * columns)
@@ -287,7 +315,7 @@ def _resolve_shard(
         raise TypeError(f"shard must be a VocabShard or None, got {type(shard).__name__}{where}")
     if columns < shard.size:
         raise ValueError(
-            f"input has {columns} columns but shard holds the {shard.size} ids "
+            f"{name} has {columns} {places} but shard holds the {shard.size} ids "
             f"[{shard.start}, {shard.stop}){where}; the shard must be the one that the head was "
             "split by"
         )
@@ -297,10 +325,10 @@ def _resolve_shard(
             "there is one rank only; pass group= with the ranks that hold the others"
         )
     if columns == shard.vocab_size and shard.size < shard.vocab_size:
+        part = held.part.format(start=shard.start, stop=shard.stop)
         raise ValueError(
-            f"input looks gathered: it has all vocab_size={shard.vocab_size} columns, but shard "
-            f"holds [{shard.start}, {shard.stop}){where}; pass this rank's logits, "
-            f"logits[..., {shard.start}:{shard.stop}]"
+            f"{name} looks gathered: it has all vocab_size={shard.vocab_size} {places}, but shard "
+            f"holds [{shard.start}, {shard.stop}){where}; pass this rank's part, {part}"
         )
     return shard
 

@@ -35,11 +35,12 @@ _OFF = (1.0, 0.0, 0.0)
 """of scale, label_smoothing and lse_square_scale"""
 
 
-def _group(name: str) -> dist.ProcessGroup | None:
+def group_named(name: str) -> dist.ProcessGroup | None:
+    """The group that a schema names; None for ``NO_GROUP``."""
     return None if name == NO_GROUP else _resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def _numbers(request: RowRequest) -> tuple[RowRequest, Tensor | None]:
+def closed(request: RowRequest) -> tuple[RowRequest, Tensor | None]:
     """The float options as a tensor [3] on the host, and the request without them.
 
     A float in the schema would be a constant of the graph: each new value of a temperature would
@@ -50,18 +51,28 @@ def _numbers(request: RowRequest) -> tuple[RowRequest, Tensor | None]:
     if all(statically_known_true(a == off) for a, off in zip(floats, _OFF, strict=True)):
         return request, None
     one = torch.ones((), dtype=torch.float64, device="cpu")
-    closed = replace(request, scale=1.0, label_smoothing=0.0, lse_square_scale=0.0)
-    return closed, torch.stack([one * value for value in floats])
+    without = replace(request, scale=1.0, label_smoothing=0.0, lse_square_scale=0.0)
+    return without, torch.stack([one * value for value in floats])
 
 
 def _finite(numbers: Tensor) -> list[float]:
-    """What ``_numbers`` packed; checked when it runs, for the compiler cannot."""
+    """What ``closed`` packed; checked when it runs, for the compiler cannot."""
     values: list[float] = numbers.tolist()
     names = ("scale", "label_smoothing", "the z-loss scale (lse_square_scale)")
     for name, value in zip(names, values, strict=True):
         if not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value!r}")
     return values
+
+
+def opened(request: RowRequest, numbers: Tensor | None) -> RowRequest:
+    """The request whose floats ``numbers`` holds; ValueError where one is not finite."""
+    if numbers is None:
+        return request
+    scale, label_smoothing, lse_square_scale = _finite(numbers)
+    return replace(
+        request, scale=scale, label_smoothing=label_smoothing, lse_square_scale=lse_square_scale
+    )
 
 
 def _scale(scale: float, numbers: Tensor | None) -> float:
@@ -100,16 +111,9 @@ def _row_statistics(
         ignore_index, scale, label_smoothing, lse_square_scale, reduction, engine, collective,
         check,
     )  # fmt: skip
-    group = _group(group_name)
+    group = group_named(group_name)
     with together(group, check):
-        if numbers is not None:
-            scale, label_smoothing, lse_square_scale = _finite(numbers)
-            request = replace(
-                request,
-                scale=scale,
-                label_smoothing=label_smoothing,
-                lse_square_scale=lse_square_scale,
-            )
+        request = opened(request, numbers)
         r = compute_statistics(logits, target, weight, request, group, normalizer=normalizer)
     return r.stats, r.m, r.s, r.local_target, r.argmax, r.normalizer
 
@@ -262,7 +266,7 @@ def gradient(
     inplace_backward: bool,
 ) -> Tensor:
     """The backward of an eager loss, for the compiler that follows the tape (compiled autograd)."""
-    r, numbers = _numbers(request)
+    r, numbers = closed(request)
     rows = (result.stats, result.m, result.s, result.local_target, weight, grad_stats)
     scalars = (r.start, r.stop, r.vocab_size, r.smooth, r.entropy, r.scale, r.engine, numbers)
     if not inplace_backward:
@@ -287,16 +291,16 @@ def row_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``primitive.row_statistics`` as one node of a compiled graph."""
     name = NO_GROUP if group is None else group.group_name
-    closed, numbers = _numbers(request)
+    static, numbers = closed(request)
     stats, m, s, _, argmax, agreed = _row_statistics(
-        logits, target, weight, normalizer, *closed.scalars(), name, inplace_backward, numbers
+        logits, target, weight, normalizer, *static.scalars(), name, inplace_backward, numbers
     )
     return stats, m, s, argmax, agreed
 
 
 def log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) -> Tensor:
     """``primitive.log_prob`` as one node of a compiled graph."""
-    r, numbers = _numbers(request)
+    r, numbers = closed(request)
     place = (r.start, r.stop, r.vocab_size, r.scale, r.engine, numbers)
     out: Tensor = _log_prob(logits.detach(), m, s, *place)
     return out

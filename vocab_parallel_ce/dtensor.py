@@ -30,6 +30,11 @@ class Layout:
     shape: tuple[int, ...] = ()
     """of the global logits"""
 
+    @property
+    def shares_rows(self) -> bool:
+        """Whether other ranks hold other rows."""
+        return self.mesh is not None and any(p.is_shard() for p in self.row_placements)
+
     def rows(self, value: Tensor) -> Tensor:
         """A per-row result [...], sharded like the logits' rows."""
         return self._wrap(value, self.row_placements, self.shape[:-1])
@@ -46,7 +51,7 @@ class Layout:
 
     def total(self, value: Tensor) -> Tensor:
         """The sum of a 0-d local value over the ranks that hold other rows; differentiable."""
-        if self.mesh is None or not any(p.is_shard() for p in self.row_placements):
+        if self.mesh is None or not self.shares_rows:
             return value
         partial = [Partial() if p.is_shard() else Replicate() for p in self.row_placements]
         part = DTensor.from_local(value, self.mesh, partial, run_check=False)
@@ -67,10 +72,10 @@ class Layout:
 _PLAIN = Layout()
 
 
-def vocabulary_group(input: DTensor) -> dist.ProcessGroup | None:
-    """The ranks that share the vocabulary of ``input``; None where that is not one group."""
-    last = input.dim() - 1
-    dims = [d for d, p in enumerate(input.placements) if _shards(p, last, input.dim())]
+def vocabulary_group(input: DTensor, dim: int = -1) -> dist.ProcessGroup | None:
+    """The ranks that share dimension ``dim`` of ``input``; None where that is not one group."""
+    dim = dim % input.dim()
+    dims = [d for d, p in enumerate(input.placements) if _shards(p, dim, input.dim())]
     return input.device_mesh.get_group(dims[0]) if len(dims) == 1 else None
 
 
@@ -104,28 +109,31 @@ def unwrap(
     layout = Layout(mesh, placements, rows, tuple(input.shape))
 
     local = input.to_local(grad_placements=placements)
-    offset = _offset(input)
+    offset = offset_of(tuple(input.shape), mesh, placements)
     start = min(offset[last], input.shape[last])
     shard = VocabShard(start, start + local.shape[-1], input.shape[last])
     group = mesh.get_group(vocab_dims[0]) if vocab_dims else None
     options = options._replace(group=group, shard=shard)
     if isinstance(options.normalizer, DTensor):
         options = options._replace(normalizer=options.normalizer.full_tensor())
-    local_target = _local_target(target, local, layout, offset)
-    return *admit(local, local_target, _local_weight(weight), options), layout
+    rows_here = tuple(local.shape[:-1])
+    local_target_ = local_target(target, rows_here, layout, offset)
+    return *admit(local, local_target_, local_weight(weight), options), layout
 
 
-def _offset(input: DTensor) -> tuple[int, ...]:
+def offset_of(
+    shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...]
+) -> tuple[int, ...]:
     """Where the local tensor begins in the global one: DTensor cuts as ``torch.chunk`` does.
 
     In plain integers, so that the compiler can follow them.
     """
-    mesh, coordinate = input.device_mesh, input.device_mesh.get_coordinate()
-    offset, size = [0] * input.dim(), list(input.shape)
+    coordinate = mesh.get_coordinate()
+    offset, size = [0] * len(shape), list(shape)
     assert coordinate is not None  # a rank outside the mesh has no local tensor to call us with
-    for mesh_dim, placement in enumerate(input.placements):
+    for mesh_dim, placement in enumerate(placements):
         if isinstance(placement, Shard):
-            dim = placement.dim % input.dim()
+            dim = placement.dim % len(shape)
             step = -(-size[dim] // mesh.size(mesh_dim))
             first = min(coordinate[mesh_dim] * step, size[dim])
             offset[dim] += first
@@ -159,16 +167,17 @@ def _shards(placement: Placement, dim: int, ndim: int) -> bool:
     return isinstance(placement, Shard) and placement.dim % ndim == dim
 
 
-def _local_target(target: Tensor, local: Tensor, layout: Layout, offset: tuple[int, ...]) -> Tensor:
+def local_target(
+    target: Tensor, rows: tuple[int, ...], layout: Layout, offset: tuple[int, ...]
+) -> Tensor:
+    """This rank's ``rows`` of a target that is a DTensor, global, or local already."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
     shape = layout.shape[:-1]
-    if target.shape != shape and not (
-        target.shape == local.shape[:-1] and not isinstance(target, DTensor)
-    ):
+    if target.shape != shape and not (target.shape == rows and not isinstance(target, DTensor)):
         raise ValueError(
             f"target has shape {tuple(target.shape)}, but DTensor input {tuple(layout.shape)} "
-            f"needs {tuple(shape)} (or the local rows, {tuple(local.shape[:-1])})"
+            f"needs {tuple(shape)} (or the local rows, {rows})"
         )
     if isinstance(target, DTensor):
         if target.device_mesh != layout.mesh:
@@ -179,13 +188,14 @@ def _local_target(target: Tensor, local: Tensor, layout: Layout, offset: tuple[i
                 "use target.redistribute(...)"
             )
         return target.redistribute(placements=layout.row_placements).to_local()
-    if target.shape == local.shape[:-1]:
+    if target.shape == rows:
         return target
-    cut = tuple(slice(o, o + n) for o, n in zip(offset, local.shape[:-1], strict=False))
+    cut = tuple(slice(o, o + n) for o, n in zip(offset, rows, strict=False))
     return target[cut]
 
 
-def _local_weight(weight: Tensor | None) -> Tensor | None:
+def local_weight(weight: Tensor | None) -> Tensor | None:
+    """The full vector of class weights as a plain tensor."""
     if not isinstance(weight, DTensor):
         return weight
     if not all(p.is_replicate() for p in weight.placements):

@@ -14,6 +14,7 @@ raise together after the exchange instead of one raising while the others wait f
 from __future__ import annotations
 
 import functools
+import math
 import struct
 from dataclasses import dataclass
 
@@ -36,7 +37,9 @@ _STATIC = (
     ("lse_square_scale", 2),
     ("ignore_index", 2),
 )
-_DYNAMIC = ("target", "content", "weight", "bad_row", "bad_target", "bad_weight", "normalizer")
+_DYNAMIC = (
+    "target", "content", "weight", "bad_row", "bad_target", "bad_weight", "normalizer", "hidden",
+)  # fmt: skip
 STATIC_INTS = sum(width for _, width in _STATIC)
 HEADER_INTS = STATIC_INTS + 2 * len(_DYNAMIC)
 _START, _STOP, _VOCAB, _OPTIONS = 0, 1, 2, slice(3, STATIC_INTS)
@@ -50,6 +53,8 @@ _COMPARED = (
 
 _FLAGS = ("smooth", "entropy", "argmax", "ignored_rows", "normalized", "implicit_shard")
 NORMALIZER_TOLERANCE = 1e-5  # relative: ranks may have summed a count of tokens in another order
+# Of the norm: bf16 layers that sum in another order stay below, other hidden states are far beyond.
+HIDDEN_TOLERANCE = 2e-2
 
 
 HEADER_LAYOUT = HeaderLayout(
@@ -86,9 +91,9 @@ def _static_ints(request: RowRequest) -> tuple[int, ...]:
         request.stop,
         request.vocab_size,
         flags,
-        request.scale,
-        request.label_smoothing,
-        request.lse_square_scale,
+        request.scale + 0.0,  # -0.0 is the same option
+        request.label_smoothing + 0.0,
+        request.lse_square_scale + 0.0,
         request.ignore_index,
     )
     return struct.unpack(f"<{STATIC_INTS}i", packed)
@@ -121,6 +126,30 @@ def float_checksum(values: Tensor) -> Tensor:
     return checksum(values.float().view(torch.int32))
 
 
+def fingerprint(hidden: Tensor, first_row: int = 0) -> Tensor:
+    """Two numbers [2] that tell hidden states [N, H] from others: those of row blocks add up.
+
+    A product with a fixed pattern of numbers of about 1, and the sum of squares that says how large
+    it is by chance. On equal hidden states the two differ by rounding alone.
+    """
+    rows = torch.arange(first_row, first_row + hidden.shape[0], device=hidden.device)
+    columns = torch.arange(hidden.shape[1], device=hidden.device)
+    values = hidden if hidden.dtype == torch.float64 else hidden.float()
+    product = (values @ _pattern(columns).to(values.dtype)) @ _pattern(rows).to(values.dtype)
+    return torch.stack([product, torch.linalg.vector_norm(values).square()]).float()
+
+
+def _pattern(places: Tensor) -> Tensor:
+    """Numbers of mean square 1 that look like chance."""
+    return ((places % 4096).float() * 2.399963 + 0.5).cos() * 2**0.5  # the golden angle
+
+
+def fingerprint_bits(fingerprint: Tensor) -> Tensor:
+    """The product and the norm as two fp32, which fill one int64."""
+    product, squares = fingerprint.unbind()
+    return torch.stack([product, squares.sqrt()]).view(torch.int64)[0]
+
+
 def normalizer_bits(normalizer: Tensor) -> Tensor:
     """A 0-d fp32 or fp64 number as an int64 that begins with its bits."""
     if normalizer.dtype == torch.float64:
@@ -148,12 +177,13 @@ def write_header(
     weight: Tensor | None,
     problems: ValueProblems,
     normalizer: Tensor | None = None,
+    hidden: Tensor | None = None,
 ) -> None:
     """Fill ``out`` [HEADER_INTS] int32.
 
     ``content`` are this rank's (m, s) partials: ranks that hold the same ones in every row were
     handed the same logits. It is left out where shards were told explicitly. ``normalizer`` is
-    0-d, in the arithmetic dtype.
+    0-d, in the arithmetic dtype; ``hidden`` are ``fingerprint_bits``.
     """
     write_static(out, request)
     zero = torch.zeros((), dtype=torch.int64, device=out.device)
@@ -166,6 +196,7 @@ def write_header(
             zero + problems.bad_target,
             zero + problems.bad_weight,
             zero if normalizer is None else normalizer_bits(normalizer),
+            zero if hidden is None else hidden,
         ]
     )
     out[STATIC_INTS:] = dynamic.view(torch.int32)
@@ -181,6 +212,12 @@ class Header:
     options: dict[str, object]
     checksums: dict[str, int]
     normalizer: float = 0.0
+
+    @property
+    def hidden(self) -> tuple[float, float]:
+        """The product and the norm of ``fingerprint_bits``."""
+        product, norm = struct.unpack("<2f", struct.pack("<q", self.checksums.get("hidden", 0)))
+        return product, norm
 
 
 def read_headers(headers: Tensor, dtype: torch.dtype = torch.float32) -> list[Header]:
@@ -202,11 +239,13 @@ def read_headers(headers: Tensor, dtype: torch.dtype = torch.float32) -> list[He
     return out
 
 
-def raise_on_problems(headers: list[Header], target: Tensor, constant_rows: bool) -> None:
+def raise_on_problems(
+    headers: list[Header], target: Tensor, constant_rows: bool, from_hidden: bool = False
+) -> None:
     """Raise the ValueError that these headers call for, the same on every rank, or return.
 
     ``constant_rows``: every row of this rank's shard holds one value (a head that is still zero),
-    so equal contents mean nothing.
+    so equal contents mean nothing. ``from_hidden``: the logits are made of hidden states.
     """
     first = headers[0]
     # Values last: a target may be out of range only because ignore_index or vocab_size differs.
@@ -239,21 +278,43 @@ def raise_on_problems(headers: list[Header], target: Tensor, constant_rows: bool
                     f"different values; every rank of a tensor-parallel group must pass the same "
                     f"{name} (was the batch split over these ranks, or shuffled with another seed?)"
                 )
+    if from_hidden:
+        _raise_on_hidden(headers)
     if looks_gathered(headers) and not constant_rows:
         size = first.stop - first.start
         ignore_index = first.options["ignore_index"]
         kept = target[target != ignore_index]
         if bool((kept < size).all()):
+            what, same, part = "input", f"logits of {size} columns", "logits[..., start:stop]"
+            if from_hidden:
+                what, same, part = "linear_weight", f"{size} rows", "linear_weight[start:stop]"
             raise ValueError(
-                f"input looks gathered: all {len(headers)} ranks of the group passed the same "
-                f"logits of {size} columns and every target is below {size}; each rank must pass "
-                "its own shard of the vocabulary, e.g. logits[..., start:stop] (if these really "
+                f"{what} looks gathered: all {len(headers)} ranks of the group passed the same "
+                f"{same} and every target is below {size}; each rank must pass "
+                f"its own shard of the vocabulary, e.g. {part} (if these really "
                 "are shards, say so with shard=VocabShard.even(vocab_size, group))"
             )
 
 
+def _raise_on_hidden(headers: list[Header]) -> None:
+    (product, norm), *others = (header.hidden for header in headers)
+    for rank, (other_product, other_norm) in enumerate(others, start=1):
+        values = (product, norm, other_product, other_norm)
+        allowed = HIDDEN_TOLERANCE * max(norm, other_norm)
+        apart = max(abs(product - other_product), abs(norm - other_norm)) > allowed
+        finite = [math.isfinite(value) for value in values]
+        if (all(finite) and apart) or finite[:2] != finite[2:]:
+            raise ValueError(
+                f"ranks disagree on input: the hidden states of rank 0 and rank {rank} of the "
+                f"group are not the same (norms {norm:.6g} and {other_norm:.6g}); every rank of a "
+                "tensor-parallel group must pass the same ones (is a layer before the head split "
+                "over these ranks? sequence_parallel=True takes each rank's part of the sequence)"
+            )
+
+
 def _raise_on_normalizers(headers: list[Header]) -> None:
-    values = torch.tensor([header.normalizer for header in headers], dtype=torch.float64)
+    given = [header.normalizer for header in headers]
+    values = torch.tensor(given, dtype=torch.float64, device="cpu")
     for rank, same in enumerate(_alike(values).tolist()):
         if not same:
             raise ValueError(

@@ -65,7 +65,9 @@ def ordinary(*values: Tensor | None) -> bool:
     if _modes_active():
         return False
     for value in values:
-        if value is not None and not has_memory(value) and kind_of(value) is not Kind.MEMORY:
+        if value is None or has_memory(value):
+            continue
+        if kind_of(value) is not Kind.MEMORY or value.numel() > 0:
             return False
     return True
 
@@ -172,6 +174,8 @@ def check_kinds(arguments: dict[str, Tensor], where: str) -> None:
     for name, kind in kinds.items():
         if kind is Kind.FOREIGN:
             raise TypeError(_foreign(name, arguments[name], where))
+        if kind is Kind.MEMORY and _is_freed(arguments[name]):
+            raise ValueError(_no_memory(name, arguments[name], where))
     if Kind.TRACED in kinds.values() or _mode("FAKE") is not None:
         _check_mixture(arguments, where)
 
@@ -214,13 +218,21 @@ def _check_mixture(tensors: dict[str, Tensor], where: str) -> None:
             )
 
 
-def require_memory(logits: Tensor) -> None:
+def require_memory(value: Tensor, name: str = "input") -> None:
     """The last gate before an engine, which reads addresses; also of what hooks hand back."""
-    if has_memory(logits):
+    if has_memory(value):
         return
-    if kind_of(logits) is not Kind.MEMORY or (logits.numel() and logits.data_ptr() == 0):
-        raise ValueError(
-            f"input of shape {tuple(logits.shape)} and type {type(logits).__name__} has no memory "
-            "that could be read (was its storage freed, or did a hook for saved tensors hand back "
-            "another kind?); pass a plain tensor that holds its numbers until backward is over"
-        )
+    if kind_of(value) is not Kind.MEMORY or _is_freed(value):
+        raise ValueError(_no_memory(name, value, ""))
+
+
+def _is_freed(value: Tensor) -> bool:
+    return value.numel() > 0 and value.data_ptr() == 0
+
+
+def _no_memory(name: str, value: Tensor, where: str) -> str:
+    return (
+        f"{name} of shape {tuple(value.shape)} and type {type(value).__name__} has no memory that "
+        "could be read (was its storage freed, or did a hook for saved tensors hand back another "
+        f"kind?){where}; pass a plain tensor that holds its numbers until backward is over"
+    )

@@ -1,6 +1,7 @@
 """The forward and the backward pass of one rank's shard, without autograd.
 
     compute_statistics   partials of this shard (one read), one exchange, arithmetic on [N]
+    exchange_statistics  the same for whoever has another way to fill the partials
     compute_gradient     no communication; one formula for every output (one read, one write)
     compute_log_prob     the log-softmax of this shard, where a caller asks for it
 
@@ -11,7 +12,7 @@ dimensions that cannot be flattened are looped over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from .collectives import Payload, check_group_serves, exchange
 from .engines import select_to_read
 from .engines.contract import IGNORED, Coefficients, Engine, Gathered, arithmetic_dtype
 from .header import read_normalizers
+from .kinds import require_memory
 from .preflight import Plan, preflight
 from .request import RowRequest
 from .row_steps import row_steps
@@ -96,25 +98,53 @@ def compute_statistics(
     ``normalizer`` is 0-d, in the arithmetic dtype; ``log_prob_out``: see
     ``primitive.log_prob_space``.
     """
+
+    def fill(engine: Engine, parts: Tensor, local_target: Tensor) -> None:
+        fill_partials(engine, parts, logits, local_target, weight, request, log_prob_out)
+
+    plan = Plan(request, logits, target, normalizer)
+    return exchange_statistics(fill, plan, target, weight, group)
+
+
+def exchange_statistics(
+    fill: Callable[[Engine, Tensor, Tensor], Tensor | None],
+    plan: Plan,
+    target: Tensor,
+    weight: Tensor | None,
+    group: dist.ProcessGroup | None,
+    announced: Tensor | None = None,
+) -> RowResult:
+    """Partials as ``fill`` writes them, one exchange, and the statistics of every row.
+
+    Args:
+        fill: writes the partials [k, N] of rows whose ``local_target`` [N] it is given. What it
+            returns, if anything, is what the header tells of the hidden states, an int64.
+        plan: of the call; its logits stand for those that ``fill`` reads, by dtype and device.
+        target: [...] of the N rows.
+        weight: the full vector.
+        group: of the vocabulary.
+        announced: the targets that the header speaks of, where they are not ``target``.
+    """
+    request, logits, normalizer = plan.request, plan.logits, plan.normalizer
     world = 1 if group is None else dist.get_world_size(group)
     on_host = _on_host(logits, request)
     ids = target.reshape(-1).long()  # every comparison with an id happens in int64
     engine = select_to_read(request.engine, logits)
     alone = group is None or world == 1
-    steps = row_steps(engine, ids, weight, request, normalizer, on_host, group)
+    steps = row_steps(engine, ids, weight, request, normalizer, on_host, group, announced)
 
     dtype = arithmetic_dtype(logits.dtype)
     wanted, rows = request.wanted, ids.shape[0]
     payload = Payload.allocate(len(wanted.rows), rows, dtype, logits.device)
-    _fill_partials(engine, payload.parts, logits, steps.local_target, weight, request, log_prob_out)
+    hidden = fill(engine, payload.parts, steps.local_target)
     if group is None or alone:
         gathered = Gathered(payload.parts[None], payload.shard_weight, payload.header[:1], None)
     else:
         payload.shard_weight[0] = _shard_total(weight, request, dtype)
-        steps.write_header(payload)
+        steps.write_header(payload, hidden)
         if request.checking:
             check_group_serves(logits.device.type, group)
-            preflight(Plan(request, logits, target, normalizer), group)
+            preflight(plan, group)
         gathered = exchange(payload, wanted, request.collective, group)
     stats, m, s, argmax = steps.conclude(gathered, payload, _total_weight(weight, request, dtype))
     if argmax is None:
@@ -128,15 +158,16 @@ def compute_statistics(
     return RowResult(stats, m, s, steps.local_target, argmax, agreed)
 
 
-def _fill_partials(
+def fill_partials(
     engine: Engine,
     parts: Tensor,
     logits: Tensor,
     local_target: Tensor,
     weight: Tensor | None,
     request: RowRequest,
-    log_prob_out: Tensor | None,
+    log_prob_out: Tensor | None = None,
 ) -> None:
+    """The partials [k, N] of the logits [..., C_r] into ``parts``."""
     size = request.size
     if size == 0 or parts.shape[1] == 0:
         parts.zero_()
@@ -170,6 +201,8 @@ def compute_gradient(
         out[..., size:].zero_()
     if size == 0 or result.m.numel() == 0:
         return
+    if weight is not None:
+        require_memory(weight, "weight")
 
     def scaled(g: Tensor) -> Tensor:
         return g if request.scale == 1 else g * request.scale

@@ -27,8 +27,9 @@ from .switches import check_is_on, check_word
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 _ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)
 _TEXT_BYTES = 1024
-# has error, kind of error, rows, logits dtype, target dtype, columns, collective; header; text
-_FIELDS = 7
+# has error, kind of error, rows, logits dtype, target dtype, columns, collective, width of the
+# hidden states, rows of an exchange; header; text
+_FIELDS = 9
 _FORMAT = f"<{_FIELDS}q{HEADER_INTS}i{_TEXT_BYTES}s"
 
 
@@ -41,6 +42,10 @@ class Plan:
     target: Tensor
     normalizer: Tensor | None = None
     """0-d, in the arithmetic dtype"""
+    width: int = 0
+    """of the hidden states that the logits are made of; 0 where they are given"""
+    chunk: int = 0
+    """rows of an exchange, where a call makes more than one; else 0"""
 
 
 class _Held(threading.local):
@@ -88,6 +93,8 @@ def preflight(plan: Plan | Exception, group: dist.ProcessGroup) -> None:
         (3, "the dtype of input", lambda code: str(_DTYPES[code])),
         (4, "the dtype of target", lambda code: str(_DTYPES[code])),
         (6, "collective", lambda code: COLLECTIVES[code]),
+        (7, "the width of input", str),
+        (8, "the rows of an exchange (gradient, scratch_mib, or whether gradients are on)", str),
     ):
         for rank, other in enumerate(plans):
             if other[column] != plans[0][column]:
@@ -96,8 +103,9 @@ def preflight(plan: Plan | Exception, group: dist.ProcessGroup) -> None:
                     f"{show(plans[0][column])}, rank {rank} has {show(other[column])}; "
                     "every rank of a tensor-parallel group must pass the same batch"
                 )
-    headers = torch.tensor([p[_FIELDS : _FIELDS + HEADER_INTS] for p in plans], dtype=torch.int32)
-    empty = torch.empty(0, dtype=torch.int64)
+    ints = [p[_FIELDS : _FIELDS + HEADER_INTS] for p in plans]
+    headers = torch.tensor(ints, dtype=torch.int32, device="cpu")  # whatever the default device is
+    empty = torch.empty(0, dtype=torch.int64, device="cpu")
     dtype = arithmetic_dtype(_DTYPES[plans[0][3]])
     raise_on_problems(read_headers(headers, dtype), empty, constant_rows=True)
 
@@ -126,8 +134,8 @@ def _pack(plan: Plan | Exception) -> bytes:
         name = "" if type(plan) in _ERRORS else f"{type(plan).__name__}: "
         text = f"{name}{plan}".encode("utf-8", "replace")[:_TEXT_BYTES]
         return struct.pack(_FORMAT, 1, kind, *[0] * (_FIELDS - 2), *[0] * HEADER_INTS, text)
-    header = torch.empty(HEADER_INTS, dtype=torch.int32)
-    none = torch.empty(0, dtype=torch.int64)
+    header = torch.empty(HEADER_INTS, dtype=torch.int32, device="cpu")
+    none = torch.empty(0, dtype=torch.int64, device="cpu")
     normalizer = None if plan.normalizer is None else plan.normalizer.cpu()
     write_header(header, plan.request, none, None, None, ValueProblems(), normalizer)
     columns = plan.logits.shape[-1]
@@ -140,6 +148,8 @@ def _pack(plan: Plan | Exception) -> bytes:
         _DTYPES.index(plan.target.dtype),
         columns,
         COLLECTIVES.index(plan.request.collective),
+        plan.width,
+        plan.chunk,
         *header.tolist(),
         b"",
     )

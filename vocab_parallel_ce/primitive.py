@@ -36,13 +36,13 @@ from .request import RowRequest
 class _RefuseSecondDerivative(torch.autograd.Function):
     """Hands a gradient on; differentiating it raises.
 
-    torch's ``once_differentiable`` raises only where the incoming gradient requires one. Here the
-    dependence on the logits counts as well: without it a gradient penalty would silently lose its
-    gradient.
+    torch's ``once_differentiable`` raises only where the incoming gradient requires one. The
+    gradient depends on the logits as well, and torch visits only what lies between it and what is
+    asked for: so ``origins`` lead to both, or a second derivative would silently be 0.
     """
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, *origins: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
@@ -51,6 +51,12 @@ class _RefuseSecondDerivative(torch.autograd.Function):
             "the loss cannot be differentiated twice: its gradient has no derivative here; for a "
             "gradient penalty use torch.nn.functional.cross_entropy on gathered logits"
         )
+
+
+def refusing_second_derivative(grad: Tensor, *origins: Tensor) -> Tensor:
+    """``grad`` for a caller that records a graph of it; it depends on ``origins``."""
+    out: Tensor = _RefuseSecondDerivative.apply(grad.requires_grad_(), *origins)  # type: ignore[no-untyped-call]
+    return out
 
 
 class _RowStatistics(torch.autograd.Function):
@@ -84,19 +90,23 @@ class _RowStatistics(torch.autograd.Function):
     def backward(ctx: Any, grad_stats: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_stats is None:  # nothing upstream depends on the statistics
             return (None,) * 8
+        refuse_second_backward(ctx)
+        try:
+            saved = ctx.saved_tensors
+        except RuntimeError as problem:
+            raise_explained(problem)
+        recording = torch.is_grad_enabled()  # create_graph=True
+        # Fresh memory, taken before the logits are overwritten: a view would be refused.
+        origins = (grad_stats, saved[0][..., :0].sum()) if recording else ()
         with torch.no_grad():
-            grad = _RowStatistics._gradient(ctx, grad_stats)
-        if torch.is_grad_enabled():  # create_graph=True
-            grad = _RefuseSecondDerivative.apply(grad.requires_grad_())  # type: ignore[no-untyped-call]
+            grad = _RowStatistics._gradient(ctx, saved, grad_stats)
+        if recording:
+            grad = refusing_second_derivative(grad, *origins)
         return (grad, *(None,) * 7)
 
     @staticmethod
-    def _gradient(ctx: Any, grad_stats: Tensor) -> Tensor:
-        refuse_second_backward(ctx)
-        try:
-            logits, m, s, local_target, stats, weight = ctx.saved_tensors
-        except RuntimeError as problem:
-            raise_explained(problem)
+    def _gradient(ctx: Any, saved: tuple[Any, ...], grad_stats: Tensor) -> Tensor:
+        logits, m, s, local_target, stats, weight = saved
         request: RowRequest = ctx.request
         result = RowResult(stats, m, s, local_target, m, m)
         if torch.compiler.is_compiling():

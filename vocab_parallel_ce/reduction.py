@@ -32,15 +32,10 @@ def row_losses(
     stats: Tensor, target: Tensor, weight: Tensor | None, request: RowRequest
 ) -> RowLosses:
     """``stats`` [j, N] of the primitive and ``target`` [N] -> the losses of every row."""
-    target = target.long()
     named = dict(zip(stat_names(request.wanted), stats.unbind(0), strict=True))
-    kept = target != request.ignore_index
+    row_weight, kept = row_weights(target, weight, request, stats.dtype)
     loss = named["nll"]
-    row_weight = kept.to(stats.dtype)
     if weight is not None:
-        # Clamped, because an ignored or an invalid target must not index out of bounds.
-        column = target.clamp(0, request.vocab_size - 1)
-        row_weight = row_weight * weight.to(stats.dtype)[column]
         loss = loss * row_weight
     eps = request.label_smoothing
     if eps > 0:
@@ -49,6 +44,20 @@ def row_losses(
     if is_on(request.lse_square_scale):
         zloss = (request.lse_square_scale * _square(named["lse"])).masked_fill(~kept, 0.0)
     return RowLosses(loss, zloss, row_weight, kept)
+
+
+def row_weights(
+    target: Tensor, weight: Tensor | None, request: RowRequest, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``row_weight`` and ``kept`` of ``RowLosses``, from the targets [N] alone."""
+    target = target.long()
+    kept = target != request.ignore_index
+    row_weight = kept.to(dtype)
+    if weight is not None:
+        # Clamped, because an ignored or an invalid target must not index out of bounds.
+        column = target.clamp(0, request.vocab_size - 1)
+        row_weight = row_weight * weight.to(dtype)[column]
+    return row_weight, kept
 
 
 def _square(lse: Tensor) -> Tensor:
@@ -79,16 +88,27 @@ def reduce_rows(
     loss = total(rows.loss.sum())
     zloss = loss.new_zeros(()) if rows.zloss is None else total(rows.zloss.sum())
     if reduction == "mean":
-        if normalizer is None:
-            loss = loss / total(rows.row_weight.sum())
-            if rows.zloss is not None:
-                zloss = zloss / total(rows.kept.sum().to(zloss.dtype))
-        else:
-            # Nothing kept, nothing counted: 0 and a gradient of 0, where 0 / 0 would be NaN.
-            empty = (normalizer == 0) & ~rows.kept.any()
-            denominator = torch.where(empty, torch.ones_like(normalizer), normalizer)
-            loss, zloss = loss / denominator, zloss / denominator
+        has_z = rows.zloss is not None
+        of_loss, of_zloss = denominators(rows.row_weight, rows.kept, has_z, normalizer, total)
+        loss, zloss = loss / of_loss, zloss / of_zloss
     return (loss if rows.zloss is None else loss + zloss), zloss
+
+
+def denominators(
+    row_weight: Tensor,
+    kept: Tensor,
+    has_zloss: bool,
+    normalizer: Tensor | None = None,
+    total: Callable[[Tensor], Tensor] = _same,
+) -> tuple[Tensor, Tensor]:
+    """What "mean" divides the sum of losses by, and that of z-losses: 0-d each."""
+    if normalizer is not None:
+        # Nothing kept, nothing counted: 0 and a gradient of 0, where 0 / 0 would be NaN.
+        empty = (normalizer == 0) & ~kept.any()
+        both = torch.where(empty, torch.ones_like(normalizer), normalizer)
+        return both, both
+    of_zloss = total(kept.sum().to(row_weight.dtype)) if has_zloss else row_weight.new_ones(())
+    return total(row_weight.sum()), of_zloss
 
 
 def as_scalar(normalizer: Tensor | float | None, logits: Tensor) -> Tensor | None:
@@ -103,4 +123,4 @@ def as_scalar(normalizer: Tensor | float | None, logits: Tensor) -> Tensor | Non
         return normalizer.detach().reshape(()).to(device=logits.device, dtype=dtype)
     if torch.compiler.is_compiling():  # a product stays open to other values, a fill does not
         return torch.ones((), dtype=dtype, device=logits.device) * normalizer
-    return torch.full((), normalizer, dtype=dtype, device=logits.device)
+    return torch.full((), float(normalizer), dtype=dtype, device=logits.device)

@@ -55,8 +55,12 @@ class RowSteps(Protocol):
     local_target: Tensor
     """[N] int64 column of this shard, ELSEWHERE or IGNORED"""
 
-    def write_header(self, payload: Payload) -> None:
-        """Fill the header of a payload whose partials are there."""
+    def write_header(self, payload: Payload, hidden: Tensor | None = None) -> None:
+        """Fill the header of a payload whose partials are there.
+
+        ``hidden`` is what it shall tell of the hidden states (``header.fingerprint``), where the
+        logits were made of some.
+        """
         ...
 
     def conclude(
@@ -77,24 +81,29 @@ class TorchSteps:
         normalizer: Tensor | None,
         on_host: bool,
         group: dist.ProcessGroup | None,
+        announced: Tensor | None = None,
     ) -> None:
-        self._target, self._weight, self._request = target, weight, request
+        self._weight, self._request = weight, request
         self._normalizer, self._on_host = normalizer, on_host
         self._located = locate(target, request)
         self.local_target = self._located.local_target
-        self._problems = (
-            find_problems(target, self._located.allowed, weight) if on_host else ValueProblems()
-        )
+        self._target = target if announced is None else announced
+        self._from_hidden = False
+        self._problems = ValueProblems()
+        if on_host:
+            located = self._located if announced is None else locate(announced, request)
+            self._problems = find_problems(self._target, located.allowed, weight)
         if group_rank_and_size(group)[1] == 1:  # several raise together, after the exchange
             cause = forgotten_group.cause(group, not request.implicit_shard, request.size)
             raise_on_own_values(self._problems, request, cause)
 
-    def write_header(self, payload: Payload) -> None:
+    def write_header(self, payload: Payload, hidden: Tensor | None = None) -> None:
         """See ``RowSteps``."""
         content = payload.parts[:2] if self._request.implicit_shard else None
+        self._from_hidden = hidden is not None
         write_header(
             payload.header, self._request, self._target, content, self._weight, self._problems,
-            self._normalizer,
+            self._normalizer, hidden,
         )  # fmt: skip
 
     def conclude(
@@ -124,7 +133,7 @@ class TorchSteps:
     def _raise(self, headers: Tensor, payload: Payload) -> None:
         read = read_headers(headers, payload.parts.dtype)
         excused = looks_gathered(read) and bool(self._constant_rows(payload))
-        raise_on_problems(read, self._target, excused)
+        raise_on_problems(read, self._target, excused, self._from_hidden)
 
     def _constant_rows(self, payload: Payload) -> Tensor:
         """0-d: every kept row of this shard holds one value, so that s counts its columns."""
@@ -150,8 +159,8 @@ class FusedSteps:
             target, request.start, request.stop, request.ignore_index
         )
 
-    def write_header(self, payload: Payload) -> None:
-        """See ``RowSteps``."""
+    def write_header(self, payload: Payload, hidden: Tensor | None = None) -> None:
+        """See ``RowSteps``. Hidden states are compared on the host only."""
         request, weight = self._request, self._weight
         write_static(payload.header, request)
         self._excuse = self._functions.sign(
@@ -185,9 +194,14 @@ def row_steps(
     normalizer: Tensor | None,
     on_host: bool,
     group: dist.ProcessGroup | None,
+    announced: Tensor | None = None,
 ) -> RowSteps:
-    """The steps of a call that ``engine`` serves."""
+    """The steps of a call that ``engine`` serves.
+
+    ``announced`` are the targets that the header speaks of, where they are not ``target``: those of
+    a whole batch, of which ``target`` is a part. On the host only.
+    """
     functions = engine.ROW_FUNCTIONS
     if functions is None or on_host or target.numel() == 0:
-        return TorchSteps(target, weight, request, normalizer, on_host, group)
+        return TorchSteps(target, weight, request, normalizer, on_host, group, announced)
     return FusedSteps(functions, target, weight, request, normalizer)

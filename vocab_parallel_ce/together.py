@@ -18,13 +18,25 @@ T = TypeVar("T")
 
 def raises_together(function: Callable[P, T]) -> Callable[P, T]:
     """A public function, of whose errors the other ranks are told; its call's included."""
+    return _telling(function, "input", 0, dim=-1)
+
+
+def linear_raises_together(function: Callable[P, T]) -> Callable[P, T]:
+    """The same of a function whose second argument holds the vocabulary: the head's weight."""
+    return _telling(function, "linear_weight", 1, dim=0)
+
+
+def _telling(function: Callable[P, T], name: str, place: int, dim: int) -> Callable[P, T]:
+    """A DTensor at that place, or of that name, brings the group: it is sharded over ``dim``."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         if torch.compiler.is_compiling():  # the custom operator tells, when it runs
             return function(*args, **kwargs)
-        input = args[0] if args else kwargs.get("input")
-        group = vocabulary_group(input) if isinstance(input, DTensor) else kwargs.get("group")
+        holder = args[place] if len(args) > place else kwargs.get(name)
+        group: object = kwargs.get("group")
+        if isinstance(holder, DTensor) and holder.dim() > 0:
+            group = vocabulary_group(holder, dim)
         with together(group, kwargs.get("check")):
             return function(*args, **kwargs)
 

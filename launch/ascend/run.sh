@@ -1,34 +1,40 @@
 #!/usr/bin/env bash
-# Starts the training job, or another job, on all cards of one Ascend machine or of several.
+# Starts the training job, or another job, on all cards of one Ascend machine or
+# of several.
 #
-#   vocab-parallel-ce ascend --tp 8                                         one machine, 8 cards
+#   one machine, 8 cards:
+#   vocab-parallel-ce ascend --tp 8
 #
-#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 vocab-parallel-ce ascend --tp 8     the first of two
-#   NNODES=2 NODE_RANK=1 MASTER_ADDR=10.0.0.1 vocab-parallel-ce ascend --tp 8     the second
+#   two machines, this one the first, then the second:
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=10.0.0.1 vocab-parallel-ce ascend --tp 8
+#   NNODES=2 NODE_RANK=1 MASTER_ADDR=10.0.0.1 vocab-parallel-ce ascend --tp 8
 #
-#   JOB=doctor vocab-parallel-ce ascend --selftest                    the check of all cards
+#   the check of all cards:
+#   JOB=doctor vocab-parallel-ce ascend --selftest
 #
-# In a clone that is not installed, launch/ascend/run.sh is the same. Options go to the job:
-# `vocab-parallel-ce train --help` tells those of the training. tp ranks are neighbours: with
-# --tp 8 the vocabulary is split inside a machine, and only gradients travel between machines (dp is
-# what remains, here 2). With `--device cpu` and NPROC=2 it runs anywhere.
+# In a clone that is not installed, launch/ascend/run.sh is the same. Options go
+# to the job: `vocab-parallel-ce train --help` tells those of the training.
+# Ranks that split a vocabulary are neighbours: with --tp 8 it is split inside a
+# machine, and only gradients travel between machines (dp is what remains, 2 for
+# two machines). With `--device cpu` and NPROC=2 it runs anywhere.
 #
-# Variables, all optional on one machine:
+# Variables, all optional on one machine, with their defaults:
 #   NPROC         processes, one a card, on each machine (8)
 #   NNODES        machines (1)
 #   NODE_RANK     which one this is, from 0 on
 #   MASTER_ADDR   address of machine 0, as all machines reach it
-#   MASTER_PORT   port on machine 0, for this script and then for torchrun (29500)
+#   MASTER_PORT   port on machine 0, for this script and then torchrun (29500)
 #   WAIT_SECONDS  how long machines wait for each other (600)
-#   IFNAME        network interface between the machines, such as eth0. Set it where hosts have
-#                 more than one: HCCL and Gloo each pick one by themselves, and not always the
-#                 right one
+#   IFNAME        network interface between the machines, such as eth0. Set it
+#                 where hosts have more than one: HCCL and Gloo each pick one by
+#                 themselves, and not always the right one
 #   MAX_RESTARTS  how often a failed run starts again from its last checkpoint (0)
 #   JOB           what to run (train), a job of `vocab-parallel-ce --help`
 #   MODULE        or any other module (vocab_parallel_ce.launch.train)
 #   PYTHON        interpreter of the environment (python3)
-#   SET_ENV       CANN's set_env.sh (/usr/local/Ascend/ascend-toolkit/set_env.sh)
-#   ASCEND_RT_VISIBLE_DEVICES   cards to use, such as 0,1,2,3; NPROC then must fit
+#   SET_ENV       CANN's script of variables
+#                 (/usr/local/Ascend/ascend-toolkit/set_env.sh)
+#   ASCEND_RT_VISIBLE_DEVICES   cards to use, such as 0,1,2,3; NPROC must fit
 #
 # Exit status: 2 and one line if it cannot start, else that of torchrun.
 set -euo pipefail

@@ -38,7 +38,7 @@ import vocab_parallel_ce
 from vocab_parallel_ce.launch import options
 from vocab_parallel_ce.launch.bench import gate as bench_gate
 from vocab_parallel_ce.launch.bench import goals, medians, report, shares
-from vocab_parallel_ce.launch.bench.peers import PEERS
+from vocab_parallel_ce.launch.bench.peers import BY_NAME, PEERS
 from vocab_parallel_ce.launch.bench.rank import Plan, run_plan, steps
 from vocab_parallel_ce.launch.command_line import (
     ROWS,
@@ -56,7 +56,7 @@ from vocab_parallel_ce.launch.measuring.device import device_name
 from vocab_parallel_ce.launch.measuring.machine import processor
 from vocab_parallel_ce.launch.options import make_folder, make_writable
 from vocab_parallel_ce.launch.refusal import FAILED, Refusal
-from vocab_parallel_ce.launch.terminal import Coloured, progress, show_line
+from vocab_parallel_ce.launch.terminal import Coloured, progress, ranks_in_words, show_line
 
 LABELS = {peer.name: peer.label for peer in PEERS}
 GRID_ROWS = (4096, 8192, 16384, 32768)
@@ -214,6 +214,14 @@ def _look_again(runs: list[dict[str, Any]], plan: Plan, out: Path) -> None:
         bench_gate.look_again(run, records, measure)
 
 
+def check_peers(names: Sequence[str], device: str) -> None:
+    """Refusal where one that was asked for runs on another device."""
+    for name in names:
+        home = BY_NAME[name].device
+        if home not in ("", device):
+            raise Refusal(f"--peers {name}: it runs on {home}, and this would be {device}")
+
+
 def check_counts(counts: Sequence[int], shapes: Sequence[tuple[int, int]], device: str) -> None:
     """Refusal where the vocabulary, or the cards, cannot be shared out."""
     present = devices(device)
@@ -303,6 +311,7 @@ def main(
             raise Refusal(f"{name}: tiny shapes prove nothing; drop --quick")
     kind = usable_device(device)
     shapes = shapes_of(kind, rows, vocab, quick)
+    check_peers(peer_names(peers), kind)
     plan = _plan(kind, shapes, dtype or ["fp32", "bf16"], repeats, peers, wait_idle, quick)
     under_torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     counts = rank_counts(ranks, kind)
@@ -317,7 +326,7 @@ def main(
     runs: list[dict[str, Any]] = []
     problems: list[str] = []
     if under_torchrun:
-        with progress(steps(plan), goals.ranks_in_words(counts[0]), first) as tell:
+        with progress(steps(plan), ranks_in_words(counts[0]), first) as tell:
             runs = run_plan(plan, tell)
         if not first:
             return
@@ -326,7 +335,7 @@ def main(
             try:
                 runs += start_ranks(plan, count, out)
             except RuntimeError as failure:
-                problems.append(f"{goals.ranks_in_words(count)} not measured: {failure}")
+                problems.append(f"{ranks_in_words(count)} not measured: {failure}")
     if gate and not under_torchrun:
         _look_again(runs, plan, out)
     judged = goals.judge(runs, LABELS)

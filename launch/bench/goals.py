@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from vocab_parallel_ce.launch.bench import gate, shares
+from vocab_parallel_ce.launch.terminal import ranks_in_words
 
 MIB = 1 << 20
 GATE = 2 / 3
@@ -108,10 +109,6 @@ def times(count: float) -> str:
 
 def _mib(size: float) -> str:
     return f"{size / MIB:.2f} MiB"
-
-
-def ranks_in_words(ranks: int) -> str:
-    return "1 process" if ranks == 1 else f"{ranks} ranks"
 
 
 def where_of(run: Run) -> str:

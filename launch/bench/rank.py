@@ -370,8 +370,7 @@ def _leave_with_parent() -> None:
 def main(plan: str, init_method: str, result: str) -> None:
     """A rank started by the benchmark itself: rank 0 draws progress and writes the result."""
     _leave_with_parent()
-    from vocab_parallel_ce.launch.bench.goals import ranks_in_words
-    from vocab_parallel_ce.launch.terminal import progress
+    from vocab_parallel_ce.launch.terminal import progress, ranks_in_words
 
     rank = int(os.environ["RANK"])
     todo = Plan.load(plan)

@@ -1,20 +1,16 @@
-"""python -m vocab_parallel_ce.launch.bench.shares runs/shares/bench.json: keep what it takes today.
+"""The table of what our loss takes today, one record a processor: ``shares.csv`` beside this file.
 
-The table beside this file holds, for every processor that was measured, how many times the limit
-of its run our loss took (``measuring/limits.py``). The speed gate holds later code to it. A new
-record replaces the one of the same processor, threads, ranks, shape, dtype and implementation.
+A record says how many times the limit of its run (``measuring/limits.py``) our loss took there. The
+speed gate holds later code to it; ``record.py`` makes it. A new record replaces the one of the same
+processor, threads, ranks, shape, dtype and implementation.
 """
 
 from __future__ import annotations
 
 import csv
-import json
-import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 PATH = Path(__file__).parent / "shares.csv"
 
@@ -97,31 +93,3 @@ def add(path: Path, new: list[Share]) -> None:
         out = csv.DictWriter(file, [f.name for f in fields(Share)], lineterminator="\n")
         out.writeheader()
         out.writerows(asdict(kept[key]) for key in sorted(kept))
-
-
-def main(
-    report: Annotated[Path, typer.Argument(help="A bench.json of this machine, when quiet.")],
-    csv: Annotated[Path, typer.Option(help="The table of shares.")] = PATH,
-) -> None:
-    """Record how many times the limit our loss takes here; the speed gate then holds it to that."""
-    try:
-        found = json.loads(report.read_text())
-    except (OSError, ValueError) as error:
-        print(f"{report}: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    busy, timed = (sum(run[k] for run in found["runs"]) for k in ("busy_runs", "timed_runs"))
-    new = [share for run in found["runs"] for share in shares_of(run, found["environment"])]
-    if not new:
-        print(f"{report} holds no run of ours on a CPU", file=sys.stderr)
-        raise typer.Exit(2)
-    if 4 * busy > timed:
-        print(f"{busy} of {timed} timed runs found the machine busy: repeat", file=sys.stderr)
-        raise typer.Exit(1)
-    add(csv, new)
-    for share in new:
-        print(f"{share.dtype} {share.peer}: {share.times_limit:.2f} times the limit")
-    print(f"Recorded in {csv}")
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vocab_parallel_ce.launch.bench import medians
-from vocab_parallel_ce.launch.bench.goals import judge_times, ranks_in_words
+from vocab_parallel_ce.launch.bench.goals import judge_times
 from vocab_parallel_ce.launch.bench.medians import Row, runs_of
 from vocab_parallel_ce.launch.bench.peers import PEERS
 from vocab_parallel_ce.launch.plain_parser import PlainParser
 from vocab_parallel_ce.launch.refusal import FAILED, Refusal, say_and_leave
+from vocab_parallel_ce.launch.terminal import ranks_in_words
 
 _CLONE = Path(__file__).resolve().parents[2]
 PAGES = (_CLONE / "README.md", _CLONE / "docs" / "numbers.md")

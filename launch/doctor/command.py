@@ -37,6 +37,7 @@ from vocab_parallel_ce.torch_import import torch_problem
 
 DEFAULT_JSON = Path("runs/doctor.json")
 DEFAULT_TUNE_JSON = Path("runs/tune.json")
+_TEST, _RUN = "with --selftest: ", "with --selftest or --tune: "
 
 
 def parser(program: str) -> PlainParser:
@@ -72,11 +73,14 @@ def parser(program: str) -> PlainParser:
         metavar="fp32|bf16|fp16",
         help="of the logits that --tune takes [default: bf16]",
     )
-    made.add_argument("--quick", action="store_true", help="small sizes, few repetitions")
-    made.add_argument("--rows", "--tokens", type=count, metavar="N", help="rows of a check")
-    made.add_argument("--vocab", "--vocab-size", type=count, metavar="N", help="vocabulary of one")
-    made.add_argument("--timed-rows", type=count, metavar="N", help="rows that are timed")
-    made.add_argument("--timed-vocab", type=count, metavar="N", help="vocabulary that is timed")
+    made.add_argument("--quick", action="store_true", help=f"{_RUN}small sizes, few repetitions")
+    made.add_argument("--rows", "--tokens", type=count, metavar="N", help=f"{_TEST}rows of a check")
+    for names, what in (
+        (("--vocab", "--vocab-size"), f"{_TEST}vocabulary of a check"),
+        (("--timed-rows",), f"{_RUN}rows that are timed"),
+        (("--timed-vocab",), f"{_RUN}vocabulary that is timed"),
+    ):
+        made.add_argument(*names, type=count, metavar="N", help=what)
     made.add_argument(
         "--timeout",
         type=value(options.positive),
@@ -85,6 +89,20 @@ def parser(program: str) -> PlainParser:
         help="how long one check may take [default: 60]",
     )
     return made
+
+
+def refuse_what_has_no_use(asked: Namespace) -> None:
+    """An option that would be ignored is refused."""
+    if asked.tune and asked.selftest:
+        raise Refusal("--tune and --selftest are two runs; start one after the other")
+    if asked.dtype and not asked.tune:
+        raise Refusal("--dtype needs --tune; --selftest takes every dtype")
+    for name in ("rows", "vocab"):
+        if getattr(asked, name) and not asked.selftest:
+            raise Refusal(f"--{name} needs --selftest")
+    for name in ("quick", "timed_rows", "timed_vocab"):
+        if getattr(asked, name) and not (asked.selftest or asked.tune):
+            raise Refusal(f"--{name.replace('_', '-')} needs --selftest or --tune")
 
 
 def app(arguments: Sequence[str], prog_name: str) -> None:
@@ -97,11 +115,8 @@ def app(arguments: Sequence[str], prog_name: str) -> None:
 
 def main(asked: Namespace) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells of every start
+    refuse_what_has_no_use(asked)
     path = asked.json or (DEFAULT_TUNE_JSON if asked.tune else DEFAULT_JSON)
-    if asked.tune and asked.selftest:
-        raise Refusal("--tune and --selftest are two runs; start one after the other")
-    if asked.dtype and not asked.tune:
-        raise Refusal("--dtype needs --tune; --selftest takes every dtype")
     problem = torch_problem()
     if problem is not None:
         # What cannot be asked is who would have been chosen: whoever has torch_npu meant an NPU.
@@ -142,7 +157,15 @@ def main(asked: Namespace) -> None:
     elif asked.selftest:
         examine(found, asked.quick, shape, sizes, asked.timeout, path)
     elif is_rank_0():
+        print(in_short(found))
         print(f"Written to {path}", flush=True)
+
+
+def in_short(found: Environment) -> str:
+    """What the tables above come to, and what to run next."""
+    count = sum(bool(variable.word) for variable in found.variables) + len(found.notes)
+    verdict = "Nothing here is set badly." if not count else f"{count} findings to read above."
+    return f"{verdict}\nWhether the loss is right here: vocab-parallel-ce doctor --selftest"
 
 
 def write_now(path: Path, found: Environment) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from vocab_parallel_ce.launch.alike import require_alike
-from vocab_parallel_ce.launch.bench.goals import ranks_in_words
 from vocab_parallel_ce.launch.doctor.cases import Place
 from vocab_parallel_ce.launch.doctor.findings import Environment
 from vocab_parallel_ce.launch.doctor.ranks import GRACE, Ranks
@@ -21,7 +20,7 @@ from vocab_parallel_ce.launch.doctor.speed import COLLECTIVES, Sizes, Speed, run
 from vocab_parallel_ce.launch.doctor.worker import in_one_line
 from vocab_parallel_ce.launch.measuring.collectives import count_collectives
 from vocab_parallel_ce.launch.refusal import FAILED, Refusal
-from vocab_parallel_ce.launch.terminal import progress
+from vocab_parallel_ce.launch.terminal import progress, ranks_in_words
 from vocab_parallel_ce.parallel.groups import ParallelGroups
 
 Shape = tuple[int, int]  # rows and vocabulary

@@ -24,17 +24,13 @@ from vocab_parallel_ce.launch.bench.peers import installed
 from vocab_parallel_ce.launch.train.gpt import GPTShape
 from vocab_parallel_ce.parallel.groups import ParallelGroups
 from vocab_parallel_ce.parallel.megatron.on_cpu import CPU_CONFIG, run_megatron_on_cpu
-
-MEGATRON = "megatron-core==0.16.1"
+from vocab_parallel_ce.parallel.megatron.patch import HOW_TO_GET_MEGATRON
 
 
 def require_megatron(device_type: str) -> None:
     """ValueError where the packages that a run needs are missing."""
     if not installed("megatron.core"):
-        raise ValueError(
-            f"megatron-core is not installed; pip install --no-deps {MEGATRON} && "
-            "pip install numpy packaging"
-        )
+        raise ValueError(f"megatron-core is not installed; {HOW_TO_GET_MEGATRON}")
     if device_type == "npu" and not installed("mindspeed"):
         raise ValueError(
             "--device npu: megatron-core runs on an NPU through MindSpeed, which is not installed; "

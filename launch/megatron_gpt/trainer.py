@@ -174,12 +174,7 @@ class MegatronTrainer:
         loss_seconds, peak = self.meter.take()  # waits for the device
         seconds = time.perf_counter() - begin
         self.step += 1
-        require_finite(
-            report["lm loss"],
-            self.step,
-            self.groups.rank,
-            f"start again with a lower --lr (now {options.lr})",
-        )
+        require_finite(report["lm loss"], self.step, options.lr)
         tokens = options.batch * options.shape.context
         return MegatronMetrics(
             step=self.step,

@@ -5,12 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from vocab_parallel_ce.launch.bench.goals import ranks_in_words
 from vocab_parallel_ce.launch.plan.devices import GB, MIB, US, Device, Figure
 from vocab_parallel_ce.launch.plan.measured import Compared, Run
 from vocab_parallel_ce.launch.plan.model import LEFT_OUT, Prediction
 from vocab_parallel_ce.launch.plan.ways import Case
-from vocab_parallel_ce.launch.terminal import Coloured, Table, numbers, show, show_line, words
+from vocab_parallel_ce.launch.terminal import (
+    Coloured,
+    Table,
+    numbers,
+    ranks_in_words,
+    show,
+    show_line,
+    words,
+)
 
 
 def _mib(size: float) -> str:

@@ -26,6 +26,7 @@ from typing import Annotated
 import torch
 import typer
 
+from vocab_parallel_ce import VocabShard
 from vocab_parallel_ce.launch.command_line import (
     Cache,
     DataParallel,
@@ -46,6 +47,7 @@ from vocab_parallel_ce.launch.command_line import (
 )
 from vocab_parallel_ce.launch.options import make_folder
 from vocab_parallel_ce.launch.refusal import FAILED, Refusal
+from vocab_parallel_ce.launch.train.checkpoint import Checkpoints
 from vocab_parallel_ce.launch.train.gpt import GPTShape
 from vocab_parallel_ce.launch.train.progress import TrainingLog, draw_curve, read_metrics
 from vocab_parallel_ce.launch.train.selfcheck import (
@@ -90,9 +92,8 @@ def shared_corpus(
     return corpus
 
 
-def prepare_folder(trainer: Trainer, resume: Resume) -> None:
+def begin_or_continue(trainer: Trainer, resume: Resume) -> None:
     """Continues, or clears the run's folder, as asked."""
-    require_shared(trainer.options.out, trainer.groups)
     # A restart continues what this command began. Hosts count restarts apart, so all are asked.
     restarts = trainer.groups.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
     if resume is Resume.never and not any(restarts):
@@ -100,8 +101,6 @@ def prepare_folder(trainer: Trainer, resume: Resume) -> None:
         if trainer.groups.rank == 0:
             trainer.options.metrics.unlink(missing_ok=True)
         trainer.groups.barrier()
-    if resume is Resume.must and trainer.checkpoints.latest() is None:
-        raise ValueError(f"--resume must, but {trainer.options.out} has no checkpoint")
     trainer.resume()
 
 
@@ -134,23 +133,32 @@ def check_and_compare(trainer: Trainer) -> bool:
     return ok
 
 
+def where(groups: ParallelGroups, shard: VocabShard) -> str:
+    """How model and vocabulary lie on the ranks, in words."""
+    if groups.world_size == 1:
+        return f"on one {groups.device.type} process; vocabulary of {shard.vocab_size:,}"
+    return (
+        f"on each of {groups.world_size} {groups.device.type} ranks (tp {groups.tp}, "
+        f"dp {groups.dp}); rank 0 owns ids {shard.start} to {shard.stop - 1} of "
+        f"{shard.vocab_size}"
+    )
+
+
 def prepare(
     groups: ParallelGroups, options: TrainOptions, paths: list[Path], cache: Path, resume: Resume
 ) -> Trainer:
     """Everything before the first step. A ValueError from here is about what the user asked for."""
     make_folder("--out", options.out)
+    require_shared(options.out, groups)
+    if resume is Resume.must and Checkpoints(options.checkpoints, groups, {}).latest() is None:
+        raise ValueError(f"--resume must, but {options.out} has no checkpoint")
     begin = time.perf_counter()
     corpus = shared_corpus(groups, paths, options.shape.vocab_size, cache)
     say(groups, f"{len(corpus.tokens):,} tokens of text ({time.perf_counter() - begin:.1f} s)")
     trainer = Trainer(options, groups, corpus)
-    prepare_folder(trainer, resume)
+    begin_or_continue(trainer, resume)
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    say(
-        groups,
-        f"{parameters:,} parameters on each of {groups.world_size} {groups.device.type} ranks "
-        f"(tp {groups.tp}, dp {groups.dp}); rank 0 owns ids {trainer.shard.start} to "
-        f"{trainer.shard.stop - 1} of {trainer.shard.vocab_size}",
-    )
+    say(groups, f"{parameters:,} parameters {where(groups, trainer.shard)}")
     begin = time.perf_counter()
     trainer.warm_up()
     groups.barrier()
@@ -210,7 +218,9 @@ def main(
     layers: Annotated[int, whole("Transformer blocks.")] = 2,
     heads: Annotated[int, whole("Attention heads.")] = 4,
     dropout: Annotated[float, number("Dropped part of each block's output.")] = 0.0,
-    tied: Annotated[bool, typer.Option(help="One weight for embedding and head.")] = False,
+    tied: Annotated[
+        bool, typer.Option("--tied/--untied", help="One weight for embedding and head.")
+    ] = False,
     dtype: TrainingDtype = "fp32",
     label_smoothing: Annotated[float, number("In [0, 1].")] = 0.0,
     z_loss: Annotated[float, number("Adds this times lse squared.")] = 0.0,

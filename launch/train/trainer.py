@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vocab_parallel_ce import VocabShard, cross_entropy
 from vocab_parallel_ce.launch.measuring.in_step import LossTimer
+from vocab_parallel_ce.launch.refusal import FAILED, Refusal
 from vocab_parallel_ce.launch.train.checkpoint import Checkpoints, RunState
 from vocab_parallel_ce.launch.train.gpt import GPT, GPTShape
 from vocab_parallel_ce.launch.train.progress import StepMetrics, TrainingLog
@@ -110,6 +111,10 @@ class TrainOptions:
         return shape | {name: getattr(self, name) for name in names} | {"text": corpus.fingerprint}
 
     @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
+
+    @property
     def metrics(self) -> Path:
         return self.out / "metrics.jsonl"
 
@@ -122,10 +127,17 @@ def sum_of_squares(values: Tensor) -> Tensor:
     return squares
 
 
-def require_finite(loss: float, step: int, rank: int, way_out: str) -> None:
-    """RuntimeError where the loss is NaN or infinite: no later step would mean anything."""
+def require_finite(loss: float, step: int, lr: float) -> None:
+    """Refusal, on every rank, where the loss is NaN or infinite: no later step would mean anything.
+
+    ``loss`` is the sum over all ranks, so they all end here or none does.
+    """
     if not math.isfinite(loss):
-        raise RuntimeError(f"the loss is {loss} at step {step} on rank {rank}; {way_out}")
+        raise Refusal(
+            f"the loss is {loss} at step {step}; start again with a lower --lr (now {lr:g}) and "
+            "another --out",
+            FAILED,
+        )
 
 
 class Trainer:
@@ -148,9 +160,7 @@ class Trainer:
             weight_decay=options.weight_decay,
             fused=groups.device.type in ("cpu", "cuda"),
         )
-        self.checkpoints = Checkpoints(
-            options.out / "checkpoints", groups, options.identity(corpus)
-        )
+        self.checkpoints = Checkpoints(options.checkpoints, groups, options.identity(corpus))
         self.timer = LossTimer(groups.device)
         self.state = RunState()
 
@@ -204,13 +214,7 @@ class Trainer:
         loss_seconds = self.timer.take()  # waits for the device, so the clock below is honest
         seconds = time.perf_counter() - begin
         value = loss.item()
-        require_finite(
-            value,
-            self.state.step,
-            self.groups.rank,
-            f"continue from the last checkpoint with a lower --lr (now {options.lr}) "
-            "in another --out",
-        )
+        require_finite(value, self.state.step, options.lr)
         return StepMetrics(
             step=self.state.step,
             loss=value,

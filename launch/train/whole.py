@@ -61,9 +61,9 @@ def _read_digests(path: Path) -> Digests:
     try:
         read = json.loads(path.read_bytes())
         digests = {str(name): (int(size), str(digest)) for name, (size, digest) in read.items()}
-    except (AttributeError, TypeError, RecursionError) as error:
+    except (AttributeError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(str(error)) from None
-    if not digests or any(os.sep in name for name in digests):
+    if not digests or any(os.sep in name or "\0" in name for name in digests):
         raise ValueError("names no file, or files elsewhere")
     return digests
 

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 Function = Callable[..., Any]
-HOW_TO_GET_MEGATRON = "pip install --no-deps megatron-core==0.16.1, and numpy and packaging"
+HOW_TO_GET_MEGATRON = "pip install 'vocab_parallel_ce[peers]' brings megatron-core 0.16.1"
 
 
 def _known_places() -> Iterator[tuple[str, ModuleType]]:

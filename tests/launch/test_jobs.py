@@ -20,7 +20,7 @@ OPTIONS = {
     "doctor": "--device --selftest --json --quick --rows --vocab --timed-rows --timed-vocab "
     "--timeout",
     "train": "--steps --batch --context --accumulate --lr --warmup --clip --seed --tp --dp --vocab "
-    "--width --layers --heads --dropout --tied --no-tied --dtype --label-smoothing --z-loss "
+    "--width --layers --heads --dropout --tied --untied --dtype --label-smoothing --z-loss "
     "--inplace --no-inplace --text --cache --out --checkpoint-every --resume --check --no-check "
     "--log-every --device --timeout",
     "megatron-gpt": "--steps --batch --context --accumulate --lr --warmup --clip --seed --tp --dp "
@@ -69,7 +69,7 @@ BAD = [
         for job in ("doctor", "train", "megatron-gpt", "bench")
     ),
     *(
-        (job, ["--dtype", "fp8"], "--dtype 'fp8' is not one of fp32, bf16, fp16")
+        (job, ["--dtype", "fp8"], "--dtype 'fp8' is not one of fp32, bf16")
         for job in ("train", "megatron-gpt", "bench", "plan")
     ),
     *(
@@ -106,6 +106,15 @@ BAD = [
     ("bench", ["--ranks", "0"], "--ranks 0 must be at least 1"),
     ("bench", ["--device", "cpu", "--ranks", "3"], "--vocab 32768 does not divide into 3 equal"),
     ("bench", ["--peers", "nobody"], "--peers 'nobody' is not one of ours-inplace, ours, torch"),
+    (
+        "bench",
+        ["--device", "cpu", "--peers", "ours,liger"],
+        "--peers liger: it runs on cuda, and this would be cpu",
+    ),
+    *(
+        ("doctor", given, f"{given[0]} needs --selftest")
+        for given in (["--quick"], ["--rows", "8"], ["--timed-vocab", "64"])
+    ),
     ("bench", ["--quick", "--gate"], "--gate: tiny shapes prove nothing; drop --quick"),
     ("bench", ["--quick", "--csv", "x.csv"], "--csv: tiny shapes prove nothing; drop --quick"),
     ("bench", ["--repeats", "0"], "--repeats 0 must be at least 1"),

@@ -152,7 +152,15 @@ def _torchrun(
     )
 
 
-@pytest.mark.parametrize(("tp", "dp", "expected"), [(2, 1, 1), (1, 2, 1), (1, 1, 0), (2, 2, 2)])
+@pytest.mark.parametrize(
+    ("tp", "dp", "expected"),
+    [
+        (2, 1, 1),
+        pytest.param(1, 2, 1, marks=pytest.mark.full),
+        pytest.param(1, 1, 0, marks=pytest.mark.full),
+        (2, 2, 2),
+    ],
+)
 def test_no_communicator_that_is_not_needed(tp: int, dp: int, expected: int) -> None:
     process = _torchrun(tp * dp, _COUNT, tp, dp)
     assert process.returncode == 0, process.stderr

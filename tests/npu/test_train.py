@@ -69,6 +69,12 @@ def test_two_npu_ranks_follow_the_curve_of_the_cpu(tmp_path: Path) -> None:
     assert len(curve) == 6
     np.testing.assert_allclose(curve, _on_one_cpu(tmp_path), rtol=0, atol=2e-5)
 
+
+@pytest.mark.full
+def test_a_run_on_npu_continues(tmp_path: Path) -> None:
+    process = _train(tmp_path, "npu", "--no-check")
+    assert process.returncode == 0, process.stdout + process.stderr
+    curve = _losses(tmp_path, "npu")
     process = _train(tmp_path, "npu", "--steps", "8", "--no-check")
     assert process.returncode == 0, process.stderr
     assert "Continuing npu after step 6." in process.stdout

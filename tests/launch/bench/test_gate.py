@@ -16,7 +16,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from vocab_parallel_ce.engines.cpu import engine as cpu
-from vocab_parallel_ce.launch.bench import command, gate, goals, report, shares
+from vocab_parallel_ce.launch.bench import command, gate, goals, record, report, shares
 from vocab_parallel_ce.launch.bench import inputs as bench_inputs
 from vocab_parallel_ce.launch.bench.peers import BY_NAME, Setting
 from vocab_parallel_ce.launch.bench.shares import Share
@@ -179,25 +179,37 @@ def test_shares_are_recorded_from_a_quiet_run(tmp_path: Path) -> None:
     document, table = tmp_path / "bench.json", tmp_path / "shares.csv"
     run = run_of()
     document.write_text(json.dumps({"environment": HERE, "runs": [run]}))
-    assert invoke(shares.main, str(document), "--csv", str(table)).exit_code == 0
+    assert invoke(record.main, str(document), "--csv", str(table)).exit_code == 0
     ((key, share),) = shares.read(table).items()
     assert key == shares.key_of(run, run["peers"][0]) == share.key
     assert (share.times_limit, share.ms, share.limit_ms) == (1.0, 2000.0, 1500.0)
     assert (share.busy, share.date) == ("0 of 9", HERE["date"])
     document.write_text(json.dumps({"environment": HERE, "runs": [run_of(times_limit=1.2)]}))
-    assert invoke(shares.main, str(document), "--csv", str(table)).exit_code == 0
+    assert invoke(record.main, str(document), "--csv", str(table)).exit_code == 0
     assert [share.times_limit for share in shares.read(table).values()] == [1.2]
     busy = run_of(times_limit=1.3) | {"busy_runs": 5}
     document.write_text(json.dumps({"environment": HERE, "runs": [busy]}))
-    done = invoke(shares.main, str(document), "--csv", str(table))
+    done = invoke(record.main, str(document), "--csv", str(table))
     assert (done.exit_code, "repeat" in done.output) == (1, True)
-    assert invoke(shares.main, str(tmp_path / "none.json")).exit_code == 2
+    assert invoke(record.main, str(tmp_path / "none.json")).exit_code == 2
     assert [share.times_limit for share in shares.read(table).values()] == [1.2]
+
+
+def test_the_records_that_the_gate_uses() -> None:
+    kept = shares.read()
+    assert kept, "the table beside the gate is empty"
+    for key, share in kept.items():
+        assert share.busy.startswith("0 of "), f"{key} was measured on a busy machine"
+        assert share.times_limit == pytest.approx(share.ms / share.limit_ms, rel=0.01)
+        assert gate.allowed_for(share.times_limit) < 1.5 * share.times_limit
+    for processor in {share.processor for share in kept.values()}:
+        judged = {(s.dtype, s.peer) for s in kept.values() if s.processor == processor}
+        assert judged == {(d, p) for d in ("fp32", "bf16") for p in ("ours", "ours-inplace")}
 
 
 # --- a kernel that is really slower ------------------------------------------------------------
 
-ROWS, COLUMNS, REPEATS = 2048, 32768, 7
+ROWS, COLUMNS, REPEATS = 1024, 32768, 7
 
 
 def half(value: Any) -> Any:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from vocab_parallel_ce.launch.bench import goals, peers
+from vocab_parallel_ce.launch.terminal import ranks_in_words
 
 ROOT = Path(__file__).parents[3]
 LABELS = {peer.name: peer.label for peer in peers.PEERS}
@@ -137,7 +138,7 @@ def test_every_goal_has_a_row(two: tuple[dict[str, Any], str]) -> None:
     report, text = two
     rows = [row["what"] for row in report["goals"]]
     for ratio in goals.RATIOS:
-        where = goals.ranks_in_words(ratio.ranks)
+        where = ranks_in_words(ratio.ranks)
         expected = f"{where}, {ratio.dtype}: {LABELS[ratio.ours]} against {LABELS[ratio.against]}"
         assert rows.count(expected) == 1
     assert sum("extra memory at peak" in row for row in rows) == 2

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch.doctor.asking import invoke
+from tests.launch.doctor.asking import SMALL, invoke
 from tests.launch.running import ROOT
 from tests.test_import import MISSING_LIBRARY, WAY_OUT, _backend
 from vocab_parallel_ce.launch import terminal
@@ -72,16 +72,27 @@ def test_torch_npu_without_cann(tmp_path: Path) -> None:
     assert variables["TORCH_DEVICE_BACKEND_AUTOLOAD"]["value"] is None  # the failed import set it
 
 
-def test_without_rich_a_selftest_is_plain_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(terminal, "has_rich", lambda: False)
-    monkeypatch.setitem(sys.modules, "typer", None)
-    result = invoke("--device", "cpu", "--json", tmp_path / "doctor.json")
-    assert result.exit_code == 0, result.output
-    assert "┃" not in result.stdout
-    assert "\nprocessor " in result.stdout
-    assert result.stdout.endswith(f"Written to {tmp_path / 'doctor.json'}\n")
+WITHOUT_THE_EXTRA = """
+import sys
+sys.modules |= dict.fromkeys(("typer", "rich", "matplotlib", "tokenizers"))
+from vocab_parallel_ce.launch.jobs import run
+run("doctor", sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("options", [(), SMALL], ids=["plain", "selftest"])
+def test_a_fresh_process_without_the_launch_extra(options: tuple[str, ...], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_EXTRA, *options, "--json", tmp_path / "doctor.json"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "┃" not in done.stdout
+    assert "\nprocessor " in done.stdout
+    assert done.stdout.endswith(f"Written to {tmp_path / 'doctor.json'}\n")
 
 
 @pytest.mark.parametrize("rich", [True, False])

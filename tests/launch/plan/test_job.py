@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.allocations import allocations
 from tests.launch.running import Ended, one_line
 from tests.launch.running import invoke as invoke_job
-from tests.test_memory import _allocations
 from vocab_parallel_ce import cross_entropy
 from vocab_parallel_ce.header import HEADER_INTS
 from vocab_parallel_ce.launch.bench import peers
@@ -204,7 +204,7 @@ def test_memory_held_between_the_passes_is_what_torch_allocates() -> None:
     logits = torch.randn(rows, columns, requires_grad=True) * 1
     target = torch.randint(columns, (rows,))
     losses: list[Tensor] = [cross_entropy(logits, target)]  # imports, compiles
-    kept = sum(_allocations(lambda: losses.append(cross_entropy(logits, target))))
+    kept = sum(allocations(lambda: losses.append(cross_entropy(logits, target))))
     found = by_name(Case(rows, columns, 1, "fp32"), DEVICES["cpu"])["ours"]
     assert kept == pytest.approx(found.held_bytes, abs=64)  # the loss and its mean's divisor
 

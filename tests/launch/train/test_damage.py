@@ -65,6 +65,8 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "no run.json": ("run.json", Path.unlink, "is not there"),
     "broken digests": (NAME, _break, "cannot be read"),
     "digests of another kind": (NAME, _write(b"[1]"), "cannot be read"),
+    "digests of no file": (NAME, _write(b'{"a\\u0000b": [1, "0"]}'), "cannot be read"),
+    "an endless size": (NAME, _write(b'{"run.json": [1e999, "0"]}'), "cannot be read"),
     "no digests": (NAME, Path.unlink, "is not there"),
 }
 POINTERS = {

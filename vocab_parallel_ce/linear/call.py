@@ -1,0 +1,119 @@
+"""One call of the fused head, after its arguments were checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..preflight import Plan
+from ..request import RowRequest
+from .chunks import columns_of_a_block
+from .head import Head
+from .kept import Portion, portions, portions_of_parts
+
+
+@dataclass(frozen=True)
+class Statics:
+    """What autograd and the custom operators carry beside tensors."""
+
+    request: RowRequest
+    chunk: int
+    """rows of logits that exist at a time"""
+    scratch_mib: float | None = None
+    partial: bool = False
+    """the gradient of the hidden states is left unsummed"""
+    sequence_parallel: bool = False
+    """each rank has its part of the hidden states"""
+
+    def scalars(self) -> tuple[Any, ...]:
+        """For a custom operator, behind those of the request."""
+        return self.chunk, self.scratch_mib, self.partial, self.sequence_parallel
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """The tensors of one call, plain and without a tape."""
+
+    hidden: Tensor
+    """[N, H], or this rank's part of them"""
+    head: Head
+    target: Tensor
+    """[N]"""
+    weight: Tensor | None
+    """[vocab_size] class weights"""
+    statics: Statics
+    group: dist.ProcessGroup | None
+    normalizer: Tensor | None = None
+
+    @property
+    def request(self) -> RowRequest:
+        return self.statics.request
+
+    @property
+    def rows(self) -> int:
+        return self.target.shape[0]
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether ignored rows are left out of the products."""
+        return self.hidden.device.type == "cpu" and not self.statics.sequence_parallel
+
+    def portions(self, kept: Tensor | None, size: int) -> list[Portion]:
+        """Of all rows, or of those that are kept, so many at a time."""
+        if not self.statics.sequence_parallel:
+            return portions(self.rows, kept, size)
+        world = 1 if self.group is None else self.group.size()
+        return portions_of_parts(self.rows, world, size, self.hidden.device)
+
+    def scratch(self, rows: int, columns: int) -> Tensor:
+        """Room for logits."""
+        return self.hidden.new_empty(rows, columns)
+
+    def plan(self, like: Tensor, chunk: int) -> Plan:
+        """What the preflight tells; ``like`` has the logits' dtype and device."""
+        return Plan(
+            self.request, like, self.target, self.normalizer, width=self.hidden.shape[1],
+            chunk=chunk,
+        )  # fmt: skip
+
+    def block_columns(self, rows: int) -> int | None:
+        """Columns of logits that exist at a time in backward; None: go by rows."""
+        if self.statics.sequence_parallel:  # all rows at once are what nobody holds
+            return None
+        itemsize = self.hidden.element_size()
+        return columns_of_a_block(rows, itemsize, self.hidden.device.type, self.statics.scratch_mib)
+
+
+def linear_call(
+    hidden: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    normalizer: Tensor | None,
+    statics: Statics,
+    group: dist.ProcessGroup | None,
+) -> LinearCall:
+    """From tensors as a caller has them: [..., H], [V_r, H], [V_r], [...]."""
+    head = plain_head(head_weight, head_bias, statics.request)
+    return LinearCall(flat(hidden), head, target.reshape(-1), weight, statics, group, normalizer)
+
+
+def plain_head(weight: Tensor, bias: Tensor | None, request: RowRequest) -> Head:
+    """The rows of a weight [V_r, H] that are ids, without a tape."""
+    size = request.size
+    return Head(weight.detach()[:size], None if bias is None else bias.detach()[:size])
+
+
+def flat(hidden: Tensor) -> Tensor:
+    """[..., H] -> [N, H]"""
+    return hidden.detach().reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
+
+
+def is_narrow(dtype: torch.dtype) -> bool:
+    """Whether sums of such numbers are carried in fp32."""
+    return dtype in (torch.float16, torch.bfloat16)

@@ -1,0 +1,49 @@
+"""How many logits exist at a time: rows of a chunk in forward, columns of a block in backward.
+
+A budget of bytes divided by those of a row, because few rows starve the matrix products: of a chunk
+of n rows the product that makes the weight's gradient reads and writes [V_r, H] for 2 n V_r H
+operations. All ranks must come to the same number, so a row is that of an even share of the
+vocabulary; a rank that holds more takes more in proportion.
+"""
+
+from __future__ import annotations
+
+LEAST = 128
+"""rows, or columns, below which a default budget does not go"""
+MIB = 1 << 20
+_BUDGET_MIB = {"cpu": 128}
+_BUDGET_MIB_ACCELERATOR = 256
+
+
+def budget_bytes(device_type: str, scratch_mib: float | None) -> int:
+    """What logits may take at a time."""
+    default = _BUDGET_MIB.get(device_type, _BUDGET_MIB_ACCELERATOR)
+    return int((default if scratch_mib is None else scratch_mib) * MIB)
+
+
+def rows_of_a_chunk(
+    columns: int, itemsize: int, device_type: str, scratch_mib: float | None = None
+) -> int:
+    """At least 128, or what an explicit ``scratch_mib`` allows.
+
+    Raises:
+        ValueError: ``scratch_mib`` has no room for one row.
+    """
+    row = max(1, columns) * itemsize
+    rows = budget_bytes(device_type, scratch_mib) // row
+    if scratch_mib is None:
+        return max(LEAST, rows)
+    if rows < 1:
+        raise ValueError(
+            f"scratch_mib={scratch_mib} has no room for one row of logits: {columns} columns of "
+            f"{itemsize} bytes take {row / MIB:.3g} MiB; pass more, or None for the default"
+        )
+    return rows
+
+
+def columns_of_a_block(
+    rows: int, itemsize: int, device_type: str, scratch_mib: float | None = None
+) -> int | None:
+    """Columns of [rows, columns] logits within the budget; None where they would be too few."""
+    columns = budget_bytes(device_type, scratch_mib) // (max(1, rows) * itemsize)
+    return columns if columns >= LEAST else None

@@ -1,0 +1,110 @@
+"""Hidden states of a portion of rows: those that every rank holds, or of every rank's part.
+
+With ``sequence_parallel`` each rank holds a part of the sequence. A portion is rows [a, b) of every
+part: they are gathered as they are needed, which makes the operand of the product, and the gradient
+of a portion is scattered back. The hidden states are never whole. The gather of the next portion
+runs beside the work on this one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..collectives import backends_of
+from .call import LinearCall, is_narrow
+from .kept import Portion
+
+
+class HiddenRows:
+    """Portions of the hidden states, in order."""
+
+    def __init__(self, call: LinearCall, portions: list[Portion]) -> None:
+        self._call, self._portions = call, portions
+        self._ahead: tuple[Any, Tensor] | None = None
+        self._next = 0
+
+    def take(self, portion: Portion) -> Tensor:
+        """[n, H] of the next portion."""
+        if portion.own is None or self._call.group is None:
+            return self._call.hidden[portion.rows]
+        work, gathered = self._ahead or self._gather(portion)
+        self._next += 1
+        more = self._next < len(self._portions)
+        if work is not None:
+            work.wait()
+        self._ahead = self._gather(self._portions[self._next]) if more else None
+        return gathered
+
+    def _gather(self, portion: Portion) -> tuple[Any, Tensor]:
+        call = self._call
+        assert call.group is not None
+        mine = call.hidden[portion.own].contiguous()
+        out = mine.new_empty(portion.count, mine.shape[1])
+        # As bytes: not every backend carries every dtype.
+        into, given = out.view(-1).view(torch.uint8), mine.view(-1).view(torch.uint8)
+        work = dist.all_gather_into_tensor(into, given, group=call.group, async_op=True)
+        return work, out
+
+
+class HiddenSum:
+    """The gradient of the hidden states: shares of it are summed over the ranks of a group.
+
+    A sum is started as soon as a portion is known, and runs beside the products that come next. On
+    a CPU narrow shares are summed in fp32, on accelerators in their own dtype.
+    """
+
+    def __init__(self, call: LinearCall, keep_wide: bool = False) -> None:
+        like, group = call.hidden, call.group
+        wide = keep_wide and is_narrow(like.dtype)
+        self.out = torch.zeros_like(like, dtype=torch.float32 if wide else like.dtype)
+        alone = call.statics.partial or group is None or group.size() == 1
+        self._group = None if alone else group
+        self._under_way: list[tuple[Any, Tensor, Portion]] = []
+
+    def put(self, portion: Portion, values: Tensor) -> None:
+        """This rank's share of the gradient of some rows; ``values`` [n, H] are used up."""
+        if self._group is None or values.numel() == 0:
+            self.out[portion.rows] = values.to(self.out.dtype)
+            return
+        values = values.to(self._carried_in(values)).contiguous()
+        if portion.own is not None and not _is_gloo(values, self._group):
+            mine = values.new_empty(values.shape[0] // self._group.size(), values.shape[1])
+            work = dist.reduce_scatter_tensor(mine, values, group=self._group, async_op=True)
+            values = mine
+        else:
+            work = dist.all_reduce(values, group=self._group, async_op=True)
+        self._under_way.append((work, values, portion))
+        while len(self._under_way) > 1:  # one at a time: the memory of two portions
+            self._finish()
+
+    def _carried_in(self, values: Tensor) -> torch.dtype:
+        if not is_narrow(self.out.dtype):
+            return self.out.dtype
+        return torch.float32 if values.device.type == "cpu" else self.out.dtype
+
+    def _finish(self) -> None:
+        work, values, portion = self._under_way.pop(0)
+        if work is not None:
+            work.wait()
+        if portion.own is None:
+            self.out[portion.rows] = values.to(self.out.dtype)
+            return
+        assert self._group is not None
+        if values.shape[0] == portion.count:  # the sum of every part: this rank's rows of it
+            values = values.chunk(self._group.size())[dist.get_rank(self._group)]
+        self.out[portion.own] = values.to(self.out.dtype)
+
+    def result(self) -> Tensor:
+        """Waits for what is under way."""
+        while self._under_way:
+            self._finish()
+        return self.out
+
+
+def _is_gloo(values: Tensor, group: dist.ProcessGroup) -> bool:
+    """Gloo reduces and scatters in new versions only, and then as a whole sum."""
+    return backends_of(group).get(values.device.type) == "gloo"

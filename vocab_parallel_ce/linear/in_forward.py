@@ -1,0 +1,187 @@
+"""A reduced loss and its gradients in one pass: three matrix products instead of four.
+
+Chunk by chunk: logits, their statistics (one exchange), the chunk's losses, what autograd says of
+the sum's derivative by the [n] statistics, the gradient of the logits in their own place, and the
+two products with it. Backward only multiplies by the gradient that comes in.
+
+In fp16 the gradients are those of the sum, carried in fp32; the denominator comes in backward as
+well. Else 1 / N would make zeros of them before a loss scale arrives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..engines.contract import Engine, arithmetic_dtype
+from ..passes import RowResult, compute_gradient, exchange_statistics, fill_partials
+from ..preflight import together
+from ..reduction import RowLosses, denominators, reduce_rows, row_losses, row_weights
+from ..request import is_on
+from .backward import Gradients, Leaves, Needs, RowSums, rows_of
+from .call import LinearCall
+from .forward import Told
+from .hidden import HiddenRows
+from .kept import Portion, Rows, kept_rows, masked
+
+
+@dataclass
+class LossAndGradients:
+    """What the forward pass leaves."""
+
+    loss: Tensor
+    """0-d, with z"""
+    zloss: Tensor
+    gradients: Gradients
+    factor: Tensor | None
+    """0-d: multiplies the gradients, beside the gradient that comes in; None is 1"""
+
+
+@dataclass
+class _Pending:
+    """A chunk whose statistics are known, and the gradient of whose logits is not yet made."""
+
+    portion: Portion
+    logits: Tensor
+    hidden: Tensor
+    result: RowResult
+    coefficients: Tensor
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
+def loss_with_gradients(
+    call: LinearCall,
+    leaves: Leaves,
+    needs: Needs,
+    total: Callable[[Tensor], Tensor] = _same,
+) -> LossAndGradients:
+    """The reduced loss of ``call`` and the gradients that ``needs`` asks for.
+
+    ``total`` adds a 0-d sum up over ranks that hold other rows of the same batch.
+    """
+    return _InForward(call, leaves, needs, total).run()
+
+
+class _InForward:
+    def __init__(
+        self,
+        call: LinearCall,
+        leaves: Leaves,
+        needs: Needs,
+        total: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._call, self._request, self._total = call, call.request, total
+        self._mean = call.request.reduction == "mean"
+        self._postponed = self._mean and call.hidden.dtype == torch.float16
+        self._chunk = max(1, min(call.statics.chunk, call.rows))
+        self._scratch = call.scratch(self._chunk, call.head.size)
+        self._keep = call.target != call.request.ignore_index
+        kept = kept_rows(self._keep) if call.leaves_out else None
+        self._portions = call.portions(kept, self._chunk)
+        # There is always one, for its header: that ranks differ must be told without any row, too.
+        self._portions = self._portions or [Portion(slice(0, 0))]
+        self._source = HiddenRows(call, self._portions)
+        self._sums = RowSums(call, leaves, needs, len(self._portions), keep_wide=self._postponed)
+        dtype = arithmetic_dtype(call.hidden.dtype)
+        row_weight, keep = row_weights(call.target, call.weight, self._request, dtype)
+        has_z = is_on(self._request.lse_square_scale)
+        zeros = torch.zeros_like(row_weight)
+        self._losses = RowLosses(
+            zeros, torch.zeros_like(zeros) if has_z else None, row_weight, keep
+        )
+        self._agreed: Tensor | None = None
+        self._pending: _Pending | None = None
+
+    def run(self) -> LossAndGradients:
+        self._one(self._portions[0], first=True)
+        for portion in self._portions[1:]:
+            with together(self._call.group, self._request.check):
+                self._one(portion, first=False)
+        self._finish()
+        loss, zloss = reduce_rows(self._losses, self._request.reduction, self._agreed, self._total)
+        factor = self._factor_of_loss if self._postponed else None
+        return LossAndGradients(loss, zloss, self._sums.result(), factor)
+
+    def _one(self, portion: Portion, first: bool) -> None:
+        """Statistics and losses of a chunk; the gradients of the one before it."""
+        call, rows, n = self._call, portion.rows, portion.count
+        target, announced = call.target[rows], None
+        if first:
+            # As many rows as every rank has, until the headers say that the targets are the same.
+            missing = 0 if portion.own is not None else min(self._chunk, call.rows) - n
+            blank = target.new_full((missing,), self._request.ignore_index)
+            target, announced = torch.cat([target, blank]), call.target
+        hidden, logits = self._source.take(portion), self._scratch[:n]
+        if not call.leaves_out:  # NaN there would reach the weight's gradient
+            hidden = masked(hidden, self._keep[rows])
+
+        def fill(engine: Engine, parts: Tensor, local_target: Tensor) -> Tensor | None:
+            self._finish()  # before its logits are overwritten
+            call.head.logits(hidden, logits)
+            if n < parts.shape[1]:
+                parts.zero_()
+            some, column = parts[:, :n], local_target[:n]
+            fill_partials(engine, some, logits, column, call.weight, self._request)
+            told = Told(call)
+            told.add(hidden, self._keep[rows])
+            return told.bits()
+
+        plan = call.plan(self._scratch, call.statics.chunk)
+        if not first:
+            plan = replace(plan, normalizer=self._agreed)
+        result = exchange_statistics(fill, plan, target, call.weight, call.group, announced)
+        if first:
+            self._settle(result.normalizer if self._request.normalized else None)
+        coefficients = self._coefficients(rows, result.stats[:, :n])
+        self._pending = _Pending(
+            portion, logits, hidden, rows_of(result, slice(0, n)), coefficients
+        )
+
+    def _settle(self, agreed: Tensor | None) -> None:
+        """What the sums of losses are multiplied by, once the ranks agree on the normalizer."""
+        self._agreed = agreed
+        one = torch.ones((), dtype=self._losses.loss.dtype, device=self._losses.loss.device)
+        self._factor_of_loss = self._factor_of_zloss = one
+        if not self._mean:
+            return
+        rows, has_z = self._losses, self._losses.zloss is not None
+        of_loss, of_zloss = denominators(rows.row_weight, rows.kept, has_z, agreed, self._total)
+        # Where no row counts every gradient is 0: divided by 1, not by 0.
+        none = self._total(rows.kept.sum().to(of_loss.dtype)) == 0
+        self._factor_of_loss = 1 / torch.where(none, one, of_loss)
+        self._factor_of_zloss = 1 / torch.where(none, one, of_zloss)
+
+    def _coefficients(self, rows: Rows, stats: Tensor) -> Tensor:
+        """The losses of a chunk into their places; the derivative of their sum by ``stats``."""
+        call, into = self._call, self._losses
+        of_loss, of_zloss = self._factor_of_loss, self._factor_of_zloss
+        if self._postponed:
+            of_loss, of_zloss = torch.ones_like(of_loss), of_zloss / of_loss
+        with torch.enable_grad():
+            leaf = stats.detach().requires_grad_()
+            losses = row_losses(leaf, call.target[rows], call.weight, self._request)
+            whole = losses.loss.sum() * of_loss
+            if losses.zloss is not None:
+                whole = whole + losses.zloss.sum() * of_zloss
+            (grad,) = torch.autograd.grad(whole, leaf)
+        into.loss[rows] = losses.loss.detach()
+        if into.zloss is not None and losses.zloss is not None:
+            into.zloss[rows] = losses.zloss.detach()
+        return grad
+
+    def _finish(self) -> None:
+        """The gradients of the chunk that is pending."""
+        if self._pending is None:
+            return
+        chunk, self._pending = self._pending, None
+        compute_gradient(
+            chunk.logits, chunk.result, self._call.weight, chunk.coefficients, self._request,
+            chunk.logits,
+        )  # fmt: skip
+        self._sums.add(chunk.portion, chunk.logits, chunk.hidden)

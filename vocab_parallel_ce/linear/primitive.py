@@ -1,0 +1,202 @@
+"""The fused head as autograd sees it.
+
+``linear_row_statistics`` is ``primitive.row_statistics`` from hidden states: any loss is ordinary
+autograd on its [N] vectors. Its backward computes the logits again.
+
+``linear_loss`` is a reduced loss whose gradients were computed in forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..kinds import Kind, has_memory, kind_of, settled, traced
+from ..passes import RowResult
+from ..primitive import refusing_second_derivative
+from .backward import Gradients, Leaves, Needs, linear_gradient
+from .call import Statics, linear_call
+from .forward import linear_statistics
+from .in_forward import loss_with_gradients
+from .sums import scale_
+
+
+class _LinearRowStatistics(torch.autograd.Function):
+    """The primitive in eager mode."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        normalizer: Tensor | None,
+        statics: Statics,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        call = linear_call(
+            hidden, head_weight, head_bias, target, weight, normalizer, statics, group
+        )
+        result = linear_statistics(call)
+        ctx.save_for_backward(
+            hidden, head_weight, head_bias, target, weight, result.stats, result.m, result.s,
+            result.local_target,
+        )  # fmt: skip
+        ctx.mark_non_differentiable(result.argmax, result.normalizer)
+        ctx.set_materialize_grads(False)
+        ctx.statics, ctx.group = statics, group
+        return result.stats, result.argmax, result.normalizer
+
+    @staticmethod
+    def backward(ctx: Any, grad_stats: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_stats is None:  # nothing upstream depends on the statistics
+            return (None,) * 8
+        grad_stats = _one_gradient(grad_stats)
+        with torch.no_grad():
+            hidden, head_weight, head_bias, target, weight, stats, m, s, local = ctx.saved_tensors
+            call = linear_call(
+                hidden, head_weight, head_bias, target, weight, None, ctx.statics, ctx.group
+            )
+            out = linear_gradient(
+                call,
+                Leaves(head_weight, head_bias),
+                RowResult(stats, m, s, local, m, m),
+                grad_stats,
+                Needs(*ctx.needs_input_grad[:3]),
+            )
+            grad = None if out.hidden is None else out.hidden.view(hidden.shape)
+        recording = torch.is_grad_enabled()
+        origins = (grad_stats, hidden[..., :0].sum(), head_weight[:0].sum()) if recording else ()
+        return (*_handed_out((grad, out.weight, out.bias), *origins), *(None,) * 5)
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Gradients in forward. They are kept beside the tape: they are this function's own memory."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        normalizer: Tensor | None,
+        statics: Statics,
+        group: dist.ProcessGroup | None,
+        total: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        call = linear_call(
+            hidden, head_weight, head_bias, target, weight, normalizer, statics, group
+        )
+        needs = Needs(*ctx.needs_input_grad[:3])
+        out = loss_with_gradients(call, Leaves(head_weight, head_bias), needs, total)
+        ctx.gradients, ctx.factor = out.gradients, out.factor
+        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
+        ctx.mark_non_differentiable(out.zloss)
+        ctx.set_materialize_grads(False)
+        return out.loss, out.zloss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 9
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "a second backward through a loss whose gradients were computed in forward "
+                "(gradient='forward'): the first one gave them away; use gradient='recompute' to "
+                "go backward more than once"
+            )
+        grad_loss = _one_gradient(grad_loss)
+        out: Gradients = ctx.gradients
+        ctx.gradients = None
+        with torch.no_grad():
+            factor = grad_loss if ctx.factor is None else grad_loss * ctx.factor
+            for grad in (out.hidden, out.weight, out.bias):
+                if grad is not None:
+                    scale_(grad, factor)
+            grads = [None if g is None else g.to(ctx.dtype) for g in out.all()]
+            hidden = None if grads[0] is None else grads[0].view(ctx.shape)
+        return (*_handed_out((hidden, *grads[1:]), grad_loss), *(None,) * 6)
+
+
+def _one_gradient(grad: Tensor) -> Tensor:
+    """A gradient that comes in, with memory of its own."""
+    if has_memory(grad) or torch.compiler.is_compiling():
+        return grad
+    if kind_of(grad) is Kind.TRANSFORMED:
+        raise ValueError(
+            "is_grads_batched asks for many gradients at once, which the fused head does not make; "
+            "go backward once for each, or use cross_entropy on F.linear's logits"
+        )
+    return settled(grad)
+
+
+def _handed_out(grads: Sequence[Tensor | None], *origins: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients; with create_graph=True they lead to ``origins``, and refuse to go there."""
+    if not torch.is_grad_enabled():
+        return tuple(grads)
+    return tuple(None if g is None else refusing_second_derivative(g, *origins) for g in grads)
+
+
+def linear_row_statistics(
+    hidden: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    normalizer: Tensor | None,
+    statics: Statics,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiable stats [j, N]; then argmax and the normalizer of all ranks.
+
+    hidden [..., H], head_weight [V_r, H], head_bias [V_r] or None, target [...].
+    """
+    if traced(hidden):
+        from . import compiled
+
+        return compiled.linear_row_statistics(
+            hidden, head_weight, head_bias, target, weight, normalizer, statics, group
+        )
+    out: tuple[Tensor, Tensor, Tensor] = _LinearRowStatistics.apply(  # type: ignore[no-untyped-call]
+        hidden, head_weight, head_bias, target, weight, normalizer, statics, group
+    )
+    return out
+
+
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
+def linear_loss(
+    hidden: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    target: Tensor,
+    weight: Tensor | None,
+    normalizer: Tensor | None,
+    statics: Statics,
+    group: dist.ProcessGroup | None,
+    total: Callable[[Tensor], Tensor] = _same,
+) -> tuple[Tensor, Tensor]:
+    """(loss, its z part), 0-d; only the loss is differentiable, once.
+
+    ``total`` adds a 0-d sum up over ranks that hold other rows of the same batch.
+    """
+    if traced(hidden):
+        from . import compiled
+
+        return compiled.linear_loss(
+            hidden, head_weight, head_bias, target, weight, normalizer, statics, group
+        )
+    out: tuple[Tensor, Tensor] = _LinearLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, head_weight, head_bias, target, weight, normalizer, statics, group, total
+    )
+    return out

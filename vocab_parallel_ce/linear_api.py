@@ -1,0 +1,286 @@
+"""The public functions of the fused head: hidden states and the head's weight in, a loss out.
+
+Each docstring stands for itself, as in ``api.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from .api import TokenStatistics, cross_entropy, token_statistics
+from .checks import Options, Outputs
+from .linear.checks import (
+    LinearOptions,
+    LinearTensors,
+    admit_linear,
+    in_forward,
+    prepare_linear,
+    seen_through_transforms,
+)
+from .linear.dtensor import unwrap_linear
+from .linear.primitive import linear_loss, linear_row_statistics
+from .reduction import as_scalar, reduce_rows, row_losses
+from .shard import VocabShard
+from .together import linear_raises_together
+
+
+@linear_raises_together
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    return_zloss: bool = False,
+    group: dist.ProcessGroup | None = None,
+    shard: VocabShard | None = None,
+    normalizer: Tensor | float | None = None,
+    scale: float = 1.0,
+    engine: str = "auto",
+    collective: str = "auto",
+    check: bool | None = None,
+    gradient: str = "auto",
+    hidden_gradient: str = "summed",
+    sequence_parallel: bool = False,
+    scratch_mib: float | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``cross_entropy(F.linear(input, linear_weight, linear_bias), target)``; logits never whole.
+
+    Every rank of ``group`` calls it with the same hidden states, target and options, and with its
+    own rows of the head. Every rank gets the same loss, and the gradient of ``input`` is summed
+    over the group. Logits exist a chunk of rows at a time; peak memory is the gradients of
+    ``input`` and ``linear_weight`` and one chunk.
+
+    Args:
+        input: hidden states [..., H]; fp16, bf16, fp32 or fp64, the same on every rank. Or a
+            DTensor, with ``linear_weight`` a DTensor sharded over dimension 0 of the same mesh: it
+            brings group and shard. Where it is itself sharded over dimension 0 there, it is the
+            part of a sequence.
+        linear_weight: [V_r, H] this rank's rows of the head, in the dtype of ``input``. Inside
+            torch.autocast both are converted, as F.linear does. Rows beyond the shard are padding.
+        target: [...] int64 or int32 vocabulary ids, the same on every rank.
+        linear_bias: [V_r] this rank's part of the head's bias, or None.
+        weight: [vocab_size] floating point class weights, the full vector on every rank.
+        reduction: "none", "sum" or "mean" (over the weights of the kept rows, as in PyTorch).
+        ignore_index: rows with this target have loss 0 and gradient 0, whatever their hidden states
+            hold. On a CPU they cost nothing.
+        label_smoothing: in [0, 1], PyTorch's formula over the whole vocabulary.
+        lse_square_scale: adds this times lse^2 to every kept row (the z-loss of PaLM, Chowdhery et
+            al. 2022, section 5). "mean" divides it by the number of kept rows.
+        return_zloss: return (loss, zloss): the z part of the loss too.
+        group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
+            not the default group; where others exist and no shard is told, a warning, once.
+        shard: which ids ``linear_weight`` holds, a ``VocabShard``. None means equal shards in rank
+            order.
+        normalizer: a number or 0-d tensor that replaces the denominators of "mean". No gradient
+            flows into it.
+        scale: multiplies the logits inside the kernels; 1 / temperature. A finite number.
+        engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
+            "eager".
+        collective: "all_gather" (the same bits on every rank), "all_reduce", or "auto".
+        check: True exchanges a preflight first, so that all ranks raise where one has a wrong
+            argument, or where they disagree on the number of rows, the dtype or an option. None
+            follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank.
+        gradient: when gradients are computed. "forward": with the loss, three matrix products;
+            "sum" and "mean" only, and one backward. "recompute": in backward, from logits that are
+            computed again, four products; for anything. "auto" takes "forward" for "sum" and
+            "mean", but not in fp16, nor with a z-loss that is returned. Where gradients are off
+            none are computed. Inside ``checkpoint(use_reentrant=False)`` ask for "recompute".
+        hidden_gradient: "summed" over the group, as every rank needs it; or "partial", this rank's
+            share, for a caller that sums it itself.
+        sequence_parallel: dimension 0 of ``input`` is the sequence, and each rank holds its equal
+            part of it, [S / tp, ..., H]; ``target`` [S, ...] is whole on every rank, and so is what
+            is returned. Rows are gathered, and their gradient scattered, a chunk at a time.
+        scratch_mib: what logits may take at a time, in MiB, for an even share of the vocabulary.
+            None: 128 on a CPU and 256 on accelerators, and at least 128 rows.
+
+    Returns:
+        The loss in fp32 (fp64 for fp64), [...] for "none", else 0-d; the same on every rank. With
+        ``return_zloss`` a pair of such tensors, (loss, zloss).
+
+    Raises:
+        TypeError, ValueError: for a wrong argument; the message names the argument, its value, the
+            rank and the way out.
+        ValueError: on every rank, on CPU and with ``check``: what ``cross_entropy`` raises there,
+            and hidden states that differ between ranks. On accelerators without ``check`` the
+            result is NaN instead, and hidden states are not compared.
+        RuntimeError: an ``engine`` that is not available here; a second backward where gradients
+            were computed in forward.
+
+    Communication:
+        One all_gather of 3 floats a row (4 with label smoothing) and a small header, or two
+        all_reduces: with "recompute" for all rows together, with "forward" for each chunk. The
+        gradient of ``input`` is summed by one all_reduce, or one a chunk, beside the matrix
+        products. With one rank, nothing at all.
+
+    Example:
+        ```python
+        loss = linear_cross_entropy(hidden, head.weight, target, group=tp_group)
+        loss.backward()
+        ```
+    """
+    options = Options(
+        reduction, ignore_index, label_smoothing, lse_square_scale, group, shard,
+        False, normalizer, scale, engine, collective, check,
+    )  # fmt: skip
+    linear = LinearOptions(gradient, hidden_gradient, sequence_parallel, scratch_mib)
+    tensors = LinearTensors(input, linear_weight, linear_bias, target, weight, normalizer)
+    tensors, options, linear, layout = unwrap_linear(tensors, options, linear)
+    tensors = _converted(admit_linear(tensors, options))
+    statics = prepare_linear(tensors, options, linear, Outputs())
+    if seen_through_transforms(tensors):
+        return cross_entropy(
+            F.linear(input, linear_weight, linear_bias), target, weight, reduction, ignore_index,
+            label_smoothing, lse_square_scale=lse_square_scale, return_zloss=return_zloss,
+            shard=shard, normalizer=normalizer, scale=scale, engine=engine,
+        )  # fmt: skip
+    if in_forward(tensors, options, linear, return_zloss, rows_shared=layout.shares_rows):
+        loss, zloss = linear_loss(
+            tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target,
+            tensors.weight, as_scalar(tensors.normalizer, tensors.input), statics, options.group,
+            layout.total,
+        )  # fmt: skip
+        loss, zloss = layout.scalar(loss), layout.scalar(zloss)
+        return (loss, zloss) if return_zloss else loss
+    stats, _, agreed = linear_row_statistics(
+        tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target, tensors.weight,
+        as_scalar(tensors.normalizer, tensors.input), statics, options.group,
+    )  # fmt: skip
+    rows = row_losses(stats, tensors.target.reshape(-1), tensors.weight, statics.request)
+    given = agreed if statics.request.normalized else None
+    loss, zloss = reduce_rows(rows, reduction, given, layout.total)
+    if reduction == "none":
+        loss, zloss = loss.reshape(tensors.target.shape), zloss.reshape(tensors.target.shape)
+    wrap = layout.rows if reduction == "none" else layout.scalar
+    return (wrap(loss), wrap(zloss)) if return_zloss else wrap(loss)
+
+
+@linear_raises_together
+def linear_token_statistics(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    entropy: bool = False,
+    argmax: bool = False,
+    ignore_index: int = -100,
+    group: dist.ProcessGroup | None = None,
+    shard: VocabShard | None = None,
+    scale: float = 1.0,
+    engine: str = "auto",
+    collective: str = "auto",
+    check: bool | None = None,
+    hidden_gradient: str = "summed",
+    sequence_parallel: bool = False,
+    scratch_mib: float | None = None,
+) -> TokenStatistics:
+    """``token_statistics`` of ``F.linear(input, linear_weight, linear_bias)``; logits never whole.
+
+    Everything that is returned as a float can be differentiated. Backward computes the logits
+    again: four matrix products where a head and its loss take three.
+
+    Args:
+        input: hidden states [..., H]; fp16, bf16, fp32 or fp64, the same on every rank. Or a
+            DTensor, with ``linear_weight`` a DTensor sharded over dimension 0 of the same mesh: it
+            brings group and shard. Where it is itself sharded over dimension 0 there, it is the
+            part of a sequence.
+        linear_weight: [V_r, H] this rank's rows of the head, in the dtype of ``input``. Inside
+            torch.autocast both are converted, as F.linear does. Rows beyond the shard are padding.
+        target: [...] int64 or int32 vocabulary ids, the same on every rank.
+        linear_bias: [V_r] this rank's part of the head's bias, or None.
+        entropy: return the entropy of each row.
+        argmax: return the id of the largest logit of each row.
+        ignore_index: rows with this target hold 0 (argmax -1) and have gradient 0.
+        group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
+            not the default group; where others exist and no shard is told, a warning, once.
+        shard: which ids ``linear_weight`` holds, a ``VocabShard``. None means equal shards in rank
+            order.
+        scale: multiplies the logits inside the kernels; 1 / temperature. A finite number.
+        engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
+            "eager".
+        collective: "all_gather" (the same bits on every rank), "all_reduce", or "auto".
+        check: True exchanges a preflight first, so that all ranks raise where one has a wrong
+            argument, or where they disagree on the number of rows, the dtype or an option. None
+            follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank.
+        hidden_gradient: "summed" over the group, as every rank needs it; or "partial", this rank's
+            share, for a caller that sums it itself.
+        sequence_parallel: dimension 0 of ``input`` is the sequence, and each rank holds its equal
+            part of it, [S / tp, ..., H]; ``target`` [S, ...] is whole on every rank, and so is what
+            is returned. Rows are gathered, and their gradient scattered, a chunk at a time.
+        scratch_mib: what logits may take at a time, in MiB, for an even share of the vocabulary.
+            None: 128 on a CPU and 256 on accelerators, and at least 128 rows.
+
+    Returns:
+        A ``TokenStatistics(log_prob, lse, entropy, argmax)``, each in the shape of ``target``, the
+        same on every rank. ``log_prob`` is that of the target of each token.
+
+    Raises:
+        TypeError, ValueError: for a wrong argument; the message names the argument, its value, the
+            rank and the way out.
+        ValueError: on every rank, on CPU and with ``check``: what ``token_statistics`` raises
+            there, and hidden states that differ between ranks. On accelerators without ``check``
+            the result is NaN instead, and hidden states are not compared.
+        RuntimeError: an ``engine`` that is not available here.
+
+    Communication:
+        In forward one all_gather of 3 floats a row (one more each for entropy and argmax) and a
+        small header, or two all_reduces. In backward one all_reduce of the gradient of ``input``.
+        With one rank, nothing at all.
+
+    Example:
+        ```python
+        new = linear_token_statistics(hidden, head.weight, tokens, entropy=True, group=tp_group)
+        ratio = (new.log_prob - old_log_prob).exp()
+        ```
+    """
+    options = Options(
+        "none", ignore_index, 0.0, 0.0, group, shard, False, None, scale, engine, collective, check
+    )
+    linear = LinearOptions("auto", hidden_gradient, sequence_parallel, scratch_mib)
+    tensors = LinearTensors(input, linear_weight, linear_bias, target, None, None)
+    tensors, options, linear, layout = unwrap_linear(tensors, options, linear)
+    tensors = _converted(admit_linear(tensors, options))
+    statics = prepare_linear(tensors, options, linear, Outputs(entropy=entropy, argmax=argmax))
+    if seen_through_transforms(tensors):
+        return token_statistics(
+            F.linear(input, linear_weight, linear_bias), target, entropy=entropy, argmax=argmax,
+            ignore_index=ignore_index, shard=shard, scale=scale, engine=engine,
+        )  # fmt: skip
+    stats, best, _ = linear_row_statistics(
+        tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target, None, None,
+        statics, options.group,
+    )  # fmt: skip
+    shape = tensors.target.shape
+    return TokenStatistics(
+        log_prob=layout.rows(0.0 - stats.select(0, 0).reshape(shape)),
+        lse=layout.rows(stats.select(0, 1).reshape(shape)),
+        entropy=layout.rows(stats.select(0, 2).reshape(shape)) if entropy else None,
+        argmax=layout.rows(best.reshape(shape)) if argmax else None,
+    )
+
+
+def _converted(tensors: LinearTensors) -> LinearTensors:
+    """Inside torch.autocast: hidden states and head in its dtype, as F.linear takes them."""
+    hidden = tensors.input
+    if not isinstance(hidden, Tensor) or hidden.is_meta:
+        return tensors
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    named = {
+        name: value.to(dtype)
+        for name in ("input", "linear_weight", "linear_bias")
+        if isinstance(value := getattr(tensors, name), Tensor)
+        and value.is_floating_point()
+        and value.dtype != torch.float64
+    }
+    return tensors._replace(**named)
