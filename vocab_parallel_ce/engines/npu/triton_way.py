@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...views import typed
 from ..contract import Coefficients, Wanted
 
 _CORES = 40  # of the smallest A2 and A3 cards, where neither Triton nor torch_npu tells
@@ -63,7 +64,7 @@ def partials(
     weight = weight.contiguous() if wanted.smooth and weight is not None else None
     _launch(
         "row_partials", logits, wanted.smooth or wanted.entropy or wanted.argmax,
-        logits, *logits.stride(), local_target.contiguous(), weight, out, out.view(torch.int32),
+        logits, *logits.stride(), local_target.contiguous(), weight, out, typed(out, torch.int32),
         out.stride(0), *logits.shape, float(scale),
         APART=_apart(logits), WEIGHTED=weight is not None, SMOOTH=wanted.smooth,
         ENTROPY=wanted.entropy, ARGMAX=wanted.argmax, IGNORED_ROWS=wanted.ignored_rows,
