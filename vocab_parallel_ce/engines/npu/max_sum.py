@@ -71,8 +71,9 @@ def partials(
     scale: float,
     wanted: Wanted,
     out: Tensor,
+    log_prob_out: Tensor | None = None,
 ) -> None:
-    """See ``contract.Engine``; log-probabilities are not left anywhere."""
+    """See ``contract.Engine``; nothing is left in ``log_prob_out``."""
     named = dict(zip(wanted.rows, out.unbind(0), strict=True))
     scaling = Scaling(scale, logits)
     at_target = TargetColumn(logits, scaling, local_target)
