@@ -7,15 +7,18 @@
 #   JOBS=2                      how many files of tests run side by side
 #   GRIDS=yes                   the full grids too, as in test-all
 #   MEGATRON=0.12.1             the version of megatron-core that unit-megatron runs on
+#   TORCH_NPU=torch-npu==2.13.0, TORCH_OF_NPU=torch==2.13.0
+#                               what unit-npu runs on; each version in an environment of its own
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
 PIP_OPTIONS ?=
 VENV ?= .venv
 NPU ?= yes
-TORCH_NPU ?= torch-npu==2.13.0
+TORCH_NPU_OF_CI := torch-npu==2.13.0
+TORCH_NPU ?= $(TORCH_NPU_OF_CI)
 TORCH_OF_NPU ?= torch==2.13.0
-VENV_NPU ?= .venv-npu
+VENV_NPU ?= .venv-npu$(if $(filter-out $(TORCH_NPU_OF_CI),$(TORCH_NPU)),-$(lastword $(subst =, ,$(TORCH_NPU))))
 MEGATRON ?= 0.12.1
 TRITON ?= yes
 JOBS ?= 2
@@ -59,7 +62,8 @@ $(VENV)/installed: pyproject.toml
 	@touch $@
 
 # A second environment: where torch-npu is installed, `import torch` needs the libraries of CANN.
-# tests/npu_sim brings its own; without it this is a machine with torch-npu and no CANN.
+# tests/npu_sim brings its own; without it this is a machine with torch-npu and no CANN. Some wheels
+# of torch-npu ask for torch==X+cpu, which the package index lacks: so without dependencies.
 $(VENV_NPU)/installed: pyproject.toml
 	@case "$$(uname -s) $$(uname -m)" in "Linux x86_64"|"Linux aarch64") ;; *) \
 	    echo "there is no $(TORCH_NPU) for $$(uname -s) $$(uname -m): make test NPU=no" >&2; exit 1;; esac
@@ -73,7 +77,8 @@ $(VENV_NPU)/installed: pyproject.toml
 	@start=$$(date +%s); \
 	$(PYTHON) -m venv $(VENV_NPU) && \
 	$(BIN_NPU)/python -I -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) $(TORCH_OF_NPU) && \
-	$(BIN_NPU)/python -I -m pip install --quiet --disable-pip-version-check $(TORCH_NPU) \
+	$(BIN_NPU)/python -I -m pip install --quiet --disable-pip-version-check --no-deps $(TORCH_NPU) && \
+	$(BIN_NPU)/python -I -m pip install --quiet --disable-pip-version-check numpy pyyaml \
 	    -e '.[launch]' pytest pytest-xdist hypothesis && \
 	echo "== install: $$(( $$(date +%s) - start )) s"
 	@touch $@
@@ -118,7 +123,7 @@ environments: $(ENVIRONMENTS) ## builds every environment that the tests need
 
 ascend-triton: $(VENV_TRITON_ASCEND)/installed ## whether the Triton kernels fit an Ascend core
 	@start=$$(date +%s); echo "== Triton kernels for Ascend, without CANN"; \
-	$(VENV_TRITON_ASCEND)/bin/python -m tests.engines.triton.ascend && \
+	$(VENV_TRITON_ASCEND)/bin/python -m tests.engines.ascend && \
 	echo "== Triton kernels for Ascend: $$(( $$(date +%s) - start )) s"
 
 demo: $(VENV)/installed ## a GPT on two CPU ranks, the vocabulary split between them
@@ -191,8 +196,9 @@ unit-npu: $(VENV_NPU)/installed ## the tests of the Ascend engine: real torch_np
 	echo "== tests of the Ascend engine: $$(( $$(date +%s) - start )) s"
 endif
 
-# The engine's contract and its own tests; tests/engines/triton compiles the kernels as well.
-TESTS_TRITON := tests/engines/triton tests/engines/test_contract.py
+# The engine's contract and its own tests; tests/engines/triton compiles the kernels as well. And
+# the npu engine's kernels for Ascend.
+TESTS_TRITON := tests/engines/triton tests/engines/npu tests/engines/test_contract.py
 
 ifeq ($(TRITON),no)
 unit-triton:

@@ -400,6 +400,7 @@ def token_statistics(
     stats, _, _, best, _ = row_statistics(
         input, target, None, request, options.group, inplace_backward
     )
+    layout.agree()
     shape = target.shape
     return TokenStatistics(
         log_prob=layout.rows(0.0 - stats.select(0, 0).reshape(shape)),
@@ -423,6 +424,7 @@ def _loss(
         input, target, weight, request, options.group, options.inplace_backward, log_prob_out,
         as_scalar(options.normalizer, input),
     )  # fmt: skip
+    layout.agree()
     rows = row_losses(stats, target.reshape(-1), weight, request)
     given = normalizer if request.normalized else None
     loss, zloss = reduce_rows(rows, options.reduction, given, layout.total)

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from .collectives import Payload, check_group_serves, exchange
 from .engines import select_to_read
-from .engines.contract import IGNORED, Coefficients, Engine, Gathered, arithmetic_dtype
+from .engines.contract import Coefficients, Engine, Gathered, arithmetic_dtype
 from .header import read_normalizers
 from .kinds import require_memory
 from .preflight import Plan, preflight
 from .request import RowRequest
 from .row_steps import row_steps
 from .statistics import stat_names
+from .views import shaped
 
 
 @dataclass
@@ -54,7 +55,7 @@ def row_blocks(x: Tensor) -> list[Tensor]:
     if x.dim() == 1:
         return [x[None]]
     try:
-        return [x.view(-1, x.shape[-1])]
+        return [shaped(x, -1, x.shape[-1])]
     except RuntimeError:
         return [block for part in x.unbind(0) for block in row_blocks(part)]
 
@@ -207,8 +208,6 @@ def compute_gradient(
     def scaled(g: Tensor) -> Tensor:
         return g if request.scale == 1 else g * request.scale
 
-    # A row that nothing depends on has gradient 0, whatever its logits hold: 0 * NaN would be NaN.
-    local_target = result.local_target.masked_fill((grad_stats == 0).all(0), IGNORED)
     g = dict(zip(stat_names(request.wanted), grad_stats.unbind(0), strict=True))
     softmax = g["nll"] + g["lse"]
     smooth = entropy = None
@@ -217,7 +216,8 @@ def compute_gradient(
         smooth = scaled(g["smooth"])
     if request.entropy:
         h = result.stats[stat_names(request.wanted).index("entropy")]
-        softmax = softmax - g["entropy"] * h
+        # Nothing where nothing depends on it: such a row may have no entropy (0 * NaN).
+        softmax = softmax - torch.where(g["entropy"] == 0, 0.0, g["entropy"] * h)
         entropy = scaled(g["entropy"])
     softmax, target_part = scaled(softmax), scaled(g["nll"])
     engine = select_to_read(request.engine, logits)
@@ -228,7 +228,7 @@ def compute_gradient(
             source,
             result.m[rows],
             result.s[rows],
-            local_target[rows],
+            result.local_target[rows],
             Coefficients(
                 softmax[rows],
                 target_part[rows],

@@ -302,3 +302,18 @@ def test_the_engine_is_chosen_before_the_way() -> None:
     x = torch.randn(2, 3).to("npu")
     chosen: Any = select("auto", x)
     assert chosen is engine
+
+
+@pytest.mark.parametrize("way", SUBJECTS)
+def test_a_replaced_view_loses_nothing(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MindSpeed's torch.Tensor.view copies what is not dense: the target is put into the result."""
+    real = Tensor.view
+    shard = random_shard(16, 130, torch.bfloat16)
+
+    def view(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        return real(tensor if tensor.is_contiguous() else tensor.contiguous(), *args, **options)
+
+    monkeypatch.setattr(Tensor, "view", view)
+    subject = Subject(SUBJECTS[way].engine, "npu", 16, sums_as_logs=way == "operator")
+    subject.check_gradient(shard)
+    subject.check_partials(shard)

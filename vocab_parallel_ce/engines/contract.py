@@ -205,14 +205,23 @@ class Engine(Protocol):
     ) -> None:
         """Write dx [N, C_r] into ``out`` (the logits' dtype); ``out`` may be ``logits`` itself.
 
-        Rows marked IGNORED are written as zeros and their logits not read. The value of the
-        target's column is formed in the arithmetic dtype before it is rounded.
+        Rows marked IGNORED, and rows whose coefficients are all 0, are written as zeros and their
+        logits not read: 0 * NaN would be NaN. The value of the target's column is formed in the
+        arithmetic dtype before it is rounded.
         """
         ...
 
     def log_prob(self, logits: Tensor, m: Tensor, s: Tensor, scale: float, out: Tensor) -> None:
         """Write x - m - log s [N, C_r] into ``out`` (the logits' dtype), ignored rows included."""
         ...
+
+
+def without_unused(local_target: Tensor, coefficients: Coefficients) -> Tensor:
+    """``local_target`` with rows whose coefficients are all 0 marked IGNORED as well."""
+    first, *others = (part == 0 for part in coefficients if part is not None)
+    for zero in others:
+        first &= zero
+    return local_target.masked_fill(first, IGNORED)
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:

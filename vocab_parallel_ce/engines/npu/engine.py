@@ -70,11 +70,8 @@ def partials(
     log_prob_out: Tensor | None = None,
 ) -> None:
     """See ``contract.Engine``."""
-    arguments = (logits, local_target, weight, scale, wanted, out)
-    if log_prob_out is None:
-        choice.way_for(logits.dtype).partials(*arguments)
-    else:
-        operator.partials(*arguments, log_prob_out)
+    way = choice.way_for(logits.dtype) if log_prob_out is None else operator
+    way.partials(logits, local_target, weight, scale, wanted, out, log_prob_out)
 
 
 def gradient(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...views import typed
 from ..contract import IGNORED, Coefficients
 from .chunks import Scaling
 
@@ -68,7 +69,7 @@ def _write(out: Tensor, column: Tensor, values: Tensor) -> None:
     row_stride, column_stride = out.stride()
     values = values.to(out.dtype)
     if out.dtype == torch.bfloat16:  # older kernels of put_ know fp16 only; these are just bits
-        out, values = out.view(torch.float16), values.view(torch.float16)
+        out, values = typed(out, torch.float16), typed(values, torch.float16)
     width = (columns - 1) * column_stride + 1
     step = max(1, (_LONGEST_VIEW - width) // max(row_stride, 1) + 1)
     begin = torch.arange(min(rows, step), device=out.device) * row_stride

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...views import typed
 from ..contract import Coefficients, RowFunctions, Wanted
 from . import rows as triton_rows
 from .rows import on_device_of
@@ -105,7 +106,7 @@ def partials(
     with on_device_of(logits):
         _kernels().row_partials[(min(rows, _LARGEST_GRID),)](
             logits, _phase(logits), *logits.stride(), _vector(local_target, torch.int64), weight,
-            out, out.view(torch.int32), out.stride(0), rows, columns, float(scale),
+            out, typed(out, torch.int32), out.stride(0), rows, columns, float(scale),
             LANES=shape.block // shape.word, VEC=shape.word, APART=_apart(logits),
             WEIGHTED=weight is not None, SMOOTH=wanted.smooth, ENTROPY=wanted.entropy,
             ARGMAX=wanted.argmax, IGNORED_ROWS=wanted.ignored_rows, num_warps=shape.warps,
