@@ -16,6 +16,7 @@ ELSEWHERE = {
     "vocab_parallel_ce/engines/triton": None,  # needs an environment of its own: make unit-triton
     "vocab_parallel_ce/testing/engine": "tests/engines",
     "launch/bench/call_cost": "tests/launch/bench",
+    "launch/bench/fused_head": "tests/launch/bench",
 }
 
 
