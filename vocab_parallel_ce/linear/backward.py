@@ -212,6 +212,6 @@ def rows_of(result: RowResult, rows: Rows) -> RowResult:
 
 def _like(weight: Tensor, size: int) -> Tensor:
     """Room for its gradient: zeros in padding."""
-    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     out[size:] = 0
     return out
