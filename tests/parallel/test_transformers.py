@@ -119,6 +119,7 @@ def refused(group: dist.ProcessGroup, folder: str) -> list[str]:
     said.append(str(problem.value))
     ours = split(Path(folder))
     loss = install(ours)
+    assert isinstance(loss, CausalLMLoss)
     labels = batch()["labels"]
     labels[1, 3] = VOCAB
     with pytest.raises(ValueError, match=rf"row 14 holds {VOCAB} .*in \[0, {VOCAB}\)") as problem:
