@@ -15,7 +15,7 @@ from vocab_parallel_ce import cross_entropy
 from vocab_parallel_ce.engines import select
 from vocab_parallel_ce.engines.contract import ELSEWHERE, IGNORED, Coefficients, Wanted
 from vocab_parallel_ce.engines.npu import choice, chunks, engine, max_sum, operator, probe
-from vocab_parallel_ce.switches import SCRATCH_MIB, SCRATCH_VARIABLE, WAY_VARIABLE
+from vocab_parallel_ce.switches import SCRATCH_VARIABLE, WAY_VARIABLE
 from vocab_parallel_ce.testing import assert_close
 from vocab_parallel_ce.testing.engine import Subject, random_shard
 
@@ -196,13 +196,6 @@ def test_the_probe_is_short(calls: list[OperatorCall]) -> None:
 
 
 # Scratch
-
-
-@pytest.mark.parametrize(
-    ("cache", "mib"), [(192, 88), (168, 76), (96, 40), (16, 16), (1, 16), (None, SCRATCH_MIB)]
-)
-def test_scratch_follows_the_card(cache: int | None, mib: int) -> None:
-    assert chunks.scratch_for_cache(None if cache is None else cache * MIB) == mib * MIB
 
 
 def _properties(size: Any) -> Any:
