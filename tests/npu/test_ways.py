@@ -310,3 +310,23 @@ def test_a_replaced_view_loses_nothing(way: str, monkeypatch: pytest.MonkeyPatch
     subject = Subject(SUBJECTS[way].engine, "npu", 16, sums_as_logs=way == "operator")
     subject.check_gradient(shard)
     subject.check_partials(shard)
+
+
+@pytest.mark.parametrize("way", ["max_sum", "operator"])
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_deterministic_algorithms(
+    warn_only: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is refused, the same bits come out, and the setting is as before."""
+    monkeypatch.setenv(WAY_VARIABLE, way)
+    x, y = torch.randn(12, 40).to("npu").requires_grad_(), torch.arange(12).to("npu")
+    (before,) = torch.autograd.grad(cross_entropy(x, y, label_smoothing=0.1), x)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        loss = cross_entropy(x, y, label_smoothing=0.1)
+        (after,) = torch.autograd.grad(loss, x)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(after, before)

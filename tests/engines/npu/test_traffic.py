@@ -1,4 +1,4 @@
-"""The table of what a card's kernels move, and the scratch that fits its cache: plain arithmetic."""
+"""The table of what a card's kernels move, and the scratch that fits its cache: arithmetic."""
 
 from __future__ import annotations
 

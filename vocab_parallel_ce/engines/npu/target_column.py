@@ -7,6 +7,9 @@ elsewhere gets the value of its column 0 in the same way, since no index says "n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -77,4 +80,19 @@ def _write(out: Tensor, column: Tensor, values: Tensor) -> None:
         part, at = out[start : start + step], slice(start, start + step)
         span = (len(part) - 1) * row_stride + width
         flat = part.as_strided((span,), (1,), part.storage_offset())
-        flat.put_(begin[: len(part)] + column[at] * column_stride, values[at])
+        with _in_any_order():
+            flat.put_(begin[: len(part)] + column[at] * column_stride, values[at])
+
+
+@contextmanager
+def _in_any_order() -> Iterator[None]:
+    """Without deterministic algorithms, which torch refuses for put_: no place is written twice."""
+    if not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
