@@ -52,6 +52,7 @@ QUICK: dict[str, tuple[str, ...]] = {
         "test_the_check_tells_right_from_wrong",
         "test_each_step_reads_the_next_windows",
     ),
+    "tests/linear/test_ways.py": (),
     "tests/parallel/megatron/test_loss_func.py": (),
     "tests/parallel/test_layers.py": (),
     "tests/test_agreement.py": (),

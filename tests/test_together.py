@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from vocab_parallel_ce import (
     VocabShard,
@@ -28,7 +28,7 @@ from vocab_parallel_ce import (
 from vocab_parallel_ce.engines import eager
 from vocab_parallel_ce.parallel.megatron.cross_entropy import MegatronOptions, per_token_loss
 
-from .ranks import Pool
+from .ranks import Pool, no_group_stays
 
 C = 6
 Call = dict[str, Any]
@@ -185,7 +185,61 @@ def test_the_ranks_of_a_dtensor_are_told(pool: Pool, replaced: Call) -> None:
     first, second = pool.run(_dtensor, 2, (replaced,))
     assert first[0]
     assert second[0] == first[0]
-    assert second[1] == f"rank 0 of the group: {first[1]}"
+    assert second[1] in (f"rank 0: {first[1]}", f"rank 0 of the group: {first[1]}")
+
+
+# On a mesh of several dimensions ranks wait for more than the preflight: all of it hears
+
+
+def _on_a_mesh(group: dist.ProcessGroup) -> dict[str, tuple[str, str]]:
+    rank, out = dist.get_rank(), {}
+    full = torch.randn(6, 4 * C, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([0, 9, 23, -100, 3, 11])
+    with no_group_stays():
+        mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2))
+        sharded = distribute_tensor(full, mesh, [Shard(0), Shard(1)])
+        rows = distribute_tensor(ids, mesh, [Shard(0), Replicate()])
+        elsewhere = distribute_tensor(ids, mesh, [Replicate(), Shard(0)])
+        bad = distribute_tensor(ids.clone().fill_(99), mesh, [Shard(0), Replicate()])
+        one, first = torch.tensor(1.0), rank == 0
+        partial = DTensor.from_local(one, mesh, [Partial(), Partial()], run_check=False)
+        summed = DTensor.from_local(
+            sharded.to_local(), mesh, [Replicate(), Partial()], run_check=False
+        )
+        calls: dict[str, Call] = {
+            "a target that is none": {"target": "x"} if first else {"target": elsewhere},
+            "a placement": {"input": summed} if first else {},
+            "an option before a redistribution": {
+                "target": elsewhere, "normalizer": partial, "group": group if first else None,
+            },
+            "an option after it": {
+                "target": elsewhere, "normalizer": partial, "label_smoothing": 3.0 * first,
+            },
+            "an unknown argument": {"redduction": "sum"} if first else {"target": elsewhere},
+            "values of some rows": {"target": bad if rank < 2 else rows},
+            "values of some rows, none reduced": {
+                "target": bad if rank < 2 else rows, "reduction": "none",
+            },
+        }  # fmt: skip
+        for name, call in calls.items():
+            out[name] = _outcome(
+                cross_entropy, {"input": sharded, "target": rows, "check": True, **call}
+            )
+            loss: Any = cross_entropy(sharded, elsewhere, check=True)
+            right = loss.to_local()
+            torch.testing.assert_close(right, torch.nn.functional.cross_entropy(full, ids))
+        statistics = {"input": sharded, "target": bad if rank < 2 else rows, "check": True}
+        out["statistics"] = _outcome(token_statistics, statistics)
+    return out
+
+
+def test_all_ranks_of_a_mesh_are_told(pool: Pool) -> None:
+    ranks = pool.run(_on_a_mesh, 4)
+    for name, (kind, text) in ranks[0].items():
+        assert kind, name
+        for theirs, message in (outcomes[name] for outcomes in ranks[1:]):
+            assert theirs == kind, name
+            assert message.endswith(text), name
 
 
 def _megatron(group: dist.ProcessGroup, wrong: str) -> tuple[str, str]:

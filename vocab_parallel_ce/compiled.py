@@ -45,7 +45,8 @@ def closed(request: RowRequest) -> tuple[RowRequest, Tensor | None]:
 
     A float in the schema would be a constant of the graph: each new value of a temperature would
     compile anew. Products with ones are what the compiler can keep open. None where all are off
-    for good: then nothing lies on the host, which CUDA graphs would not allow.
+    for good: then nothing lies on the host, which CUDA graphs would not allow (as their rules say;
+    no graph was ever captured on a card).
     """
     floats = (request.scale, request.label_smoothing, request.lse_square_scale)
     if all(statically_known_true(a == off) for a, off in zip(floats, _OFF, strict=True)):

@@ -17,7 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from .checks import Options, admit, check_overwritable
+from .rounds import play_after, play_before
 from .shard import VocabShard
+from .switches import check_is_on, check_word
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Layout:
     row_placements: tuple[Placement, ...] = ()
     shape: tuple[int, ...] = ()
     """of the global logits"""
+    row_groups: tuple[dist.ProcessGroup, ...] = ()
+    """of the ranks that hold other rows, where they are to hear of errors (``check``)"""
 
     @property
     def shares_rows(self) -> bool:
@@ -57,6 +61,11 @@ class Layout:
         part = DTensor.from_local(value, self.mesh, partial, run_check=False)
         return part.redistribute(placements=[Replicate()] * len(partial)).to_local()
 
+    def agree(self) -> None:
+        """With ``check``: raise if a rank that holds other rows has raised."""
+        if self.row_groups:
+            play_after(self.row_groups)
+
     def _wrap(
         self, value: Tensor, placements: tuple[Placement, ...], shape: tuple[int, ...]
     ) -> Tensor:
@@ -77,6 +86,22 @@ def vocabulary_group(input: DTensor, dim: int = -1) -> dist.ProcessGroup | None:
     dim = dim % input.dim()
     dims = [d for d, p in enumerate(input.placements) if _shards(p, dim, input.dim())]
     return input.device_mesh.get_group(dims[0]) if len(dims) == 1 else None
+
+
+def row_groups(
+    input: DTensor, vocabulary: dist.ProcessGroup | None = None
+) -> tuple[dist.ProcessGroup, ...]:
+    """The ranks that hold other rows of the same columns, a group for each mesh dimension.
+
+    Those of ``vocabulary`` are none of them, where they share the rows of a sequence.
+    """
+    last = input.dim() - 1
+    groups = (
+        input.device_mesh.get_group(d)
+        for d, p in enumerate(input.placements)
+        if isinstance(p, Shard) and not _shards(p, last, input.dim())
+    )
+    return tuple(group for group in groups if group is not vocabulary)
 
 
 def unwrap(
@@ -106,7 +131,9 @@ def unwrap(
     vocab_dims = _vocab_dims(input, last)
     placements = tuple(input.placements)
     rows = tuple(Replicate() if d in vocab_dims else p for d, p in enumerate(placements))
-    layout = Layout(mesh, placements, rows, tuple(input.shape))
+    telling = check_is_on(check_word(options.check)) and not torch.compiler.is_compiling()
+    hearing = row_groups(input) if telling else ()
+    layout = Layout(mesh, placements, rows, tuple(input.shape), hearing)
 
     local = input.to_local(grad_placements=placements)
     offset = offset_of(tuple(input.shape), mesh, placements)
@@ -114,11 +141,15 @@ def unwrap(
     shard = VocabShard(start, start + local.shape[-1], input.shape[last])
     group = mesh.get_group(vocab_dims[0]) if vocab_dims else None
     options = options._replace(group=group, shard=shard)
+    rows_here = tuple(local.shape[:-1])
+    check_target(target, rows_here, layout)
+    weight_here = local_weight(weight)
+    if telling:
+        play_before(mesh)
     if isinstance(options.normalizer, DTensor):
         options = options._replace(normalizer=options.normalizer.full_tensor())
-    rows_here = tuple(local.shape[:-1])
-    local_target_ = local_target(target, rows_here, layout, offset)
-    return *admit(local, local_target_, local_weight(weight), options), layout
+    here = local_target(target, rows_here, layout, offset)
+    return *admit(local, here, weight_here, options), layout
 
 
 def offset_of(
@@ -167,10 +198,8 @@ def _shards(placement: Placement, dim: int, ndim: int) -> bool:
     return isinstance(placement, Shard) and placement.dim % ndim == dim
 
 
-def local_target(
-    target: Tensor, rows: tuple[int, ...], layout: Layout, offset: tuple[int, ...]
-) -> Tensor:
-    """This rank's ``rows`` of a target that is a DTensor, global, or local already."""
+def check_target(target: Tensor, rows: tuple[int, ...], layout: Layout) -> None:
+    """Raises for a target that fits neither the global rows nor this rank's ``rows``."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {type(target).__name__}")
     shape = layout.shape[:-1]
@@ -187,6 +216,13 @@ def local_target(
                 f"target has placements {tuple(target.placements)}: ids must not be Partial sums; "
                 "use target.redistribute(...)"
             )
+
+
+def local_target(
+    target: Tensor, rows: tuple[int, ...], layout: Layout, offset: tuple[int, ...]
+) -> Tensor:
+    """This rank's ``rows`` of a target that is a DTensor, global, or local already."""
+    if isinstance(target, DTensor):
         return target.redistribute(placements=layout.row_placements).to_local()
     if target.shape == rows:
         return target

@@ -143,6 +143,7 @@ def linear_cross_entropy(
             shard=shard, normalizer=normalizer, scale=scale, engine=engine,
         )  # fmt: skip
     if in_forward(tensors, options, linear, return_zloss, rows_shared=layout.shares_rows):
+        layout.agree()  # sums over other rows stand between the chunks
         loss, zloss = linear_loss(
             tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target,
             tensors.weight, as_scalar(tensors.normalizer, tensors.input), statics, options.group,
@@ -154,9 +155,11 @@ def linear_cross_entropy(
         tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target, tensors.weight,
         as_scalar(tensors.normalizer, tensors.input), statics, options.group,
     )  # fmt: skip
+    layout.agree()
     rows = row_losses(stats, tensors.target.reshape(-1), tensors.weight, statics.request)
     given = agreed if statics.request.normalized else None
-    loss, zloss = reduce_rows(rows, reduction, given, layout.total)
+    loss, of_z = reduce_rows(rows, reduction, given, layout.total)
+    zloss = torch.zeros_like(loss) if of_z is None else of_z
     if reduction == "none":
         loss, zloss = loss.reshape(tensors.target.shape), zloss.reshape(tensors.target.shape)
     wrap = layout.rows if reduction == "none" else layout.scalar
@@ -259,6 +262,7 @@ def linear_token_statistics(
         tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target, None, None,
         statics, options.group,
     )  # fmt: skip
+    layout.agree()
     shape = tensors.target.shape
     return TokenStatistics(
         log_prob=layout.rows(0.0 - stats.select(0, 0).reshape(shape)),

@@ -11,8 +11,9 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from .switches import check_is_on, check_word
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 _ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)
 _TEXT_BYTES = 1024
+_TOLD = "_vocab_parallel_ce_told"
 # has error, kind of error, rows, logits dtype, target dtype, columns, collective, width of the
 # hidden states, rows of an exchange; header; text
 _FIELDS = 9
@@ -75,19 +77,12 @@ def preflight(plan: Plan | Exception, group: dist.ProcessGroup) -> None:
             raise plan from None
         raise
     _held.count += 1
-    mine = torch.frombuffer(bytearray(packed), dtype=torch.int32).to(device)
-    world = dist.get_world_size(group)
-    received = mine.new_empty(world * mine.numel())
-    all_gather_flat(received, mine, group)
-    raw = received.cpu().view(world, -1)
-    plans = [struct.unpack(_FORMAT, row.numpy().tobytes()) for row in raw]
-
-    for rank, (failed, kind, *rest) in enumerate(plans):
-        if failed:
-            text = rest[-1].rstrip(b"\0").decode("utf-8", "replace")
+    plans = _exchange(packed, group, device)
+    for rank, told in enumerate(plans):
+        if told[0]:
             if isinstance(plan, Exception) and rank == dist.get_rank(group):
                 raise plan
-            raise _ERRORS[kind](f"rank {rank} of the group: {text}")
+            raise _error(told, f"rank {rank} of the group: ")
     for column, name, show in (
         (2, "the number of rows", str),
         (3, "the dtype of input", lambda code: str(_DTYPES[code])),
@@ -110,6 +105,29 @@ def preflight(plan: Plan | Exception, group: dist.ProcessGroup) -> None:
     raise_on_problems(read_headers(headers, dtype), empty, constant_rows=True)
 
 
+def tell(problem: Exception | None, group: dist.ProcessGroup) -> Exception | None:
+    """Exchange errors alone over ``group``; this rank's own, or the first of another, or None.
+
+    What is returned ``is_told``, and names the global rank that it comes from.
+    """
+    if dist.get_world_size(group) == 1 or is_dry_run(group):
+        return problem
+    origin = "" if problem is None or is_told(problem) else f"rank {dist.get_rank()}: "
+    packed = _pack_error(problem, origin)
+    plans = _exchange(packed, group, communication_device(group))
+    if problem is None:
+        problem = next((_error(told, "") for told in plans if told[0]), None)
+    if problem is not None:
+        with suppress(AttributeError):
+            setattr(problem, _TOLD, True)
+    return problem
+
+
+def is_told(problem: Exception) -> bool:
+    """Whether every rank of a mesh has raised it already."""
+    return getattr(problem, _TOLD, False)
+
+
 @contextmanager
 def together(group: object, check: object) -> Iterator[None]:
     """Tells the other ranks of ``group`` of whatever is raised inside: a wrong call, an argument,
@@ -122,18 +140,44 @@ def together(group: object, check: object) -> Iterator[None]:
     try:
         yield
     except Exception as problem:
-        listening = _held.count == held and check_is_on(check_word(check))
+        listening = _held.count == held and check_is_on(check_word(check)) and not is_told(problem)
         if listening and isinstance(group, dist.ProcessGroup) and dist.get_world_size(group) > 1:
             preflight(problem, group)
         raise
 
 
+def _exchange(
+    packed: bytes, group: dist.ProcessGroup, device: torch.device
+) -> list[tuple[Any, ...]]:
+    """What every rank has packed, in rank order."""
+    mine = torch.frombuffer(bytearray(packed), dtype=torch.int32).to(device)
+    world = dist.get_world_size(group)
+    received = mine.new_empty(world * mine.numel())
+    all_gather_flat(received, mine, group)
+    raw = received.cpu().view(world, -1)
+    return [struct.unpack(_FORMAT, row.numpy().tobytes()) for row in raw]
+
+
+def _error(told: tuple[Any, ...], who: str) -> Exception:
+    text: str = told[-1].rstrip(b"\0").decode("utf-8", "replace")
+    kind: type[Exception] = _ERRORS[told[1]]
+    return kind(who + text)
+
+
+def _pack_error(problem: Exception | None, origin: str = "") -> bytes:
+    """None: there is none, and nothing else to be told either."""
+    kind, text = 0, b""
+    if problem is not None:
+        kind = next((i for i, e in enumerate(_ERRORS) if isinstance(problem, e)), len(_ERRORS) - 1)
+        name = "" if type(problem) in _ERRORS else f"{type(problem).__name__}: "
+        text = f"{origin}{name}{problem}".encode("utf-8", "replace")[:_TEXT_BYTES]
+    nothing = [0] * (_FIELDS - 2 + HEADER_INTS)
+    return struct.pack(_FORMAT, problem is not None, kind, *nothing, text)
+
+
 def _pack(plan: Plan | Exception) -> bytes:
     if isinstance(plan, Exception):
-        kind = next((i for i, e in enumerate(_ERRORS) if isinstance(plan, e)), len(_ERRORS) - 1)
-        name = "" if type(plan) in _ERRORS else f"{type(plan).__name__}: "
-        text = f"{name}{plan}".encode("utf-8", "replace")[:_TEXT_BYTES]
-        return struct.pack(_FORMAT, 1, kind, *[0] * (_FIELDS - 2), *[0] * HEADER_INTS, text)
+        return _pack_error(plan)
     header = torch.empty(HEADER_INTS, dtype=torch.int32, device="cpu")
     none = torch.empty(0, dtype=torch.int64, device="cpu")
     normalizer = None if plan.normalizer is None else plan.normalizer.cpu()

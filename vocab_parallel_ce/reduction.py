@@ -46,6 +46,35 @@ def row_losses(
     return RowLosses(loss, zloss, row_weight, kept)
 
 
+def row_coefficients(
+    stats: Tensor,
+    losses: RowLosses,
+    weighted: bool,
+    request: RowRequest,
+    of_loss: Tensor,
+    of_zloss: Tensor,
+) -> Tensor:
+    """The derivative by ``stats`` [j, N] of of_loss sum l_n + of_zloss sum z_n.
+
+    What autograd would say of ``row_losses``, for where no tape can be. Of ignored rows it means
+    nothing: their gradient is written as zeros.
+    """
+    eps = request.label_smoothing
+    out = torch.zeros_like(stats)
+    named = dict(zip(stat_names(request.wanted), out.unbind(0), strict=True))
+    named["nll"].copy_(of_loss * (1 - eps))
+    if weighted:
+        named["nll"].mul_(losses.row_weight)
+    if eps > 0:
+        named["smooth"].copy_(of_loss * (eps / request.vocab_size))
+    if losses.zloss is not None:
+        lse = stats[stat_names(request.wanted).index("lse")]
+        slope = torch.where(lse.isfinite(), 2 * lse, torch.where(lse < 0, -1.0, 1.0))
+        slope = slope * (of_zloss * request.lse_square_scale)
+        named["lse"].copy_(slope.masked_fill(~losses.kept, 0.0))
+    return out
+
+
 def row_weights(
     target: Tensor, weight: Tensor | None, request: RowRequest, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -76,22 +105,23 @@ def reduce_rows(
     reduction: str,
     normalizer: Tensor | None = None,
     total: Callable[[Tensor], Tensor] = _same,
-) -> tuple[Tensor, Tensor]:
-    """(loss with z, the z part of it): [N], or 0-d when reduced.
+) -> tuple[Tensor, Tensor | None]:
+    """(loss with z, the z part of it or None where that is 0): [N], or 0-d when reduced.
 
     ``normalizer`` is 0-d, see ``as_scalar``. ``total`` adds a 0-d sum up over ranks that hold other
     rows of the same batch.
     """
-    if reduction == "none":
-        zloss = torch.zeros_like(rows.loss) if rows.zloss is None else rows.zloss
-        return (rows.loss if rows.zloss is None else rows.loss + zloss), zloss
-    loss = total(rows.loss.sum())
-    zloss = loss.new_zeros(()) if rows.zloss is None else total(rows.zloss.sum())
+    loss, zloss = rows.loss, rows.zloss
+    if reduction != "none":
+        loss = total(loss.sum())
+        zloss = None if zloss is None else total(zloss.sum())
     if reduction == "mean":
-        has_z = rows.zloss is not None
-        of_loss, of_zloss = denominators(rows.row_weight, rows.kept, has_z, normalizer, total)
-        loss, zloss = loss / of_loss, zloss / of_zloss
-    return (loss if rows.zloss is None else loss + zloss), zloss
+        of_loss, of_zloss = denominators(
+            rows.row_weight, rows.kept, zloss is not None, normalizer, total
+        )
+        loss = loss / of_loss
+        zloss = None if zloss is None else zloss / of_zloss
+    return (loss if zloss is None else loss + zloss), zloss
 
 
 def denominators(

@@ -9,8 +9,9 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch.distributed.tensor import DTensor
 
-from .dtensor import vocabulary_group
+from .dtensor import row_groups, vocabulary_group
 from .preflight import together
+from .rounds import told_after, told_before
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,10 +35,18 @@ def _telling(function: Callable[P, T], name: str, place: int, dim: int) -> Calla
         if torch.compiler.is_compiling():  # the custom operator tells, when it runs
             return function(*args, **kwargs)
         holder = args[place] if len(args) > place else kwargs.get(name)
-        group: object = kwargs.get("group")
-        if isinstance(holder, DTensor) and holder.dim() > 0:
-            group = vocabulary_group(holder, dim)
-        with together(group, kwargs.get("check")):
+        check = kwargs.get("check")
+        if not isinstance(holder, DTensor) or holder.dim() == 0:
+            with together(kwargs.get("group"), check):
+                return function(*args, **kwargs)
+        group = vocabulary_group(holder, dim)
+        input = args[0] if args else kwargs.get("input")
+        rows = row_groups(input, group) if isinstance(input, DTensor) else ()
+        with (
+            told_after(rows, check),
+            together(group, check),
+            told_before(holder.device_mesh, check),
+        ):
             return function(*args, **kwargs)
 
     return call

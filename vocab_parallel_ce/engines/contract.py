@@ -83,9 +83,15 @@ class Gathered:
     shard_weight: Tensor
     """[W] sums of the ranks' class weights"""
     starts: Tensor
-    """[W] int32: the vocabulary id of each rank's column 0; used where W > 1"""
+    """[W] int32: the vocabulary id of each rank's column 0; read where W > 1 alone"""
     headers: Tensor | None
     """[ranks, ints] int32, or None where one rank is alone"""
+
+    @classmethod
+    def of_one_rank(cls, parts: Tensor) -> Gathered:
+        """[k, N] of a rank alone: nobody asks what it weighs, or where it starts."""
+        nobody = parts.new_empty(1)
+        return cls(parts[None], nobody, nobody, None)
 
 
 class HeaderLayout(NamedTuple):
@@ -205,14 +211,23 @@ class Engine(Protocol):
     ) -> None:
         """Write dx [N, C_r] into ``out`` (the logits' dtype); ``out`` may be ``logits`` itself.
 
-        Rows marked IGNORED are written as zeros and their logits not read. The value of the
-        target's column is formed in the arithmetic dtype before it is rounded.
+        Rows marked IGNORED, and rows whose coefficients are all 0, are written as zeros and their
+        logits not read: 0 * NaN would be NaN. The value of the target's column is formed in the
+        arithmetic dtype before it is rounded.
         """
         ...
 
     def log_prob(self, logits: Tensor, m: Tensor, s: Tensor, scale: float, out: Tensor) -> None:
         """Write x - m - log s [N, C_r] into ``out`` (the logits' dtype), ignored rows included."""
         ...
+
+
+def without_unused(local_target: Tensor, coefficients: Coefficients) -> Tensor:
+    """``local_target`` with rows whose coefficients are all 0 marked IGNORED as well."""
+    first, *others = (part == 0 for part in coefficients if part is not None)
+    for zero in others:
+        first &= zero
+    return local_target.masked_fill(first, IGNORED)
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:

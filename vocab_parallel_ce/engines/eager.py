@@ -12,7 +12,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .contract import IGNORED, Coefficients, RowFunctions, Wanted, arithmetic_dtype
+from .contract import (
+    IGNORED,
+    Coefficients,
+    RowFunctions,
+    Wanted,
+    arithmetic_dtype,
+    without_unused,
+)
 
 ROW_FUNCTIONS: RowFunctions | None = None
 LEAVES_LOG_PROB = False
@@ -98,6 +105,7 @@ def gradient(
 ) -> None:
     """See ``contract.Engine``."""
     softmax, target_part, smooth, entropy = coefficients
+    local_target = without_unused(local_target, coefficients)
     for rows in _blocks(logits):
         target = local_target[rows]
         x = _scaled(logits[rows], scale).sub_(m[rows, None])

@@ -14,8 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from ..checks import Options
-from ..dtensor import Layout, local_target, local_weight, offset_of
+from ..dtensor import Layout, check_target, local_target, local_weight, offset_of, row_groups
+from ..rounds import play_before
 from ..shard import VocabShard
+from ..switches import check_is_on, check_word
 from .checks import LinearOptions, LinearTensors
 
 _PLAIN = Layout()
@@ -55,7 +57,10 @@ def unwrap_linear(
             "leave the argument out, or shard dimension 0 over the vocabulary's mesh dimension"
         )
     rows = tuple(Replicate() if d == vocabulary else p for d, p in enumerate(placements))
-    layout = Layout(mesh, placements, rows, tuple(hidden.shape))
+    group = None if vocabulary is None else mesh.get_group(vocabulary)
+    telling = check_is_on(check_word(options.check)) and not torch.compiler.is_compiling()
+    hearing = row_groups(hidden, group) if telling else ()
+    layout = Layout(mesh, placements, rows, tuple(hidden.shape), hearing)
     summed = list(placements)
     if linear.hidden_gradient == "partial" and vocabulary is not None and not sequence:
         summed[vocabulary] = Partial()
@@ -71,9 +76,12 @@ def unwrap_linear(
         bias = bias.to_local(grad_placements=of_head)
     start = min(offset_of(tuple(head.shape), mesh, tuple(head.placements))[0], head.shape[0])
     shard = VocabShard(start, start + local_head.shape[0], head.shape[0])
-    group = None if vocabulary is None else mesh.get_group(vocabulary)
     local = hidden.to_local(grad_placements=summed)
     here = _rows_here(tuple(hidden.shape), mesh, rows)
+    check_target(tensors.target, here, layout)
+    weight = local_weight(tensors.weight)
+    if telling:
+        play_before(mesh)
     normalizer = tensors.normalizer
     if isinstance(normalizer, DTensor):
         normalizer = normalizer.full_tensor()
@@ -81,7 +89,7 @@ def unwrap_linear(
         tensors.target, here, layout, offset_of(tuple(hidden.shape[:-1]), mesh, rows)
     )
     return (
-        LinearTensors(local, local_head, bias, target, local_weight(tensors.weight), normalizer),
+        LinearTensors(local, local_head, bias, target, weight, normalizer),
         options._replace(group=group, shard=shard, normalizer=normalizer),
         linear._replace(sequence_parallel=sequence),
         layout,

@@ -150,6 +150,15 @@ def _multiplied_into(
     out *= (target != IGNORED)[:, None]
 
 
+def _uses_all(
+    logits: Tensor, m: Tensor, s: Tensor, target: Tensor, c: Coefficients, w: Any, scale: float,
+    out: Tensor,
+) -> None:  # fmt: skip
+    tiny = torch.finfo(m.dtype).tiny
+    parts = (None if part is None else torch.where(part == 0, tiny, part) for part in c)
+    eager.gradient(logits, m, s, target, Coefficients(*parts), w, scale, out)  # type: ignore[arg-type]
+
+
 def _rounded_twice(
     logits: Tensor, m: Tensor, s: Tensor, target: Tensor, c: Coefficients, w: Any, scale: float,
     out: Tensor,
@@ -203,6 +212,7 @@ SABOTAGE = [
     ("entropy", instead("gradient", _no_entropy), "gradient, scale 1.0, entropy", "gradient: "),
     ("weight", instead("gradient", _no_weight), "gradient, scale 1.0, smooth, weight", "gradient"),
     ("multiplied", {"gradient": _multiplied_into}, "gradient, ignored rows", "row is not 0"),
+    ("unused", {"gradient": _uses_all}, "gradient, unused rows", "without coefficients is not 0"),
     ("rounding", {"gradient": _rounded_twice}, "gradient, the target's is rounded once", ""),
     ("beside", after("gradient", _beside_out), "gradient, 100 columns", "beside out"),
     ("in place", {"gradient": _not_in_place}, "gradient, 100 columns", "in place"),

@@ -361,11 +361,11 @@ def gradient_fast(
         source = logits[0] + row * logits[1]
         destination = out[0] + row * out[1]
         y = read(target[0] + row * target[1], INT64)
-        if y == IGNORED:
+        row_softmax, row_target = item(softmax, row, scale), item(target_part, row, scale)
+        if y == IGNORED or (row_softmax == 0.0 and row_target == 0.0):
             write_zeros(destination, size, columns, token)
             continue
         row_m, row_s = clean(item(m, row, scale)), item(s, row, scale)
-        row_softmax = item(softmax, row, scale)
         factor = clean(row_softmax / row_s)
         # Read before it is overwritten.
         x = target_logit(source, size, columns, y, scale, token)
@@ -375,8 +375,8 @@ def gradient_fast(
             block_gradient(tail, tail, PAIR, one, row_m, factor, scale)
             scatter(destination + full * size, size, tail, rest, scale, token)
         if 0 <= y < columns:
-            place, part = destination + y * size, item(target_part, row, scale)
-            write_target(place, x - row_m, row_s, row_softmax, part, 0.0, 0.0, scale, token)
+            place = destination + y * size
+            write_target(place, x - row_m, row_s, row_softmax, row_target, 0.0, 0.0, scale, token)
 
 
 @kernel
@@ -480,13 +480,14 @@ def gradient_general(
         source = logits[0] + row * logits[1]
         destination = out[0] + row * out[1]
         y = read(target[0] + row * target[1], INT64)
-        if y == IGNORED:
+        row_softmax, row_target = item(softmax, row, scale), item(target_part, row, scale)
+        row_smooth = item(smooth, row, scale) if smooth[0] != 0 else 0.0
+        row_entropy = item(entropy, row, scale) if entropy[0] != 0 else 0.0
+        unused = row_softmax == 0.0 and row_target == 0.0
+        if y == IGNORED or (unused and row_smooth == 0.0 and row_entropy == 0.0):
             write_zeros(destination, out[2], columns, token)
             continue
         row_m, row_s = item(m, row, scale), item(s, row, scale)
-        row_softmax = item(softmax, row, scale)
-        row_smooth = item(smooth, row, scale) if smooth[0] != 0 else 0.0
-        row_entropy = item(entropy, row, scale) if entropy[0] != 0 else 0.0
         factor, bend, log_s = row_softmax / row_s, row_entropy / row_s, math.log(row_s)
         # Read before it is overwritten.
         x = target_logit(source, logits[2], columns, y, scale, token)
@@ -505,8 +506,10 @@ def gradient_general(
         if 0 <= y < columns:
             if weight != 0:
                 row_smooth *= read(weight + y * size, scale)
-            place, d, part = destination + y * out[2], x - row_m, item(target_part, row, scale)
-            write_target(place, d, row_s, row_softmax, part, row_smooth, row_entropy, scale, token)
+            place, d = destination + y * out[2], x - row_m
+            write_target(
+                place, d, row_s, row_softmax, row_target, row_smooth, row_entropy, scale, token
+            )
 
 
 @kernel

@@ -238,12 +238,15 @@ def row_gradient(
         target = tl.load(local_target + row).to(tl.int32)
         s_row = tl.load(s + row)
         m_row, log_s = tl.load(m + row), tl.log(s_row)
-        softmax_row, target_row = tl.load(softmax + row) / s_row, tl.load(target_part + row)
+        softmax_row, target_row = tl.load(softmax + row), tl.load(target_part + row)
         smooth_row, entropy_row = 0.0, 0.0
         if SMOOTH:
             smooth_row = tl.load(smooth + row)
         if ENTROPY:
-            entropy_row = tl.load(entropy + row) / s_row
+            entropy_row = tl.load(entropy + row)
+        unused = (softmax_row == 0) & (target_row == 0) & (smooth_row == 0) & (entropy_row == 0)
+        target = tl.where(unused, IGNORED, target)
+        softmax_row, entropy_row = softmax_row / s_row, entropy_row / s_row
         if body < size:
             columns, inside = _edge_columns(head, body, size, VEC)
             _gradient_block(

@@ -128,6 +128,7 @@ def _checks(dtype: torch.dtype, many_rows: bool) -> Iterator[tuple[str, Check]]:
         yield f"gradient, {what}", check
     yield "gradient, p is 0", gradient_where_p_is_zero
     yield "gradient, ignored rows hold NaN", gradient_of_ignored_rows
+    yield "gradient, unused rows hold NaN", gradient_of_unused_rows
     yield "gradient, poisoned rows", gradient_of_a_poisoned_row
     if dtype in (torch.bfloat16, torch.float16):
         yield "gradient, the target's is rounded once", target_gradient_is_rounded_once
@@ -332,6 +333,28 @@ def gradient_of_ignored_rows(subject: Subject, dtype: torch.dtype) -> None:
         out = subject.gradient(shard, m, s, c)
         assert bool((out[ignored] == 0).all()), "the gradient of an ignored row is not 0"
         assert bool(out[~ignored].isfinite().all()), "the gradient of a kept row is not finite"
+
+
+def gradient_of_unused_rows(subject: Subject, dtype: torch.dtype) -> None:
+    """Where every coefficient is 0 zeros are written, whatever the logits, m and s are."""
+    shard = random_shard(subject.rows, 1100, dtype)
+    arithmetic = arithmetic_dtype(dtype)
+    unused = torch.arange(subject.rows) % 3 == 0
+    shard.target[shard.target == IGNORED] = 5
+    shard.logits[unused, ::2] = torch.nan
+    m, s = (torch.where(unused, torch.nan, value).to(arithmetic) for value in (9.0, 10.0))
+    used = torch.where(unused, 0.0, 1.0).to(arithmetic)
+    for c in (Coefficients(used, used), Coefficients(used, used, used, used)):
+        out = subject.gradient(shard, m, s, c)
+        assert bool((out[unused] == 0).all()), "the gradient of a row without coefficients is not 0"
+        assert bool(out[~unused].isfinite().all()), "the gradient of a used row is not finite"
+    nothing = torch.zeros_like(used)
+    for place in range(4):  # one of them alone is enough
+        parts = [nothing] * place + [used] + [nothing] * (3 - place)
+        out = subject.gradient(shard, m, s, Coefficients(*parts))
+        assert bool((out[unused] == 0).all()), "the gradient of a row without coefficients is not 0"
+        here = ~unused & (shard.target >= 0)
+        assert bool((out[here] != 0).any(1).all()), "a row with one coefficient has no gradient"
 
 
 def gradient_of_a_poisoned_row(subject: Subject, dtype: torch.dtype) -> None:

@@ -1,0 +1,106 @@
+"""The loss of a causal language model, as Hugging Face's models call it: labels are shifted here.
+
+A model of transformers calls ``model.loss_function(logits=, labels=, vocab_size=, ...)``, and
+DeepSpeed sets the same hook. ``CausalLMLoss`` has that signature and computes what transformers'
+own ``ForCausalLMLoss`` computes, from this rank's shard of the logits. Who finds group and shard in
+a model is a file a framework: ``transformers.py``, ``deepspeed.py``. Nothing of them is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from vocab_parallel_ce import VocabShard, cross_entropy
+
+
+def shifted(labels: Tensor, ignore_index: int) -> Tensor:
+    """[..., S] -> [..., S]: each position's target is the next label; the last one has none."""
+    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+
+
+@dataclass(frozen=True)
+class CausalLMLoss:
+    """A loss function for ``model.loss_function``, over vocab-parallel logits.
+
+    Args:
+        group: the ranks that split the vocabulary; None for one rank.
+        shard: the ids of this rank's columns of the logits.
+        label_smoothing: as in ``cross_entropy``, over the whole vocabulary. transformers' Trainer
+            has an option of the same purpose, which computes a loss of its own from whole logits:
+            leave that at 0.
+        lse_square_scale: adds this times lse squared to the loss of each kept token (z-loss).
+        inplace_backward: the gradient overwrites the logits, ``outputs.logits`` included.
+
+    Communication:
+        None when it is made; a call costs what ``cross_entropy`` costs.
+
+    Example:
+        ```python
+        model.loss_function = CausalLMLoss(tp_group, VocabShard.even(vocab_size, tp_group))
+        ```
+    """
+
+    group: dist.ProcessGroup | None
+    shard: VocabShard
+    label_smoothing: float = 0.0
+    lse_square_scale: float = 0.0
+    inplace_backward: bool = False
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor | None = None,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **others: Any,
+    ) -> Tensor:
+        """The mean over kept tokens, or their sum over num_items_in_batch; fp32, 0-d.
+
+        Args:
+            logits: [..., S, C_r], this rank's shard.
+            labels: [..., S]; position s is to predict labels[s + 1]. Unused with shift_labels.
+            vocab_size: what the model's configuration says; where given it must be the shard's.
+            num_items_in_batch: the denominator, such as the kept tokens of all micro-batches.
+            ignore_index: the label that does not count.
+            shift_labels: [..., S]; the targets themselves, for whoever shifted them already.
+            others: what models hand through (masks, positions); not used, as in transformers.
+
+        Raises:
+            ValueError: for logits that were gathered, for another vocabulary, without labels, and
+                what ``cross_entropy`` raises.
+        """
+        where = f"rank {dist.get_rank(self.group)} of the group: " if self.group else ""
+        if vocab_size is not None and vocab_size != self.shard.vocab_size:
+            raise ValueError(
+                f"{where}vocab_size={vocab_size} is not the {self.shard.vocab_size} of {self.shard}"
+            )
+        if self.shard.size < self.shard.vocab_size == logits.shape[-1]:
+            raise ValueError(
+                f"{where}the logits were gathered: they have all {logits.shape[-1]} columns, and "
+                f"this rank's shard is {self.shard}; keep the head's output split, in transformers "
+                'by tp_plan={"lm_head": "colwise"}'
+            )
+        if shift_labels is None:
+            if labels is None:
+                raise ValueError(f"{where}labels and shift_labels are both None; pass one of them")
+            shift_labels = shifted(labels, ignore_index)
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(logits.device)
+        return cross_entropy(
+            logits,
+            shift_labels.to(logits.device),
+            ignore_index=ignore_index,
+            label_smoothing=self.label_smoothing,
+            lse_square_scale=self.lse_square_scale,
+            normalizer=num_items_in_batch,
+            group=self.group,
+            shard=self.shard,
+            inplace_backward=self.inplace_backward,
+        )
