@@ -25,8 +25,7 @@ class TargetColumn:
 
     def __init__(self, logits: Tensor, scaling: Scaling, local_target: Tensor) -> None:
         self._local_target = local_target
-        self._owned = local_target >= 0
-        self._column = torch.where(self._owned, local_target, 0)
+        self._column = local_target.clamp(min=0)
         self._dense = logits.is_contiguous()
         if self._dense:
             self.x = scaling.elements(_read(logits, self._column))
@@ -54,11 +53,11 @@ class TargetColumn:
         p = e / s
         dx = p * softmax
         if entropy is not None:
-            dx = dx - torch.where(e == 0, 0.0, p * entropy * (d - s.log()))
+            dx = dx - (p * entropy * (d - s.log())).masked_fill_(e == 0, 0.0)
         if smooth is not None:
             dx = dx - (smooth if weight is None else smooth * weight[self._column])
-        dx = dx - torch.where(self._owned, target_part, 0.0)
-        return torch.where(self._local_target == IGNORED, 0.0, dx)
+        dx = dx - target_part.masked_fill(self._local_target < 0, 0.0)
+        return dx.masked_fill_(self._local_target == IGNORED, 0.0)
 
 
 def _read(matrix: Tensor, column: Tensor) -> Tensor:
