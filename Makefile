@@ -243,4 +243,4 @@ bench: $(VENV)/installed ## the loss beside its peers on this machine; writes ru
 	$(BIN)/python -m vocab_parallel_ce.launch.bench --out runs/bench
 
 clean: ## removes the environments and all that was built
-	rm -rf site $(VENV) $(VENV_NPU) $(VENV_TRITON) $(VENV_TRITON_ASCEND) .megatron-* .hooks runs build dist *.egg-info
+	rm -rf site $(VENV) .venv-npu* $(VENV_TRITON) $(VENV_TRITON_ASCEND) .megatron-* .hooks runs build dist *.egg-info
