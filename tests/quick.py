@@ -52,7 +52,11 @@ QUICK: dict[str, tuple[str, ...]] = {
         "test_the_check_tells_right_from_wrong",
         "test_each_step_reads_the_next_windows",
     ),
-    "tests/linear/test_ways.py": (),
+    "tests/linear/test_ways.py": (
+        "test_products_of_a_step",
+        "test_blocks_of_columns",
+        "test_a_second_backward_is_refused_by_name",
+    ),
     "tests/parallel/megatron/test_loss_func.py": (),
     "tests/parallel/test_layers.py": (),
     "tests/test_agreement.py": (),

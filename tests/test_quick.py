@@ -18,6 +18,7 @@ ELSEWHERE = {
     "vocab_parallel_ce/testing/engine": "tests/engines",
     "launch/bench/call_cost": "tests/launch/bench",
     "launch/doctor/tune": "tests/launch/doctor",
+    "launch/bench/fused_head": "tests/launch/bench",
 }
 
 

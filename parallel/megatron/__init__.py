@@ -19,15 +19,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .cross_entropy import MegatronOptions, per_token_loss
+from .fused_head import FusedHead, fuse_head, fused_head_loss, output_processor
 from .installation import Installation, install, uninstall
 from .loss_func import logits_loss_func, loss_func
 
 __all__ = [
+    "FusedHead",
     "Installation",
+    "fuse_head",
+    "fused_head_loss",
     "fused_vocab_parallel_cross_entropy",
     "install",
     "logits_loss_func",
     "loss_func",
+    "output_processor",
     "te_parallel_cross_entropy",
     "uninstall",
     "vocab_parallel_cross_entropy",

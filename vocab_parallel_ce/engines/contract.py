@@ -209,7 +209,7 @@ class Engine(Protocol):
         scale: float,
         out: Tensor,
     ) -> None:
-        """Write dx [N, C_r] into ``out`` (the logits' dtype); ``out`` may be ``logits`` itself.
+        """Write dx [N, C_r] into ``out``, which may be ``logits`` itself, or narrower than they.
 
         Rows marked IGNORED, and rows whose coefficients are all 0, are written as zeros and their
         logits not read: 0 * NaN would be NaN. The value of the target's column is formed in the

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..collectives import backends_of
-from .call import LinearCall, is_narrow
-from .kept import Portion
+from .call import LinearCall
+from .kept import Portion, is_narrow
 
 
 class HiddenRows:

@@ -183,8 +183,8 @@ class _InForward:
         if self._pending is None:
             return
         chunk, self._pending = self._pending, None
+        x = self._call.room_for_gradient(chunk.logits)
         compute_gradient(
-            chunk.logits, chunk.result, self._call.weight, chunk.coefficients, self._request,
-            chunk.logits,
-        )  # fmt: skip
-        self._sums.add(chunk.portion, chunk.logits, chunk.hidden)
+            chunk.logits, chunk.result, self._call.weight, chunk.coefficients, self._request, x
+        )
+        self._sums.add(chunk.portion, x, chunk.hidden)

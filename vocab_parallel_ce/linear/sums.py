@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .call import is_narrow
+from .kept import is_narrow
 
 _BLOCK_BYTES = 4 << 20
 

@@ -34,6 +34,7 @@ ROW_FUNCTIONS: RowFunctions | None = None
 LEAVES_LOG_PROB = False
 MINIMUM_NUMBA = (0, 60)
 SEQUENTIAL_BELOW = 1 << 16  # elements; a thread takes longer to wake up than to do the work
+NARROWED_ELEMENTS = 1 << 18  # of a gradient that is rounded on its way; they stay in cache
 RANGES_PER_THREAD = 8  # a thread that is held up leaves its share to the others
 _TOKENS: dict[torch.dtype, Any] = {
     torch.bfloat16: np.uint16(0),
@@ -102,6 +103,9 @@ def gradient(
     out: Tensor,
 ) -> None:
     """Gradient of the logits; see contract.Engine.gradient."""
+    if out.dtype != logits.dtype:
+        _narrowed(logits, m, s, local_target, coefficients, weight, scale, out)
+        return
     stored, arithmetic = logits.dtype, arithmetic_dtype(logits.dtype)
     factor, token = _SCALARS[arithmetic](scale), _TOKENS[stored]
     softmax, target_part, smooth, entropy = coefficients
@@ -119,6 +123,32 @@ def gradient(
         _kernels().gradient_general, logits, source, *rows, _vector(smooth, arithmetic),
         _vector(entropy, arithmetic), _vector(weight, arithmetic)[0], factor, token, place,
     )  # fmt: skip
+
+
+def _narrowed(
+    logits: Tensor,
+    m: Tensor,
+    s: Tensor,
+    local_target: Tensor,
+    coefficients: Coefficients,
+    weight: Tensor | None,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """``gradient`` of a few rows at a time beside the logits, and from there into ``out``."""
+    step = max(1, NARROWED_ELEMENTS // logits.shape[1])
+    for begin in range(0, logits.shape[0], step):
+        rows = slice(begin, begin + step)
+        softmax, target_part, smooth, entropy = coefficients
+        some = Coefficients(
+            softmax[rows],
+            target_part[rows],
+            None if smooth is None else smooth[rows],
+            None if entropy is None else entropy[rows],
+        )
+        beside = torch.empty_like(logits[rows], memory_format=torch.contiguous_format)
+        gradient(logits[rows], m[rows], s[rows], local_target[rows], some, weight, scale, beside)
+        out[rows] = beside
 
 
 def log_prob(logits: Tensor, m: Tensor, s: Tensor, scale: float, out: Tensor) -> None:

@@ -148,7 +148,8 @@ def _elementwise(
     shape = _shape(columns, logits.dtype, _WARPS_OF_A_PART)
     part = min(columns, shape.block * _PART_BLOCKS)
     apart = _apart(logits) or _apart(out)
-    aligned = not apart and _words_begin_together(logits, out, shape.word)
+    same = out.dtype == logits.dtype  # else their words do not hold as many elements
+    aligned = same and not apart and _words_begin_together(logits, out, shape.word)
     with on_device_of(logits):
         kernel[(min(rows, _LARGEST_GRID), -(-columns // part))](
             logits, _phase(logits), *logits.stride(), _vector(m, torch.float32),
