@@ -38,7 +38,7 @@ MEGATRON_FOLDER := .megatron-$(MEGATRON)
 TORCHRUN := $(BIN)/torchrun --standalone
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-megatron quick test test-all checks lint types docs unit unit-megatron \
-    unit-npu unit-triton gate record-shares bench ascend-triton environments clean
+    unit-npu unit-triton gate record-shares bench hooks ascend-triton environments clean
 .DELETE_ON_ERROR:
 
 help: ## this list, and the options
@@ -51,13 +51,13 @@ $(VENV)/installed: pyproject.toml
 	@echo "== install into $(VENV) with $(PYTHON)"
 	@echo "   downloads: $(TORCH) (a CPU build is about 190 MB; the package index's default build for"
 	@echo "   Linux x86-64 brings CUDA and several GB: choose with PIP_OPTIONS), then about 180 MB of"
-	@echo "   numba, numpy, tokenizers, matplotlib, rich, typer, pytest, hypothesis, mypy, ruff, mkdocs and"
-	@echo "   megatron-core. pip options for torch: '$(PIP_OPTIONS)'"
+	@echo "   numba, numpy, tokenizers, matplotlib, rich, typer, pytest, hypothesis, mypy, ruff, mkdocs,"
+	@echo "   megatron-core and transformers. pip options for torch: '$(PIP_OPTIONS)'"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	@start=$$(date +%s); \
 	$(PYTHON) -m venv $(VENV) && \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) $(TORCH) && \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[launch,test,peers,docs]' && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[launch,test,peers,docs,hooks]' && \
 	echo "== install: $$(( $$(date +%s) - start )) s"
 	@touch $@
 
@@ -182,6 +182,21 @@ unit-megatron: $(MEGATRON_FOLDER)/installed ## the tests of the Megatron hook on
 	    $(BIN)/python -m pytest -q $(PARALLEL) $(ALL) --durations=5 tests/parallel/megatron && \
 	echo "== tests on megatron-core $(MEGATRON): $$(( $$(date +%s) - start )) s"
 
+# Frameworks that are no part of CI, each without what it asks for beside torch.
+HOOKS := deepspeed==0.19.8 torchtitan==0.3.0
+HOOKS_NEED := hjson py-cpuinfo msgpack einops ninja pydantic pydantic-core annotated-types \
+    typing-inspection spmd-types tyro docstring-parser shtab typeguard psutil
+.hooks/installed: $(VENV)/installed
+	@echo "== install $(HOOKS) into .hooks"
+	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --no-build-isolation --upgrade --target .hooks $(HOOKS) $(HOOKS_NEED)
+	@touch $@
+
+hooks: .hooks/installed ## the hooks of DeepSpeed and torchtitan against the real packages
+	@start=$$(date +%s); echo "== hooks: $(HOOKS)"; \
+	PYTHONPATH=$(CURDIR)/.hooks $(BIN)/python -m pytest -q -o addopts= tests/hooks && \
+	echo "== hooks: $$(( $$(date +%s) - start )) s"
+
 # What only an NPU has, and the tests of the loss that run on any device.
 TESTS_NPU := tests/npu tests/engines/test_contract.py tests/test_oracle.py tests/test_inplace.py \
     tests/test_properties.py
@@ -228,4 +243,4 @@ bench: $(VENV)/installed ## the loss beside its peers on this machine; writes ru
 	$(BIN)/python -m vocab_parallel_ce.launch.bench --out runs/bench
 
 clean: ## removes the environments and all that was built
-	rm -rf site $(VENV) $(VENV_NPU) $(VENV_TRITON) $(VENV_TRITON_ASCEND) .megatron-* runs build dist *.egg-info
+	rm -rf site $(VENV) .venv-npu* $(VENV_TRITON) $(VENV_TRITON_ASCEND) .megatron-* .hooks runs build dist *.egg-info

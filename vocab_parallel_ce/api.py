@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, overload
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -207,7 +208,9 @@ def cross_entropy(
     request = prepare(input, target, weight, options, Outputs())
     loss, zloss, _, _, _ = _loss(input, target, weight, options, request, layout)
     wrap = layout.rows if reduction == "none" else layout.scalar
-    return (wrap(loss), wrap(zloss)) if return_zloss else wrap(loss)
+    if not return_zloss:
+        return wrap(loss)
+    return wrap(loss), wrap(torch.zeros_like(loss) if zloss is None else zloss)
 
 
 @raises_together
@@ -305,20 +308,24 @@ def cross_entropy_loss(
     outputs = Outputs(ignored_rows=return_log_prob or has_lse)
     request = prepare(input, target, weight, options, outputs)
     log_prob = log_prob_space(input, request, options.group) if return_log_prob else None
-    loss, zloss, lse, m, s = _loss(input, target, weight, options, request, layout, log_prob)
-    if reduction == "none":
-        loss, zloss = layout.rows(loss.to(input.dtype)), layout.rows(zloss.to(input.dtype))
-    else:
-        loss = layout.scalar(loss.to(input.dtype).reshape(1))
-        zloss = layout.scalar(zloss.to(input.dtype).reshape(1))
+    loss, zloss, stats, m, s = _loss(input, target, weight, options, request, layout, log_prob)
+
+    def in_its_dtype(value: Tensor) -> Tensor:
+        if reduction == "none":
+            return layout.rows(value.to(input.dtype))
+        return layout.scalar(value.to(input.dtype).reshape(1))
+
     if return_log_prob and log_prob is None:
         log_prob = shard_log_prob(input, m, s, request)
     empty = input.new_empty(0)
+    lse = stats.detach().select(0, 1).reshape(target.shape) if has_lse else None
+    if return_zloss and zloss is None:
+        zloss = torch.zeros_like(loss)
     return CrossEntropyLossOutput(
-        loss,
+        in_its_dtype(loss),
         empty if log_prob is None else layout.logits(log_prob),
-        zloss if return_zloss else empty,
-        layout.rows(lse.detach().to(input.dtype)) if has_lse else empty,
+        empty if zloss is None or not return_zloss else in_its_dtype(zloss),
+        empty if lse is None else layout.rows(lse.to(input.dtype)),
     )
 
 
@@ -418,8 +425,8 @@ def _loss(
     request: RowRequest,
     layout: Layout,
     log_prob_out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, zloss, lse, m, s): the first two reduced, the others [N]."""
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """(loss, zloss or None for 0, stats, m, s): the first two reduced, the others [..., N]."""
     stats, m, s, _, normalizer = row_statistics(
         input, target, weight, request, options.group, options.inplace_backward, log_prob_out,
         as_scalar(options.normalizer, input),
@@ -429,5 +436,6 @@ def _loss(
     given = normalizer if request.normalized else None
     loss, zloss = reduce_rows(rows, options.reduction, given, layout.total)
     if options.reduction == "none":
-        loss, zloss = loss.reshape(target.shape), zloss.reshape(target.shape)
-    return loss, zloss, stats.select(0, 1).reshape(target.shape), m, s
+        loss = loss.reshape(target.shape)
+        zloss = None if zloss is None else zloss.reshape(target.shape)
+    return loss, zloss, stats, m, s

@@ -83,11 +83,14 @@ def prepare(
     """
     request = _prepare(input, target, weight, options, outputs, held)
     if not torch.compiler.is_compiling():
-        served_by_an_engine = kind_of(input) is Kind.MEMORY and not traced(input)
-        if ordinary(input) or input.is_meta or served_by_an_engine:
+        if ordinary(input) or input.is_meta or _served_by_an_engine(input):
             select(options.engine, input)
         forgotten_group.warn_if_forgotten(options.group, request)
     return request
+
+
+def _served_by_an_engine(input: Tensor) -> bool:
+    return kind_of(input) is Kind.MEMORY and not traced(input)
 
 
 def admit(

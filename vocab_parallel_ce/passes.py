@@ -60,11 +60,27 @@ def row_blocks(x: Tensor) -> list[Tensor]:
         return [block for part in x.unbind(0) for block in row_blocks(part)]
 
 
-def _numbered(blocks: list[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+def _columns(logits: Tensor, size: int) -> Tensor:
+    return logits if logits.shape[-1] == size else logits[..., :size]
+
+
+def _numbered(blocks: list[Tensor]) -> Iterator[tuple[slice | None, Tensor]]:
+    """Each block of rows with where they lie among all of them; None for the usual single block.
+
+    A slice of everything would cost a microsecond or two, many times a call.
+    """
+    if len(blocks) == 1:
+        yield None, blocks[0]
+        return
     first = 0
     for block in blocks:
         yield slice(first, first + block.shape[0]), block
         first += block.shape[0]
+
+
+def _of(values: Tensor, rows: slice | None) -> Tensor:
+    """[..., n] of [..., N]"""
+    return values if rows is None else values[..., rows]
 
 
 def _shard_weight(weight: Tensor | None, request: RowRequest, dtype: torch.dtype) -> Tensor | None:
@@ -127,27 +143,29 @@ def exchange_statistics(
         announced: the targets that the header speaks of, where they are not ``target``.
     """
     request, logits, normalizer = plan.request, plan.logits, plan.normalizer
-    world = 1 if group is None else dist.get_world_size(group)
+    several = group if group is not None and dist.get_world_size(group) > 1 else None
     on_host = _on_host(logits, request)
     ids = target.reshape(-1).long()  # every comparison with an id happens in int64
     engine = select_to_read(request.engine, logits)
-    alone = group is None or world == 1
     steps = row_steps(engine, ids, weight, request, normalizer, on_host, group, announced)
 
-    dtype = arithmetic_dtype(logits.dtype)
-    wanted, rows = request.wanted, ids.shape[0]
-    payload = Payload.allocate(len(wanted.rows), rows, dtype, logits.device)
-    hidden = fill(engine, payload.parts, steps.local_target)
-    if group is None or alone:
-        gathered = Gathered(payload.parts[None], payload.shard_weight, payload.header[:1], None)
+    dtype, wanted = arithmetic_dtype(logits.dtype), request.wanted
+    k, rows = len(wanted.rows), ids.shape[0]
+    if several is None:
+        parts = torch.empty(k, rows, dtype=dtype, device=logits.device)
+        fill(engine, parts, steps.local_target)
+        gathered = Gathered.of_one_rank(parts)
     else:
+        payload = Payload.allocate(k, rows, dtype, logits.device)
+        parts = payload.parts
+        hidden = fill(engine, parts, steps.local_target)
         payload.shard_weight[0] = _shard_total(weight, request, dtype)
         steps.write_header(payload, hidden)
         if request.checking:
-            check_group_serves(logits.device.type, group)
-            preflight(plan, group)
-        gathered = exchange(payload, wanted, request.collective, group)
-    stats, m, s, argmax = steps.conclude(gathered, payload, _total_weight(weight, request, dtype))
+            check_group_serves(logits.device.type, several)
+            preflight(plan, several)
+        gathered = exchange(payload, wanted, request.collective, several)
+    stats, m, s, argmax = steps.conclude(gathered, parts, _total_weight(weight, request, dtype))
     if argmax is None:
         argmax = steps.local_target.new_empty(0)
     if normalizer is None:
@@ -175,16 +193,15 @@ def fill_partials(
         parts[0].fill_(-torch.inf)
         return
     shard_weight = _shard_weight(weight, request, parts.dtype)
-    flat = None if log_prob_out is None else _flat(log_prob_out, size)
-    for rows, block in _numbered(row_blocks(logits[..., :size])):
+    for rows, block in _numbered(row_blocks(_columns(logits, size))):
         engine.partials(
             block,
-            local_target[rows],
+            _of(local_target, rows),
             shard_weight,
             request.scale,
             request.wanted,
-            parts[:, rows],
-            None if flat is None else flat[rows],
+            _of(parts, rows),
+            None if log_prob_out is None else _flat(log_prob_out, size, rows),
         )
 
 
@@ -222,28 +239,29 @@ def compute_gradient(
     softmax, target_part = scaled(softmax), scaled(g["nll"])
     engine = select_to_read(request.engine, logits)
     shard_weight = _shard_weight(weight, request, softmax.dtype)
-    flat = None if out is logits else _flat(out, size)
-    for rows, source in _numbered(row_blocks(logits[..., :size])):
+    for rows, source in _numbered(row_blocks(_columns(logits, size))):
         engine.gradient(
             source,
-            result.m[rows],
-            result.s[rows],
-            result.local_target[rows],
+            _of(result.m, rows),
+            _of(result.s, rows),
+            _of(result.local_target, rows),
             Coefficients(
-                softmax[rows],
-                target_part[rows],
-                None if smooth is None else smooth[rows],
-                None if entropy is None else entropy[rows],
+                _of(softmax, rows),
+                _of(target_part, rows),
+                None if smooth is None else _of(smooth, rows),
+                None if entropy is None else _of(entropy, rows),
             ),
             shard_weight,
             request.scale,
-            source if flat is None else flat[rows],
+            source if out is logits else _flat(out, size, rows),
         )
 
 
-def _flat(fresh: Tensor, size: int) -> Tensor:
-    """[N, size] of [..., C_r]: a fresh tensor is dense and splits along any cut of the logits."""
-    return fresh.view(-1, fresh.shape[-1])[:, :size]
+def _flat(fresh: Tensor, size: int, rows: slice | None) -> Tensor:
+    """[n, size] of [..., C_r]: a fresh tensor is dense and splits along any cut of the logits."""
+    if fresh.dim() != 2:
+        fresh = fresh.view(-1, fresh.shape[-1])
+    return _columns(fresh if rows is None else fresh[rows], size)
 
 
 def empty_log_prob(logits: Tensor, size: int) -> Tensor:
@@ -261,7 +279,6 @@ def compute_log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) 
     if size == 0 or m.numel() == 0:
         return out
     engine = select_to_read(request.engine, logits)
-    flat = _flat(out, size)
-    for rows, block in _numbered(row_blocks(logits[..., :size])):
-        engine.log_prob(block, m[rows], s[rows], request.scale, flat[rows])
+    for rows, block in _numbered(row_blocks(_columns(logits, size))):
+        engine.log_prob(block, _of(m, rows), _of(s, rows), request.scale, _flat(out, size, rows))
     return out

@@ -105,22 +105,23 @@ def reduce_rows(
     reduction: str,
     normalizer: Tensor | None = None,
     total: Callable[[Tensor], Tensor] = _same,
-) -> tuple[Tensor, Tensor]:
-    """(loss with z, the z part of it): [N], or 0-d when reduced.
+) -> tuple[Tensor, Tensor | None]:
+    """(loss with z, the z part of it or None where that is 0): [N], or 0-d when reduced.
 
     ``normalizer`` is 0-d, see ``as_scalar``. ``total`` adds a 0-d sum up over ranks that hold other
     rows of the same batch.
     """
-    if reduction == "none":
-        zloss = torch.zeros_like(rows.loss) if rows.zloss is None else rows.zloss
-        return (rows.loss if rows.zloss is None else rows.loss + zloss), zloss
-    loss = total(rows.loss.sum())
-    zloss = loss.new_zeros(()) if rows.zloss is None else total(rows.zloss.sum())
+    loss, zloss = rows.loss, rows.zloss
+    if reduction != "none":
+        loss = total(loss.sum())
+        zloss = None if zloss is None else total(zloss.sum())
     if reduction == "mean":
-        has_z = rows.zloss is not None
-        of_loss, of_zloss = denominators(rows.row_weight, rows.kept, has_z, normalizer, total)
-        loss, zloss = loss / of_loss, zloss / of_zloss
-    return (loss if rows.zloss is None else loss + zloss), zloss
+        of_loss, of_zloss = denominators(
+            rows.row_weight, rows.kept, zloss is not None, normalizer, total
+        )
+        loss = loss / of_loss
+        zloss = None if zloss is None else zloss / of_zloss
+    return (loss if zloss is None else loss + zloss), zloss
 
 
 def denominators(

@@ -64,9 +64,12 @@ class RowSteps(Protocol):
         ...
 
     def conclude(
-        self, gathered: Gathered, payload: Payload, total_weight: Tensor | float
+        self, gathered: Gathered, parts: Tensor, total_weight: Tensor | float
     ) -> Concluded:
-        """Merge, judge and finish; ``gathered`` is used up as scratch."""
+        """Merge, judge and finish; ``gathered`` is used up as scratch.
+
+        ``parts`` [k, N] are this rank's own.
+        """
         ...
 
 
@@ -107,7 +110,7 @@ class TorchSteps:
         )  # fmt: skip
 
     def conclude(
-        self, gathered: Gathered, payload: Payload, total_weight: Tensor | float
+        self, gathered: Gathered, parts: Tensor, total_weight: Tensor | float
     ) -> Concluded:
         """See ``RowSteps``."""
         wanted, ignored = self._request.wanted, self._located.ignored
@@ -117,12 +120,12 @@ class TorchSteps:
             merged = merge(gathered.parts, wanted, gathered.shard_weight, gathered.starts)
         if self._on_host:
             if gathered.headers is not None:
-                self._raise(gathered.headers, payload)
+                self._raise(gathered.headers, parts)
         else:
             poison = ~self._located.allowed
             if gathered.headers is not None:
                 poison |= disagreement(
-                    gathered.headers, self._target, self._constant_rows(payload), merged.s.dtype
+                    gathered.headers, self._target, self._constant_rows(parts), merged.s.dtype
                 )
             # One NaN here makes the loss and the whole gradient of the row NaN, on every rank.
             merged.s = merged.s.masked_fill(poison, torch.nan)
@@ -130,15 +133,14 @@ class TorchSteps:
             finish(merged, wanted, total_weight, ignored), merged.m, merged.s, merged.argmax
         )
 
-    def _raise(self, headers: Tensor, payload: Payload) -> None:
-        read = read_headers(headers, payload.parts.dtype)
-        excused = looks_gathered(read) and bool(self._constant_rows(payload))
+    def _raise(self, headers: Tensor, parts: Tensor) -> None:
+        read = read_headers(headers, parts.dtype)
+        excused = looks_gathered(read) and bool(self._constant_rows(parts))
         raise_on_problems(read, self._target, excused, self._from_hidden)
 
-    def _constant_rows(self, payload: Payload) -> Tensor:
+    def _constant_rows(self, parts: Tensor) -> Tensor:
         """0-d: every kept row of this shard holds one value, so that s counts its columns."""
-        s = payload.parts[1]
-        return ((s == self._request.size) | self._located.ignored).all()
+        return ((parts[1] == self._request.size) | self._located.ignored).all()
 
 
 class FusedSteps:
@@ -174,7 +176,7 @@ class FusedSteps:
         )
 
     def conclude(
-        self, gathered: Gathered, payload: Payload, total_weight: Tensor | float
+        self, gathered: Gathered, parts: Tensor, total_weight: Tensor | float
     ) -> Concluded:
         """See ``RowSteps``."""
         request = self._request

@@ -166,7 +166,7 @@ def _per_token_loss(
         raise
     loss, zloss = reduce_rows(row_losses(stats, target.reshape(-1), None, request), "none")
     shape = target.shape
-    return loss.view(shape), zloss.view(shape) if options.lse_square_scale else None
+    return loss.view(shape), None if zloss is None else zloss.view(shape)
 
 
 def _columns(logits: Tensor) -> int:

@@ -83,9 +83,15 @@ class Gathered:
     shard_weight: Tensor
     """[W] sums of the ranks' class weights"""
     starts: Tensor
-    """[W] int32: the vocabulary id of each rank's column 0; used where W > 1"""
+    """[W] int32: the vocabulary id of each rank's column 0; read where W > 1 alone"""
     headers: Tensor | None
     """[ranks, ints] int32, or None where one rank is alone"""
+
+    @classmethod
+    def of_one_rank(cls, parts: Tensor) -> Gathered:
+        """[k, N] of a rank alone: nobody asks what it weighs, or where it starts."""
+        nobody = parts.new_empty(1)
+        return cls(parts[None], nobody, nobody, None)
 
 
 class HeaderLayout(NamedTuple):

@@ -111,8 +111,9 @@ class _InForward:
             with together(self._call.group, self._request.check):
                 self._one(portion, first=False)
         self._finish()
-        loss, zloss = reduce_rows(self._losses, self._request.reduction, self._agreed, self._total)
+        loss, of_z = reduce_rows(self._losses, self._request.reduction, self._agreed, self._total)
         factor = self._factor_of_loss if self._postponed else None
+        zloss = torch.zeros_like(loss) if of_z is None else of_z
         return LossAndGradients(loss, zloss, self._sums.result(), factor)
 
     def _one(self, portion: Portion, first: bool) -> None:

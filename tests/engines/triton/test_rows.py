@@ -96,7 +96,7 @@ def _run(
             gathered = Gathered(parts, ranks.shard_weight[:, 0], ranks.header[:, 0], ranks.header)
             if world == 1:
                 gathered = replace(gathered, headers=None)
-            outcomes.append(way.conclude(gathered, payload, total))
+            outcomes.append(way.conclude(gathered, payload.parts, total))
         _check_same(*outcomes)
         concluded.append(outcomes[1])
     return concluded

@@ -173,8 +173,15 @@ def row_gradient(
         source = logits + tl.cast(row, tl.int64) * row_stride
         goal = out + tl.cast(row, tl.int64) * out_row_stride
         target = tl.load(local_target + row)
-        if target == IGNORED:
-            # Of an ignored row everything may be NaN: its zeros are written, not multiplied.
+        softmax_row, target_row = tl.load(softmax + row), tl.load(target_part + row)
+        smooth_row, entropy_row = 0.0, 0.0
+        if SMOOTH:
+            smooth_row = tl.load(smooth + row)
+        if ENTROPY:
+            entropy_row = tl.load(entropy + row)
+        unused = (softmax_row == 0) & (target_row == 0) & (smooth_row == 0) & (entropy_row == 0)
+        if (target == IGNORED) | unused:
+            # Of such a row everything may be NaN: its zeros are written, not multiplied.
             zeros = tl.zeros([BLOCK], tl.float32).to(goal.dtype.element_ty)
             for begin in range(0, whole, BLOCK):
                 tl.store(goal + _steps(begin, lanes, out_col_stride, APART), zeros)
@@ -184,12 +191,7 @@ def row_gradient(
         else:
             s_row, m_row = tl.load(s + row), tl.load(m + row)
             log_s = tl.log(s_row)
-            softmax_row = tl.load(softmax + row) / s_row
-            smooth_row, entropy_row = 0.0, 0.0
-            if SMOOTH:
-                smooth_row = tl.load(smooth + row)
-            if ENTROPY:
-                entropy_row = tl.load(entropy + row) / s_row
+            softmax_row, entropy_row = softmax_row / s_row, entropy_row / s_row
             dx_y = 0.0
             if target >= 0:
                 d = tl.load(source + target * col_stride).to(tl.float32) * scale - m_row
@@ -197,7 +199,7 @@ def row_gradient(
                 if WEIGHTED:
                     w = tl.load(weight + target)
                 dx_y = _gradient(d, w, log_s, softmax_row, smooth_row, entropy_row, SMOOTH, ENTROPY)
-                dx_y -= tl.load(target_part + row)
+                dx_y -= target_row
             for begin in range(0, whole, BLOCK):
                 x = tl.load(source + _steps(begin, lanes, col_stride, APART)).to(tl.float32)
                 weights = 1.0
