@@ -79,3 +79,28 @@ def test_two_devices(pool: Pool, gradient: str) -> None:
     for rank, got in enumerate(ranks):
         for a, b in zip(got, (loss, of_hidden, of_head.chunk(2)[rank]), strict=True):
             _close(a, b, torch.float32)
+
+
+def _split_sequence(group: dist.ProcessGroup, gradient: str) -> tuple[Tensor, Tensor, Tensor]:
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    hidden, head, target = _batch(torch.float32)
+    part, mine = (
+        t.chunk(world)[rank].to("npu", copy=True).requires_grad_() for t in (hidden, head)
+    )
+    loss = linear_cross_entropy(
+        part, mine, target.to("npu"), gradient=gradient, group=group, sequence_parallel=True,
+        scratch_mib=8 * VOCAB // world * 4 / (1 << 20),
+    )  # fmt: skip
+    assert isinstance(loss, Tensor)
+    of_part, of_mine = torch.autograd.grad(loss, (part, mine))
+    return loss.detach().cpu(), of_part.cpu(), of_mine.cpu()
+
+
+@pytest.mark.parametrize("gradient", WAYS)
+def test_a_split_sequence_on_two_devices(pool: Pool, gradient: str) -> None:
+    """Gathered, and scattered as sums, by HCCL's own collectives."""
+    loss, of_hidden, of_head = _whole(torch.float32)
+    for rank, got in enumerate(pool.run(_split_sequence, 2, (gradient,))):
+        wanted = (loss, of_hidden.chunk(2)[rank], of_head.chunk(2)[rank])
+        for a, b in zip(got, wanted, strict=True):
+            _close(a, b, torch.float32)

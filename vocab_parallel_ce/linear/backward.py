@@ -138,7 +138,7 @@ class _Share:
 
     def add(self, x: Tensor, weight: Tensor) -> None:
         if self.value.dtype == x.dtype:
-            self.value.addmm_(x, weight)
+            self.value.addmm_(x, weight)  # of zeros at first: small beside the products
         else:
             self.value += x @ weight
 
