@@ -48,6 +48,13 @@ class Config:
     engine: str = "auto"
     collective: str = "auto"
 
+    def summed_coefficient(self, weight: Tensor | None) -> float:
+        """At most |g_nll + g_lse| of a row, see ``check_gradient``: a mean only makes it less."""
+        if not self.options["lse_square_scale"]:
+            return 0.0
+        largest = 1.0 if weight is None else max(1.0, float(weight.max()))
+        return float(largest * self.options["scale"])
+
     def batch(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Full logits [N, V], target [N], weight [V] or None."""
         g = torch.Generator().manual_seed(self.seed)
@@ -145,7 +152,9 @@ def _loss_holds(group: dist.ProcessGroup, config: Config) -> None:
         (grad,) = torch.autograd.grad(loss.sum(), x)
         assert torch.equal(x.nan_to_num(5), before.nan_to_num(5))
         gradients = want.gradients(lambda r: r.loss.sum())
-        check_gradient(grad, gradients, config.sharding, rank, "loss")
+        check_gradient(
+            grad, gradients, config.sharding, rank, "loss", config.summed_coefficient(weight)
+        )
     # The same in place: the same bits, written into the logits.
     y = move(config.sharding.local(full, rank)).requires_grad_() * 1.0
     again = cross_entropy(
