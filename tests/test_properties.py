@@ -48,12 +48,15 @@ class Config:
     engine: str = "auto"
     collective: str = "auto"
 
-    def summed_coefficient(self, weight: Tensor | None) -> float:
-        """At most |g_nll + g_lse| of a row, see ``check_gradient``: a mean only makes it less."""
-        if not self.options["lse_square_scale"]:
+    def summed_coefficient(self, target: Tensor, weight: Tensor | None) -> float:
+        """About the largest |g_nll + g_lse| of a row, see ``check_gradient``."""
+        kept = target[target != self.options["ignore_index"]]
+        if not self.options["lse_square_scale"] or not kept.numel():
             return 0.0
-        largest = 1.0 if weight is None else max(1.0, float(weight.max()))
-        return float(largest * self.options["scale"])
+        weights = torch.ones(kept.shape) if weight is None else weight[kept]
+        largest = float(weights.max()) * self.options["scale"]
+        total = float(weights.sum()) if self.options["reduction"] == "mean" else 1.0
+        return largest / total if total else 0.0
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Full logits [N, V], target [N], weight [V] or None."""
@@ -153,7 +156,12 @@ def _loss_holds(group: dist.ProcessGroup, config: Config) -> None:
         assert torch.equal(x.nan_to_num(5), before.nan_to_num(5))
         gradients = want.gradients(lambda r: r.loss.sum())
         check_gradient(
-            grad, gradients, config.sharding, rank, "loss", config.summed_coefficient(weight)
+            grad,
+            gradients,
+            config.sharding,
+            rank,
+            "loss",
+            config.summed_coefficient(target, weight),
         )
     # The same in place: the same bits, written into the logits.
     y = move(config.sharding.local(full, rank)).requires_grad_() * 1.0
