@@ -157,7 +157,9 @@ def test_linear_names_are_torchs() -> None:
 
 def test_result_fields() -> None:
     assert CrossEntropyLossOutput._fields == ("loss", "log_prob", "zloss", "lse_for_zloss")
-    assert TokenStatistics._fields == ("log_prob", "lse", "entropy", "argmax")
+    assert TokenStatistics._fields == (
+        "log_prob", "lse", "entropy", "argmax", "sum_p_squared",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [n for n in vocab_parallel_ce.__all__ if n != "__version__"])

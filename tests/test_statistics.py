@@ -32,7 +32,7 @@ def _partials(
         local = target - start
         local = torch.where((local < 0) | (local >= stop - start), ELSEWHERE, local)
         local = torch.where(target == -100, IGNORED, local)
-        eager.partials(x[:, start:stop], local, weight[start:stop], 1.0, wanted, part)
+        eager.partials(x[:, start:stop], local, weight[start:stop], 1.0, 0.0, wanted, part)
     return out, torch.stack(weights), torch.tensor(bounds[:-1])
 
 

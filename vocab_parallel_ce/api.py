@@ -6,11 +6,12 @@ is, because that is where a reader looks them up.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, cast, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .checks import Options, Outputs, is_number, prepare
 from .dtensor import Layout, unwrap
@@ -18,6 +19,7 @@ from .primitive import log_prob as shard_log_prob
 from .primitive import log_prob_space, row_statistics
 from .reduction import as_scalar, reduce_rows, row_losses
 from .request import RowRequest, is_on
+from .scales import of_rows
 from .shard import VocabShard
 from .together import raises_together
 
@@ -46,6 +48,7 @@ class TokenStatistics(NamedTuple):
 
     log_prob: Tensor
     """log p of the TARGET of each token; 0 where the target is ``ignore_index``. Differentiable.
+    None where no target was given, of which the type says nothing: who gives one need not ask.
     (``CrossEntropyLossOutput.log_prob`` is another quantity: [N, C_r], one number a class.)"""
     lse: Tensor
     """log sum_c e^x_c of each row; 0 where ignored. Differentiable."""
@@ -54,6 +57,8 @@ class TokenStatistics(NamedTuple):
     argmax: Tensor | None
     """int64 vocabulary id of the largest logit, the smallest id of a tie. -1 where the target is
     ``ignore_index``, and in rows that hold NaN or +inf. Not differentiable: it is an integer."""
+    sum_p_squared: Tensor | None = None
+    """sum_c p_c^2 of each row; 0 where ignored. Not differentiable."""
 
 
 @overload
@@ -71,7 +76,8 @@ def cross_entropy(
     shard: VocabShard | None = None,
     inplace_backward: bool = False,
     normalizer: Tensor | float | None = None,
-    scale: float = 1.0,
+    scale: Tensor | float = 1.0,
+    softcap: float | None = None,
     engine: str = "auto",
     collective: str = "auto",
     check: bool | None = None,
@@ -91,7 +97,8 @@ def cross_entropy(
     shard: VocabShard | None = None,
     inplace_backward: bool = False,
     normalizer: Tensor | float | None = None,
-    scale: float = 1.0,
+    scale: Tensor | float = 1.0,
+    softcap: float | None = None,
     engine: str = "auto",
     collective: str = "auto",
     check: bool | None = None,
@@ -111,7 +118,8 @@ def cross_entropy(
     shard: VocabShard | None = None,
     inplace_backward: bool = False,
     normalizer: Tensor | float | None = None,
-    scale: float = 1.0,
+    scale: Tensor | float = 1.0,
+    softcap: float | None = None,
     engine: str = "auto",
     collective: str = "auto",
     check: bool | None = None,
@@ -131,7 +139,8 @@ def cross_entropy(
     shard: VocabShard | None = None,
     inplace_backward: bool = False,
     normalizer: Tensor | float | None = None,
-    scale: float = 1.0,
+    scale: Tensor | float = 1.0,
+    softcap: float | None = None,
     engine: str = "auto",
     collective: str = "auto",
     check: bool | None = None,
@@ -165,7 +174,11 @@ def cross_entropy(
         normalizer: a number or 0-d tensor that replaces the denominators of "mean", for example the
             number of kept rows over all data-parallel ranks or micro-batches. It divides the z-loss
             as well. No gradient flows into it.
-        scale: multiplies the logits inside the kernels; 1 / temperature. A finite number.
+        scale: multiplies the logits inside the kernels; 1 / temperature. A number, a 0-d tensor, or
+            one for each row in the shape of ``target``, the same on every rank. It must be finite:
+            else a ValueError on CPU (a NaN row on accelerators). No gradient flows into it.
+        softcap: the logits become ``softcap * tanh(logits / softcap)`` inside the kernels, before
+            ``scale`` (Gemma 2, 2024). None and 0 leave them as they are.
         engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
             "eager".
         collective: "all_gather" (one collective; the same bits on every rank and in every run),
@@ -202,7 +215,7 @@ def cross_entropy(
     """
     options = Options(
         reduction, ignore_index, label_smoothing, lse_square_scale, group, shard,
-        inplace_backward, normalizer, scale, engine, collective, check,
+        inplace_backward, normalizer, scale, softcap, engine, collective, check,
     )  # fmt: skip
     input, target, weight, options, layout = unwrap(input, target, weight, options)
     request = prepare(input, target, weight, options, Outputs())
@@ -229,7 +242,8 @@ def cross_entropy_loss(
     shard: VocabShard | None = None,
     inplace_backward: bool = False,
     normalizer: Tensor | float | None = None,
-    scale: float = 1.0,
+    scale: Tensor | float = 1.0,
+    softcap: float | None = None,
     engine: str = "auto",
     collective: str = "auto",
     check: bool | None = None,
@@ -260,7 +274,11 @@ def cross_entropy_loss(
             second backward is refused, and so are leaves and tensors whose elements share memory.
         normalizer: a number or 0-d tensor that replaces the denominators of "mean". No gradient
             flows into it.
-        scale: multiplies the logits inside the kernels; 1 / temperature. A finite number.
+        scale: multiplies the logits inside the kernels; 1 / temperature. A number, a 0-d tensor, or
+            one for each row in the shape of ``target``, the same on every rank. It must be finite:
+            else a ValueError on CPU (a NaN row on accelerators). No gradient flows into it.
+        softcap: the logits become ``softcap * tanh(logits / softcap)`` inside the kernels, before
+            ``scale`` (Gemma 2, 2024). None and 0 leave them as they are.
         engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
             "eager".
         collective: "all_gather" (one collective; the same bits on every rank and in every run),
@@ -299,7 +317,7 @@ def cross_entropy_loss(
     """
     options = Options(
         reduction, ignore_index, label_smoothing, lse_square_scale_for_zloss, group, shard,
-        inplace_backward, normalizer, scale, engine, collective, check,
+        inplace_backward, normalizer, scale, softcap, engine, collective, check,
     )  # fmt: skip
     input, target, weight, options, layout = unwrap(input, target, weight, options)
     z = lse_square_scale_for_zloss
@@ -316,7 +334,7 @@ def cross_entropy_loss(
         return layout.scalar(value.to(input.dtype).reshape(1))
 
     if return_log_prob and log_prob is None:
-        log_prob = shard_log_prob(input, m, s, request)
+        log_prob = shard_log_prob(input, m, s, request, of_rows(options.scale, input, target))
     empty = input.new_empty(0)
     lse = stats.detach().select(0, 1).reshape(target.shape) if has_lse else None
     if return_zloss and zloss is None:
@@ -332,15 +350,17 @@ def cross_entropy_loss(
 @raises_together
 def token_statistics(
     input: Tensor,
-    target: Tensor,
+    target: Tensor | None = None,
     *,
     entropy: bool = False,
     argmax: bool = False,
+    sum_p_squared: bool = False,
     ignore_index: int = -100,
     group: dist.ProcessGroup | None = None,
     shard: VocabShard | None = None,
     inplace_backward: bool = False,
-    scale: float = 1.0,
+    scale: Tensor | float = 1.0,
+    softcap: float | None = None,
     engine: str = "auto",
     collective: str = "auto",
     check: bool | None = None,
@@ -348,14 +368,17 @@ def token_statistics(
     """Log-probability of each target, lse, entropy and argmax, in one pass and one exchange.
 
     What reinforcement learning asks of a policy. Everything that is returned as a float can be
-    differentiated.
+    differentiated, but for ``sum_p_squared``.
 
     Args:
         input: logits [..., C_r] of this rank's shard; fp16, bf16, fp32 or fp64, any strides. Or a
             DTensor sharded over its last dimension.
-        target: [...] int64 or int32 vocabulary ids, the same on every rank.
+        target: [...] int64 or int32 vocabulary ids, the same on every rank. None: no log_prob, and
+            every row counts.
         entropy: return the entropy of each row.
         argmax: return the id of the largest logit of each row.
+        sum_p_squared: return the sum of the squared probabilities of each row (the optimal baseline
+            of policy gradients, a collision probability).
         ignore_index: rows with this target hold 0 (argmax -1) and have gradient 0.
         group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
             not the default group; where others exist and no shard is told, a warning, once.
@@ -363,7 +386,11 @@ def token_statistics(
         inplace_backward: let the gradient overwrite the memory of ``input``: the loss then needs
             no memory of the size of the logits. Every later read of ``input`` sees the gradient, a
             second backward is refused, and so are leaves and tensors whose elements share memory.
-        scale: multiplies the logits inside the kernels; 1 / temperature. A finite number.
+        scale: multiplies the logits inside the kernels; 1 / temperature. A number, a 0-d tensor, or
+            one for each row in the shape of ``target``, the same on every rank. It must be finite:
+            else a ValueError on CPU (a NaN row on accelerators). No gradient flows into it.
+        softcap: the logits become ``softcap * tanh(logits / softcap)`` inside the kernels, before
+            ``scale`` (Gemma 2, 2024). None and 0 leave them as they are.
         engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
             "eager".
         collective: "all_gather" (one collective; the same bits on every rank and in every run),
@@ -375,8 +402,8 @@ def token_statistics(
             it, a disagreement on rows, dtype or on what is sent is undefined as well.
 
     Returns:
-        A ``TokenStatistics(log_prob, lse, entropy, argmax)``, each in the shape of ``target``, the
-        same on every rank. ``log_prob`` is that of the target of each token.
+        A ``TokenStatistics(log_prob, lse, entropy, argmax, sum_p_squared)``, each in the shape of
+        ``target``, the same on every rank. ``log_prob`` is that of the target of each token.
 
     Raises:
         TypeError, ValueError: for a wrong argument; the message names the argument, its value, the
@@ -388,9 +415,9 @@ def token_statistics(
         RuntimeError: an ``engine`` that is not available here; a second backward in place.
 
     Communication:
-        One all_gather of 3 floats a row (one more each for entropy and argmax) and a small
-        header, or two all_reduces (argmax always gathers). Nothing in backward. With one rank,
-        nothing at all.
+        One all_gather of 3 floats a row (one more each for entropy, argmax and sum_p_squared) and
+        a small header, or two all_reduces (argmax always gathers). Nothing in backward. With one
+        rank, nothing at all.
 
     Example:
         ```python
@@ -398,23 +425,42 @@ def token_statistics(
         ratio = (new.log_prob - old_log_prob).exp()
         ```
     """
+    ids = _no_target(input) if target is None else target
+    if target is None:
+        ignore_index = -100
     options = Options(
         "none", ignore_index, 0.0, 0.0, group, shard,
-        inplace_backward, None, scale, engine, collective, check,
+        inplace_backward, None, scale, softcap, engine, collective, check,
     )  # fmt: skip
-    input, target, _, options, layout = unwrap(input, target, None, options)
-    request = prepare(input, target, None, options, Outputs(entropy=entropy, argmax=argmax))
+    input, ids, _, options, layout = unwrap(input, ids, None, options)
+    outputs = Outputs(entropy=entropy, argmax=argmax, squares=sum_p_squared)
+    request = prepare(input, ids, None, options, outputs)
     stats, _, _, best, _ = row_statistics(
-        input, target, None, request, options.group, inplace_backward
-    )
+        input, ids, None, request, options.group, inplace_backward,
+        scale=of_rows(options.scale, input, ids),
+    )  # fmt: skip
     layout.agree()
-    shape = target.shape
+    shape = ids.shape
+
+    def row(place: int) -> Tensor:
+        return layout.rows(stats.select(0, place).reshape(shape))
+
+    log_prob = None if target is None else layout.rows(0.0 - stats.select(0, 0).reshape(shape))
     return TokenStatistics(
-        log_prob=layout.rows(0.0 - stats.select(0, 0).reshape(shape)),
-        lse=layout.rows(stats.select(0, 1).reshape(shape)),
-        entropy=layout.rows(stats.select(0, 2).reshape(shape)) if entropy else None,
+        log_prob=cast(Tensor, log_prob),
+        lse=row(1),
+        entropy=row(2) if entropy else None,
         argmax=layout.rows(best.reshape(shape)) if argmax else None,
+        sum_p_squared=row(2 + entropy).detach() if sum_p_squared else None,
     )
+
+
+def _no_target(input: Tensor) -> Tensor:
+    """Ids that are classes in any vocabulary, of which nothing is asked."""
+    if not isinstance(input, Tensor) or input.dim() == 0:
+        return input  # for ``prepare`` to refuse
+    local = input.to_local() if isinstance(input, DTensor) else input
+    return local.new_zeros(local.shape[:-1], dtype=torch.int64)
 
 
 def _loss(
@@ -429,7 +475,7 @@ def _loss(
     """(loss, zloss or None for 0, stats, m, s): the first two reduced, the others [..., N]."""
     stats, m, s, _, normalizer = row_statistics(
         input, target, weight, request, options.group, options.inplace_backward, log_prob_out,
-        as_scalar(options.normalizer, input),
+        as_scalar(options.normalizer, input), of_rows(options.scale, input, target),
     )  # fmt: skip
     layout.agree()
     rows = row_losses(stats, target.reshape(-1), weight, request)

@@ -24,6 +24,7 @@ from .header import REDUCTIONS
 from .kinds import Kind, check_kinds, kind_of, ordinary, settled, traced
 from .overwriting import check_not_overwritten
 from .request import RowRequest
+from .scales import number_of
 from .shard import VocabShard, group_rank_and_size
 from .switches import check_word
 from .transforms import check_transforms
@@ -46,7 +47,8 @@ class Options(NamedTuple):
     shard: VocabShard | None = None
     inplace_backward: bool = False
     normalizer: Tensor | float | None = None
-    scale: float = 1.0
+    scale: Tensor | float = 1.0
+    softcap: float | None = None
     engine: str = "auto"
     collective: str = "auto"
     check: bool | None = None
@@ -65,6 +67,7 @@ class Outputs(NamedTuple):
 
     entropy: bool = False
     argmax: bool = False
+    squares: bool = False
     ignored_rows: bool = False
 
 
@@ -104,7 +107,10 @@ def admit(
     if torch.compiler.is_compiling():
         return input, target, weight, options
     normalizer = options.normalizer
-    named = {"input": input, "target": target, "weight": weight, "normalizer": normalizer}
+    named = {
+        "input": input, "target": target, "weight": weight, "normalizer": normalizer,
+        "scale": options.scale,
+    }  # fmt: skip
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     if forward_ad._current_level < 0 and ordinary(*tensors.values()):
         return input, target, weight, options
@@ -115,7 +121,7 @@ def admit(
     memory: dict[str, Any] = {**named, **{n: settled(v) for n, v in tensors.items()}}
     if memory["input"] is not input and options.inplace_backward and input.requires_grad:
         check_overwritable(input, where)
-    options = options._replace(normalizer=memory.pop("normalizer"))
+    options = options._replace(normalizer=memory.pop("normalizer"), scale=memory.pop("scale"))
     return memory["input"], memory["target"], memory["weight"], options
 
 
@@ -132,6 +138,9 @@ def _prepare(
     where = f" (rank {rank} of the group)" if world > 1 else ""
     check_numbers(options, where)
     _check_tensors(input, target, weight, where)
+    number = number_of(options.scale)
+    if number is None:
+        _check_row_scale(options.scale, input, target, where)
     if options.group is not None and world > 1 and not torch.compiler.is_compiling():
         # A compiled call learns of a wrong group when it runs, before it sends anything.
         backend = check_group_serves(input.device.type, options.group)
@@ -152,13 +161,16 @@ def _prepare(
         implicit_shard=options.shard is None,
         smooth=options.label_smoothing > 0,
         entropy=outputs.entropy,
+        squares=outputs.squares,
         argmax=outputs.argmax,
         ignored_rows=outputs.ignored_rows,
         normalized=options.normalizer is not None,
+        row_scale=number is None,
         ignore_index=_plain_int(options.ignore_index),
-        scale=float(options.scale),
+        scale=1.0 if number is None else float(number),
         label_smoothing=float(options.label_smoothing),
         lse_square_scale=float(options.lse_square_scale),
+        softcap=0.0 if options.softcap is None else float(options.softcap),
         reduction=options.reduction,
         engine=options.engine,
         collective=options.collective,
@@ -199,11 +211,8 @@ def check_numbers(options: Options, where: str = "") -> None:
             "the z-loss scale (lse_square_scale) must be a finite number, got "
             f"{options.lse_square_scale!r}{where}"
         )
-    if not is_number(options.scale) or not _is_finite(options.scale):
-        raise ValueError(
-            f"scale must be a finite number, got {options.scale!r}{where}; it multiplies the "
-            "logits (1 / temperature)"
-        )
+    _check_scale(options.scale, where)
+    _check_softcap(options.softcap, where)
     if options.engine not in ENGINES:
         raise ValueError(
             f"engine must be one of {', '.join(ENGINES)}, got {options.engine!r}{where}"
@@ -215,6 +224,40 @@ def check_numbers(options: Options, where: str = "") -> None:
     if options.check is not None and not isinstance(options.check, bool):
         raise TypeError(f"check must be True, False or None, got {options.check!r}{where}")
     _check_normalizer(options.normalizer, options.reduction, where)
+
+
+def _check_scale(scale: object, where: str) -> None:
+    if isinstance(scale, Tensor):
+        if scale.is_complex() or scale.is_quantized or scale.dtype == torch.bool:
+            raise TypeError(f"scale must hold real numbers, got {scale.dtype}{where}")
+        scale = number_of(scale)
+        if scale is None:
+            return
+    if not is_number(scale) or not _is_finite(scale):
+        raise ValueError(
+            f"scale must be a finite number, got {scale!r}{where}; it multiplies the "
+            "logits (1 / temperature)"
+        )
+
+
+def _check_row_scale(scale: Any, input: Tensor, target: Tensor, where: str) -> None:
+    if scale.dim() > 0 and scale.shape != target.shape:
+        raise ValueError(
+            f"scale has shape {tuple(scale.shape)}, but target {tuple(target.shape)}{where}: one "
+            "number for each row of logits, or one for all"
+        )
+    if scale.device != input.device:
+        raise ValueError(f"scale is on {scale.device}, input on {input.device}{where}")
+
+
+def _check_softcap(softcap: object, where: str) -> None:
+    if softcap is None:
+        return
+    if not is_number(softcap) or not _is_finite(softcap) or softcap < 0:
+        raise ValueError(
+            f"softcap must be a finite number of at least 0, or None, got {softcap!r}{where}; the "
+            "logits become softcap * tanh(logits / softcap), and stay as they are for 0 and None"
+        )
 
 
 def _check_normalizer(normalizer: object, reduction: str, where: str) -> None:

@@ -10,7 +10,7 @@ seen.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -32,8 +32,13 @@ from .preflight import together
 from .request import RowRequest
 
 NO_GROUP = ""
-_OFF = (1.0, 0.0, 0.0)
-"""of scale, label_smoothing and lse_square_scale"""
+_FLOATS: dict[str, Any] = {
+    "scale": 1.0,
+    "label_smoothing": 0.0,
+    "lse_square_scale": 0.0,
+    "softcap": 0.0,
+}
+"""the float options and what each is when it is off"""
 # Older compilers, torch 2.7's among them, cannot follow the question: there all floats stay open.
 _TELLS = f"{statically_known_true.__module__}.{statically_known_true.__name__}" in getattr(
     trace_rules, "manual_torch_name_rule_map", ()
@@ -46,43 +51,34 @@ def group_named(name: str) -> dist.ProcessGroup | None:
 
 
 def closed(request: RowRequest) -> tuple[RowRequest, Tensor | None]:
-    """The float options as a tensor [3] on the host, and the request without them.
+    """The float options as a tensor [4] on the host, and the request without them.
 
     A float in the schema would be a constant of the graph: each new value of a temperature would
     compile anew. Products with ones are what the compiler can keep open. None where all are off
     for good: then nothing lies on the host, which CUDA graphs would not allow (as their rules say;
     no graph was ever captured on a card).
     """
-    floats = (request.scale, request.label_smoothing, request.lse_square_scale)
-    if _TELLS and all(statically_known_true(a == off) for a, off in zip(floats, _OFF, strict=True)):
+    floats = [getattr(request, name) for name in _FLOATS]
+    offs = _FLOATS.values()
+    if _TELLS and all(statically_known_true(a == b) for a, b in zip(floats, offs, strict=True)):
         return request, None
     one = torch.ones((), dtype=torch.float64, device="cpu")
-    without = replace(request, scale=1.0, label_smoothing=0.0, lse_square_scale=0.0)
-    return without, torch.stack([one * value for value in floats])
-
-
-def _finite(numbers: Tensor) -> list[float]:
-    """What ``closed`` packed; checked when it runs, for the compiler cannot."""
-    values: list[float] = numbers.tolist()
-    names = ("scale", "label_smoothing", "the z-loss scale (lse_square_scale)")
-    for name, value in zip(names, values, strict=True):
-        if not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return values
+    return replace(request, **_FLOATS), torch.stack([one * value for value in floats])
 
 
 def opened(request: RowRequest, numbers: Tensor | None) -> RowRequest:
-    """The request whose floats ``numbers`` holds; ValueError where one is not finite."""
+    """The request whose floats ``numbers`` holds; ValueError where one is not finite.
+
+    Looked at when it runs, for the compiler cannot.
+    """
     if numbers is None:
         return request
-    scale, label_smoothing, lse_square_scale = _finite(numbers)
-    return replace(
-        request, scale=scale, label_smoothing=label_smoothing, lse_square_scale=lse_square_scale
-    )
-
-
-def _scale(scale: float, numbers: Tensor | None) -> float:
-    return scale if numbers is None else float(numbers[0])
+    values = dict(zip(_FLOATS, numbers.tolist(), strict=True))
+    for name, value in values.items():
+        if not math.isfinite(value):
+            name = "the z-loss scale (lse_square_scale)" if name == "lse_square_scale" else name
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return replace(request, **values)
 
 
 @torch.library.custom_op("vocab_parallel_ce::row_statistics", mutates_args=())
@@ -97,13 +93,16 @@ def _row_statistics(
     implicit_shard: bool,
     smooth: bool,
     entropy: bool,
+    squares: bool,
     argmax: bool,
     ignored_rows: bool,
     normalized: bool,
+    row_scale: bool,
     ignore_index: int,
     scale: float,
     label_smoothing: float,
     lse_square_scale: float,
+    softcap: float,
     reduction: str,
     engine: str,
     collective: str,
@@ -111,16 +110,19 @@ def _row_statistics(
     group_name: str,
     inplace_backward: bool,
     numbers: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     request = RowRequest(
-        start, stop, vocab_size, implicit_shard, smooth, entropy, argmax, ignored_rows, normalized,
-        ignore_index, scale, label_smoothing, lse_square_scale, reduction, engine, collective,
-        check,
+        start, stop, vocab_size, implicit_shard, smooth, entropy, squares, argmax, ignored_rows,
+        normalized, row_scale, ignore_index, scale, label_smoothing, lse_square_scale, softcap,
+        reduction, engine, collective, check,
     )  # fmt: skip
     group = group_named(group_name)
     with together(group, check):
         request = opened(request, numbers)
-        r = compute_statistics(logits, target, weight, request, group, normalizer=normalizer)
+        r = compute_statistics(
+            logits, target, weight, request, group, normalizer=normalizer, scale=scales
+        )
     return r.stats, r.m, r.s, r.local_target, r.argmax, r.normalizer
 
 
@@ -136,12 +138,13 @@ def _(
     implicit_shard: bool,
     smooth: bool,
     entropy: bool,
+    squares: bool,
     argmax: bool,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, dtype = target.numel(), arithmetic_dtype(logits.dtype)
     return (
-        logits.new_empty((2 + smooth + entropy, rows), dtype=dtype),
+        logits.new_empty((2 + smooth + entropy + squares, rows), dtype=dtype),
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty(rows, dtype=torch.int64),
@@ -150,12 +153,27 @@ def _(
     )
 
 
-def _gradient_request(
-    start: int, stop: int, vocab_size: int, smooth: bool, entropy: bool, scale: float, engine: str
-) -> RowRequest:
-    return RowRequest(
-        start, stop, vocab_size, False, smooth=smooth, entropy=entropy, scale=scale, engine=engine
-    )
+@dataclass(frozen=True)
+class _Place:
+    """What a pass after the forward one must know of a request, for a schema."""
+
+    start: int
+    stop: int
+    vocab_size: int
+    smooth: bool
+    entropy: bool
+    squares: bool
+    scale: float
+    softcap: float
+    engine: str
+
+    @classmethod
+    def of(cls, request: RowRequest) -> tuple[Any, ...]:
+        return tuple(getattr(request, field.name) for field in fields(cls))
+
+    def request(self, numbers: Tensor | None) -> RowRequest:
+        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        return opened(RowRequest(**options, implicit_shard=False), numbers)
 
 
 @torch.library.custom_op("vocab_parallel_ce::row_gradient", mutates_args=())
@@ -172,14 +190,17 @@ def _row_gradient(
     vocab_size: int,
     smooth: bool,
     entropy: bool,
+    squares: bool,
     scale: float,
+    softcap: float,
     engine: str,
     numbers: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
-    scale = _scale(scale, numbers)
-    request = _gradient_request(start, stop, vocab_size, smooth, entropy, scale, engine)
+    place = _Place(start, stop, vocab_size, smooth, entropy, squares, scale, softcap, engine)
+    request = place.request(numbers)
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    result = RowResult(stats, m, s, local_target, m, m)
+    result = RowResult(stats, m, s, local_target, m, m, scales)
     compute_gradient(logits, result, weight, grad_stats, request, grad)
     return grad
 
@@ -203,13 +224,16 @@ def _row_gradient_inplace(
     vocab_size: int,
     smooth: bool,
     entropy: bool,
+    squares: bool,
     scale: float,
+    softcap: float,
     engine: str,
     numbers: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> None:
-    scale = _scale(scale, numbers)
-    request = _gradient_request(start, stop, vocab_size, smooth, entropy, scale, engine)
-    result = RowResult(stats, m, s, local_target, m, m)
+    place = _Place(start, stop, vocab_size, smooth, entropy, squares, scale, softcap, engine)
+    request = place.request(numbers)
+    result = RowResult(stats, m, s, local_target, m, m, scales)
     compute_gradient(logits, result, weight, grad_stats, request, logits)
 
 
@@ -226,13 +250,17 @@ def _log_prob(
     start: int,
     stop: int,
     vocab_size: int,
+    smooth: bool,
+    entropy: bool,
+    squares: bool,
     scale: float,
+    softcap: float,
     engine: str,
     numbers: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
-    scale = _scale(scale, numbers)
-    request = RowRequest(start, stop, vocab_size, False, scale=scale, engine=engine)
-    return compute_log_prob(logits, m, s, request)
+    place = _Place(start, stop, vocab_size, smooth, entropy, squares, scale, softcap, engine)
+    return compute_log_prob(logits, m, s, place.request(numbers), scales)
 
 
 @_log_prob.register_fake
@@ -241,25 +269,26 @@ def _(logits: Tensor, *_: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, _, weight, _, start, stop, vocab_size, _, smooth, entropy = inputs[:10]
-    scale, engine, inplace_backward, numbers = inputs[14], inputs[18], inputs[22], inputs[23]
+    logits, _, weight, _ = inputs[:4]
+    *scalars, _, inplace_backward, numbers, scales = inputs[4:]
     stats, m, s, local_target, argmax, normalizer = output
-    ctx.save_for_backward(logits, stats, m, s, local_target, weight, numbers)
+    ctx.save_for_backward(logits, stats, m, s, local_target, weight, numbers, scales)
     ctx.mark_non_differentiable(m, s, local_target, argmax, normalizer)
-    ctx.scalars = (start, stop, vocab_size, smooth, entropy, scale, engine)
+    ctx.place = _Place.of(RowRequest(*scalars))
     ctx.inplace_backward = inplace_backward
     ctx.overwritten = False
 
 
 def _backward(ctx: Any, grad_stats: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_second_backward(ctx)
-    logits, *saved, numbers = ctx.saved_tensors
-    none = [None] * 23
+    logits, *saved, numbers, scales = ctx.saved_tensors
+    none = [None] * (7 + len(fields(RowRequest)))
+    arguments = (*saved, grad_stats, *ctx.place, numbers, scales)
     if not ctx.inplace_backward:
-        return (_row_gradient(logits, *saved, grad_stats, *ctx.scalars, numbers), *none)
+        return (_row_gradient(logits, *arguments), *none)
     ctx.overwritten = True
     memory = logits.detach()
-    _row_gradient_inplace(memory, *saved, grad_stats, *ctx.scalars, numbers)
+    _row_gradient_inplace(memory, *arguments)
     return (memory, *none)
 
 
@@ -274,7 +303,7 @@ def gradient(
     """The backward of an eager loss, for the compiler that follows the tape (compiled autograd)."""
     r, numbers = closed(request)
     rows = (result.stats, result.m, result.s, result.local_target, weight, grad_stats)
-    scalars = (r.start, r.stop, r.vocab_size, r.smooth, r.entropy, r.scale, r.engine, numbers)
+    scalars = (*_Place.of(r), numbers, result.scale)
     if not inplace_backward:
         grad: Tensor = _row_gradient(logits, *rows, *scalars)
         return grad
@@ -294,19 +323,22 @@ def row_statistics(
     group: dist.ProcessGroup | None,
     inplace_backward: bool,
     normalizer: Tensor | None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``primitive.row_statistics`` as one node of a compiled graph."""
     name = NO_GROUP if group is None else group.group_name
     static, numbers = closed(request)
     stats, m, s, _, argmax, agreed = _row_statistics(
-        logits, target, weight, normalizer, *static.scalars(), name, inplace_backward, numbers
-    )
+        logits, target, weight, normalizer, *static.scalars(), name, inplace_backward, numbers,
+        scale,
+    )  # fmt: skip
     return stats, m, s, argmax, agreed
 
 
-def log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) -> Tensor:
+def log_prob(
+    logits: Tensor, m: Tensor, s: Tensor, request: RowRequest, scale: Tensor | None = None
+) -> Tensor:
     """``primitive.log_prob`` as one node of a compiled graph."""
     r, numbers = closed(request)
-    place = (r.start, r.stop, r.vocab_size, r.scale, r.engine, numbers)
-    out: Tensor = _log_prob(logits.detach(), m, s, *place)
+    out: Tensor = _log_prob(logits.detach(), m, s, *_Place.of(r), numbers, scale)
     return out

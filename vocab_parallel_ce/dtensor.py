@@ -114,7 +114,7 @@ def unwrap(
     rows of ``input``.
     """
     if not isinstance(input, DTensor):
-        for name, value in (("target", target), ("weight", weight)):
+        for name, value in (("target", target), ("weight", weight), ("scale", options.scale)):
             if isinstance(value, DTensor):
                 raise ValueError(
                     f"{name} is a DTensor but input is not: pass both as DTensors, or "
@@ -143,11 +143,18 @@ def unwrap(
     options = options._replace(group=group, shard=shard)
     rows_here = tuple(local.shape[:-1])
     check_target(target, rows_here, layout)
+    scale = options.scale
+    if isinstance(scale, Tensor) and scale.dim() > 0:
+        check_target(scale, rows_here, layout, "scale")
     weight_here = local_weight(weight)
     if telling:
         play_before(mesh)
     if isinstance(options.normalizer, DTensor):
         options = options._replace(normalizer=options.normalizer.full_tensor())
+    if isinstance(scale, DTensor) and scale.dim() == 0:
+        options = options._replace(scale=scale.full_tensor())
+    elif isinstance(scale, Tensor) and scale.dim() > 0:
+        options = options._replace(scale=local_target(scale, rows_here, layout, offset))
     here = local_target(target, rows_here, layout, offset)
     return *admit(local, here, weight_here, options), layout
 
@@ -198,23 +205,26 @@ def _shards(placement: Placement, dim: int, ndim: int) -> bool:
     return isinstance(placement, Shard) and placement.dim % ndim == dim
 
 
-def check_target(target: Tensor, rows: tuple[int, ...], layout: Layout) -> None:
-    """Raises for a target that fits neither the global rows nor this rank's ``rows``."""
+def check_target(
+    target: Tensor, rows: tuple[int, ...], layout: Layout, name: str = "target"
+) -> None:
+    """Raises for a target, or what lies as it does, that fits neither the global rows nor this
+    rank's ``rows``."""
     if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a tensor, got {type(target).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(target).__name__}")
     shape = layout.shape[:-1]
     if target.shape != shape and not (target.shape == rows and not isinstance(target, DTensor)):
         raise ValueError(
-            f"target has shape {tuple(target.shape)}, but DTensor input {tuple(layout.shape)} "
+            f"{name} has shape {tuple(target.shape)}, but DTensor input {tuple(layout.shape)} "
             f"needs {tuple(shape)} (or the local rows, {rows})"
         )
     if isinstance(target, DTensor):
         if target.device_mesh != layout.mesh:
-            raise ValueError("target is a DTensor on another mesh than input")
+            raise ValueError(f"{name} is a DTensor on another mesh than input")
         if any(p.is_partial() for p in target.placements):
             raise ValueError(
-                f"target has placements {tuple(target.placements)}: ids must not be Partial sums; "
-                "use target.redistribute(...)"
+                f"{name} has placements {tuple(target.placements)}: it must not be a Partial sum; "
+                f"use {name}.redistribute(...)"
             )
 
 

@@ -35,11 +35,13 @@ _STATIC = (
     ("scale", 2),
     ("label_smoothing", 2),
     ("lse_square_scale", 2),
+    ("softcap", 2),
     ("ignore_index", 2),
 )
 # The first is 0 where there are no hidden states to tell of, or nobody would compare them.
 _DYNAMIC = (
-    "hidden", "target", "content", "weight", "bad_row", "bad_target", "bad_weight", "normalizer",
+    "hidden", "target", "content", "weight", "row_scale", "bad_row", "bad_target", "bad_weight",
+    "bad_scale", "normalizer",
 )  # fmt: skip
 STATIC_INTS = sum(width for _, width in _STATIC)
 HEADER_INTS = STATIC_INTS + 2 * len(_DYNAMIC)
@@ -49,10 +51,13 @@ _NONE = -1
 _COMPARED = (
     _VOCAB,
     *range(STATIC_INTS)[_OPTIONS],
-    *(_CHECKSUMS[name] + half for name in ("target", "weight") for half in (0, 1)),
+    *(_CHECKSUMS[name] + half for name in ("target", "weight", "row_scale") for half in (0, 1)),
 )
 
-_FLAGS = ("smooth", "entropy", "argmax", "ignored_rows", "normalized", "implicit_shard")
+_FLAGS = (
+    "smooth", "entropy", "squares", "argmax", "ignored_rows", "normalized", "row_scale",
+    "implicit_shard",
+)  # fmt: skip
 NORMALIZER_TOLERANCE = 1e-5  # relative: ranks may have summed a count of tokens in another order
 # Of the norm: bf16 layers that sum in another order stay below, other hidden states are far beyond.
 HIDDEN_TOLERANCE = 2e-2
@@ -80,6 +85,8 @@ class ValueProblems:
     bad_row: int = _NONE
     bad_target: int = 0
     bad_weight: int = _NONE
+    bad_scale: int = _NONE
+    """the row"""
 
 
 @functools.lru_cache(maxsize=256)
@@ -87,7 +94,7 @@ def _static_ints(request: RowRequest) -> tuple[int, ...]:
     flags = sum(getattr(request, name) << bit for bit, name in enumerate(_FLAGS))
     flags |= REDUCTIONS.index(request.reduction) << len(_FLAGS)
     packed = struct.pack(
-        "<4i3dq",
+        "<4i4dq",
         request.start,
         request.stop,
         request.vocab_size,
@@ -95,6 +102,7 @@ def _static_ints(request: RowRequest) -> tuple[int, ...]:
         request.scale + 0.0,  # -0.0 is the same option
         request.label_smoothing + 0.0,
         request.lse_square_scale + 0.0,
+        request.softcap + 0.0,
         request.ignore_index,
     )
     return struct.unpack(f"<{STATIC_INTS}i", packed)
@@ -179,12 +187,13 @@ def write_header(
     problems: ValueProblems,
     normalizer: Tensor | None = None,
     hidden: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> None:
     """Fill ``out`` [HEADER_INTS] int32.
 
     ``content`` are this rank's (m, s) partials: ranks that hold the same ones in every row were
     handed the same logits. It is left out where shards were told explicitly. ``normalizer`` is
-    0-d, in the arithmetic dtype; ``hidden`` are ``fingerprint_bits``.
+    0-d, in the arithmetic dtype; ``hidden`` are ``fingerprint_bits``; ``scale`` has one a row.
     """
     write_static(out, request)
     zero = torch.zeros((), dtype=torch.int64, device=out.device)
@@ -194,9 +203,11 @@ def write_header(
             checksum(target),
             zero if content is None else float_checksum(content),
             zero if weight is None else float_checksum(weight),
+            zero if scale is None else float_checksum(scale),
             zero + problems.bad_row,
             zero + problems.bad_target,
             zero + problems.bad_weight,
+            zero + problems.bad_scale,
             zero if normalizer is None else normalizer_bits(normalizer),
         ]
     )
@@ -228,8 +239,8 @@ def read_headers(headers: Tensor, dtype: torch.dtype = torch.float32) -> list[He
     normalizers = read_normalizers(headers, dtype).tolist()
     for ints, normalizer in zip(headers.tolist(), normalizers, strict=True):
         raw = struct.pack(f"<{HEADER_INTS}i", *ints)
-        start, stop, vocab_size, flags, *numbers = struct.unpack_from("<4i3dq", raw)
-        names = ("scale", "label_smoothing", "lse_square_scale", "ignore_index")
+        start, stop, vocab_size, flags, *numbers = struct.unpack_from("<4i4dq", raw)
+        names = ("scale", "label_smoothing", "lse_square_scale", "softcap", "ignore_index")
         options: dict[str, object] = dict(zip(names, numbers, strict=True))
         options["reduction"] = REDUCTIONS[(flags >> len(_FLAGS)) % len(REDUCTIONS)]
         # After the numbers they follow from: an error shall name what the user typed.
@@ -272,8 +283,8 @@ def raise_on_problems(
         _raise_on_values(f"rank {rank} of the group", header)
     _raise_on_coverage(headers)
     for rank, header in enumerate(headers[1:], start=1):
-        for name in ("target", "weight"):
-            if header.checksums[name] != first.checksums[name]:
+        for slot, name in (("target", "target"), ("weight", "weight"), ("row_scale", "scale")):
+            if header.checksums[slot] != first.checksums[slot]:
                 raise ValueError(
                     f"ranks disagree on {name}: rank 0 and rank {rank} of the group passed "
                     f"different values; every rank of a tensor-parallel group must pass the same "
@@ -338,6 +349,8 @@ _ARGUMENT = {
     "normalized": "normalizer (given on one rank only)",
     "ignored_rows": "return_log_prob or lse_square_scale_for_zloss",
     "implicit_shard": "shard (given on one rank only)",
+    "row_scale": "scale (one for each row on one rank only)",
+    "squares": "sum_p_squared",
 }
 
 
@@ -347,6 +360,7 @@ def raise_on_own_values(problems: ValueProblems, request: RowRequest, cause: str
         "bad_row": problems.bad_row,
         "bad_target": problems.bad_target,
         "bad_weight": problems.bad_weight,
+        "bad_scale": problems.bad_scale,
     }
     options: dict[str, object] = {"ignore_index": request.ignore_index}
     header = Header(request.start, request.stop, request.vocab_size, options, checksums)
@@ -366,6 +380,11 @@ def _raise_on_values(who: str, header: Header, cause: str = "") -> None:
         raise ValueError(
             f"weight must be finite, but {who or 'it'} holds NaN or inf for class "
             f"{header.checksums['bad_weight']}; use 0 to leave a class out"
+        )
+    if header.checksums["bad_scale"] != _NONE:
+        raise ValueError(
+            f"scale must be finite, but {who or 'it'} holds NaN or inf for row "
+            f"{header.checksums['bad_scale']}; it multiplies the logits (1 / temperature)"
         )
 
 
@@ -415,7 +434,7 @@ def disagreement(
     bad = (headers[:, _VOCAB] != first[:, _VOCAB]).any()
     bad |= (headers[:, _OPTIONS] != first[:, _OPTIONS]).any()
     bad |= ~_alike(read_normalizers(headers, dtype)).all()
-    for name in ("target", "weight"):
+    for name in ("target", "weight", "row_scale"):
         slot = _CHECKSUMS[name]
         bad |= (headers[:, slot : slot + 2] != first[:, slot : slot + 2]).any()
     # Sizes that add up to the vocabulary without any pair that overlaps tile it.

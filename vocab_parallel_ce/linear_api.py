@@ -44,6 +44,7 @@ def linear_cross_entropy(
     shard: VocabShard | None = None,
     normalizer: Tensor | float | None = None,
     scale: float = 1.0,
+    softcap: float | None = None,
     engine: str = "auto",
     collective: str = "auto",
     check: bool | None = None,
@@ -83,6 +84,7 @@ def linear_cross_entropy(
         normalizer: a number or 0-d tensor that replaces the denominators of "mean". No gradient
             flows into it.
         scale: multiplies the logits inside the kernels; 1 / temperature. A finite number.
+        softcap: the logits become ``softcap * tanh(logits / softcap)`` first. None leaves them.
         engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
             "eager".
         collective: "all_gather" (the same bits on every rank), "all_reduce", or "auto".
@@ -129,7 +131,7 @@ def linear_cross_entropy(
     """
     options = Options(
         reduction, ignore_index, label_smoothing, lse_square_scale, group, shard,
-        False, normalizer, scale, engine, collective, check,
+        False, normalizer, scale, softcap, engine, collective, check,
     )  # fmt: skip
     linear = LinearOptions(gradient, hidden_gradient, sequence_parallel, scratch_mib)
     tensors = LinearTensors(input, linear_weight, linear_bias, target, weight, normalizer)
@@ -140,7 +142,7 @@ def linear_cross_entropy(
         return cross_entropy(
             F.linear(input, linear_weight, linear_bias), target, weight, reduction, ignore_index,
             label_smoothing, lse_square_scale=lse_square_scale, return_zloss=return_zloss,
-            shard=shard, normalizer=normalizer, scale=scale, engine=engine,
+            shard=shard, normalizer=normalizer, scale=scale, softcap=softcap, engine=engine,
         )  # fmt: skip
     if in_forward(tensors, options, linear, return_zloss, rows_shared=layout.shares_rows):
         layout.agree()  # sums over other rows stand between the chunks
@@ -179,6 +181,7 @@ def linear_token_statistics(
     group: dist.ProcessGroup | None = None,
     shard: VocabShard | None = None,
     scale: float = 1.0,
+    softcap: float | None = None,
     engine: str = "auto",
     collective: str = "auto",
     check: bool | None = None,
@@ -208,6 +211,7 @@ def linear_token_statistics(
         shard: which ids ``linear_weight`` holds, a ``VocabShard``. None means equal shards in rank
             order.
         scale: multiplies the logits inside the kernels; 1 / temperature. A finite number.
+        softcap: the logits become ``softcap * tanh(logits / softcap)`` first. None leaves them.
         engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
             "eager".
         collective: "all_gather" (the same bits on every rank), "all_reduce", or "auto".
@@ -246,8 +250,9 @@ def linear_token_statistics(
         ```
     """
     options = Options(
-        "none", ignore_index, 0.0, 0.0, group, shard, False, None, scale, engine, collective, check
-    )
+        "none", ignore_index, 0.0, 0.0, group, shard, False, None, scale, softcap, engine,
+        collective, check,
+    )  # fmt: skip
     linear = LinearOptions("auto", hidden_gradient, sequence_parallel, scratch_mib)
     tensors = LinearTensors(input, linear_weight, linear_bias, target, None, None)
     tensors, options, linear, layout = unwrap_linear(tensors, options, linear)
@@ -256,7 +261,7 @@ def linear_token_statistics(
     if seen_through_transforms(tensors):
         return token_statistics(
             F.linear(input, linear_weight, linear_bias), target, entropy=entropy, argmax=argmax,
-            ignore_index=ignore_index, shard=shard, scale=scale, engine=engine,
+            ignore_index=ignore_index, shard=shard, scale=scale, softcap=softcap, engine=engine,
         )  # fmt: skip
     stats, best, _ = linear_row_statistics(
         tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target, None, None,

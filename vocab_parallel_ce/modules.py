@@ -29,6 +29,7 @@ class VocabParallelCrossEntropyLoss(HoldsGroup):
             no memory of the size of the logits. Every later read of ``input`` sees the gradient, a
             second backward is refused, and so are leaves and tensors whose elements share memory.
         scale: multiplies the logits inside the kernels; 1 / temperature. A finite number.
+        softcap: the logits become ``softcap * tanh(logits / softcap)`` first. None leaves them.
         engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
             "eager".
         collective: "all_gather" (one collective; the same bits on every rank and in every run),
@@ -72,6 +73,7 @@ class VocabParallelCrossEntropyLoss(HoldsGroup):
         shard: VocabShard | None = None,
         inplace_backward: bool = False,
         scale: float = 1.0,
+        softcap: float | None = None,
         engine: str = "auto",
         collective: str = "auto",
         check: bool | None = None,
@@ -87,6 +89,7 @@ class VocabParallelCrossEntropyLoss(HoldsGroup):
         self.shard = shard
         self.inplace_backward = inplace_backward
         self.scale = scale
+        self.softcap = softcap
         self.engine = engine
         self.collective = collective
         self.check = check
@@ -119,6 +122,7 @@ class VocabParallelCrossEntropyLoss(HoldsGroup):
             inplace_backward=self.inplace_backward,
             normalizer=normalizer,
             scale=self.scale,
+            softcap=self.softcap,
             engine=self.engine,
             collective=self.collective,
             check=self.check,
@@ -128,7 +132,7 @@ class VocabParallelCrossEntropyLoss(HoldsGroup):
         return (
             f"reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
             f"label_smoothing={self.label_smoothing}, lse_square_scale={self.lse_square_scale}, "
-            f"scale={self.scale}, shard={self.shard}"
+            f"scale={self.scale}, softcap={self.softcap}, shard={self.shard}"
         )
 
 

@@ -46,6 +46,8 @@ class RowResult:
     """[N] int64, or empty when not asked for"""
     normalizer: Tensor
     """0-d: rank 0's, for all ranks; empty when the call has none"""
+    scale: Tensor | None = None
+    """[N] where each row has its own; counts in place of the request's"""
 
 
 def row_blocks(x: Tensor) -> list[Tensor]:
@@ -109,17 +111,18 @@ def compute_statistics(
     group: dist.ProcessGroup | None,
     log_prob_out: Tensor | None = None,
     normalizer: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> RowResult:
     """The forward pass: logits [..., C_r], target [...] and the full weight [vocab_size].
 
-    ``normalizer`` is 0-d, in the arithmetic dtype; ``log_prob_out``: see
+    ``normalizer`` is 0-d and ``scale`` [N], in the arithmetic dtype; ``log_prob_out``: see
     ``primitive.log_prob_space``.
     """
 
     def fill(engine: Engine, parts: Tensor, local_target: Tensor) -> None:
-        fill_partials(engine, parts, logits, local_target, weight, request, log_prob_out)
+        fill_partials(engine, parts, logits, local_target, weight, request, log_prob_out, scale)
 
-    plan = Plan(request, logits, target, normalizer)
+    plan = Plan(request, logits, target, normalizer, scale=scale)
     return exchange_statistics(fill, plan, target, weight, group)
 
 
@@ -147,7 +150,9 @@ def exchange_statistics(
     on_host = _on_host(logits, request)
     ids = target.reshape(-1).long()  # every comparison with an id happens in int64
     engine = select_to_read(request.engine, logits)
-    steps = row_steps(engine, ids, weight, request, normalizer, on_host, group, announced)
+    steps = row_steps(
+        engine, ids, weight, request, normalizer, on_host, group, announced, plan.scale
+    )
 
     dtype, wanted = arithmetic_dtype(logits.dtype), request.wanted
     k, rows = len(wanted.rows), ids.shape[0]
@@ -174,7 +179,7 @@ def exchange_statistics(
         agreed = normalizer.clone()  # neither autograd nor an operator may hand out its input
     else:
         agreed = read_normalizers(gathered.headers[:1], dtype)[0].clone()
-    return RowResult(stats, m, s, steps.local_target, argmax, agreed)
+    return RowResult(stats, m, s, steps.local_target, argmax, agreed, plan.scale)
 
 
 def fill_partials(
@@ -185,8 +190,9 @@ def fill_partials(
     weight: Tensor | None,
     request: RowRequest,
     log_prob_out: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> None:
-    """The partials [k, N] of the logits [..., C_r] into ``parts``."""
+    """The partials [k, N] of logits [..., C_r] into ``parts``; ``scale`` [N], or the request's."""
     size = request.size
     if size == 0 or parts.shape[1] == 0:
         parts.zero_()
@@ -198,7 +204,8 @@ def fill_partials(
             block,
             _of(local_target, rows),
             shard_weight,
-            request.scale,
+            request.scale if scale is None else _of(scale, rows),
+            request.softcap,
             request.wanted,
             _of(parts, rows),
             None if log_prob_out is None else _flat(log_prob_out, size, rows),
@@ -222,7 +229,11 @@ def compute_gradient(
     if weight is not None:
         require_memory(weight, "weight")
 
+    scale = result.scale
+
     def scaled(g: Tensor) -> Tensor:
+        if scale is not None:
+            return g * scale
         return g if request.scale == 1 else g * request.scale
 
     g = dict(zip(stat_names(request.wanted), grad_stats.unbind(0), strict=True))
@@ -252,7 +263,8 @@ def compute_gradient(
                 None if entropy is None else _of(entropy, rows),
             ),
             shard_weight,
-            request.scale,
+            request.scale if scale is None else _of(scale, rows),
+            request.softcap,
             source if out is logits else _flat(out, size, rows),
         )
 
@@ -272,7 +284,9 @@ def empty_log_prob(logits: Tensor, size: int) -> Tensor:
     return out
 
 
-def compute_log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) -> Tensor:
+def compute_log_prob(
+    logits: Tensor, m: Tensor, s: Tensor, request: RowRequest, scale: Tensor | None = None
+) -> Tensor:
     """This shard's slice of the global log-softmax, shaped like the logits and in their dtype."""
     size = request.size
     out = empty_log_prob(logits, size)
@@ -280,5 +294,7 @@ def compute_log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) 
         return out
     engine = select_to_read(request.engine, logits)
     for rows, block in _numbered(row_blocks(_columns(logits, size))):
-        engine.log_prob(block, _of(m, rows), _of(s, rows), request.scale, _flat(out, size, rows))
+        factor = request.scale if scale is None else _of(scale, rows)
+        place = _flat(out, size, rows)
+        engine.log_prob(block, _of(m, rows), _of(s, rows), factor, request.softcap, place)
     return out

@@ -48,6 +48,8 @@ class Plan:
     """of the hidden states that the logits are made of; 0 where they are given"""
     chunk: int = 0
     """rows of an exchange, where a call makes more than one; else 0"""
+    scale: Tensor | None = None
+    """[N], in the arithmetic dtype, where the request has ``row_scale``"""
 
 
 class _Held(threading.local):

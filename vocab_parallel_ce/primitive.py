@@ -73,12 +73,13 @@ class _RowStatistics(torch.autograd.Function):
         inplace_backward: bool,
         log_prob_out: Tensor | None,
         normalizer: Tensor | None,
+        scale: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         result = compute_statistics(
-            logits, target, weight, request, group, log_prob_out, normalizer
+            logits, target, weight, request, group, log_prob_out, normalizer, scale
         )
         stats = result.stats if request.entropy else None
-        ctx.save_for_backward(logits, result.m, result.s, result.local_target, stats, weight)
+        ctx.save_for_backward(logits, result.m, result.s, result.local_target, stats, weight, scale)
         ctx.mark_non_differentiable(result.m, result.s, result.argmax, result.normalizer)
         ctx.set_materialize_grads(False)  # m, s and argmax never have one: no zeros for them
         ctx.request = request
@@ -89,7 +90,7 @@ class _RowStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_stats: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_stats is None:  # nothing upstream depends on the statistics
-            return (None,) * 8
+            return (None,) * 9
         refuse_second_backward(ctx)
         try:
             saved = ctx.saved_tensors
@@ -102,13 +103,13 @@ class _RowStatistics(torch.autograd.Function):
             grad = _RowStatistics._gradient(ctx, saved, grad_stats)
         if recording:
             grad = refusing_second_derivative(grad, *origins)
-        return (grad, *(None,) * 7)
+        return (grad, *(None,) * 8)
 
     @staticmethod
     def _gradient(ctx: Any, saved: tuple[Any, ...], grad_stats: Tensor) -> Tensor:
-        logits, m, s, local_target, stats, weight = saved
+        logits, m, s, local_target, stats, weight, scale = saved
         request: RowRequest = ctx.request
-        result = RowResult(stats, m, s, local_target, m, m)
+        result = RowResult(stats, m, s, local_target, m, m, scale)
         if torch.compiler.is_compiling():
             from . import compiled
 
@@ -126,7 +127,7 @@ class _RowStatistics(torch.autograd.Function):
                         "inplace_backward=True has room for one gradient, and is_grads_batched "
                         "asks for many; use inplace_backward=False"
                     )
-                return transforms.gradient(logits, local_target, weight, request, grad_stats)
+                return transforms.gradient(logits, local_target, weight, request, grad_stats, scale)
         if not ctx.inplace_backward:
             grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
             compute_gradient(logits, result, weight, grad_stats, request, grad)
@@ -148,10 +149,12 @@ def row_statistics(
     inplace_backward: bool,
     log_prob_out: Tensor | None = None,
     normalizer: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Differentiable stats [j, N]; then m [N], s [N], argmax and the normalizer of all ranks.
 
-    Only the first carries a gradient. ``normalizer`` is 0-d, in the arithmetic dtype.
+    Only the first carries a gradient. ``normalizer`` is 0-d and ``scale`` [N] where each row has
+    its own, in the arithmetic dtype.
     ``log_prob_out``: see ``log_prob_space``.
     """
     usual = not torch.compiler.is_compiling() and ordinary(logits)
@@ -159,16 +162,17 @@ def row_statistics(
         from . import compiled
 
         return compiled.row_statistics(
-            logits, target, weight, request, group, inplace_backward, normalizer
+            logits, target, weight, request, group, inplace_backward, normalizer, scale
         )
-    if transforms.active() and _transformed(logits, target, weight, normalizer):
-        stats, m, s, argmax = transforms.row_statistics(logits, target, weight, request)
+    if transforms.active() and _transformed(logits, target, weight, normalizer, scale):
+        stats, m, s, argmax = transforms.row_statistics(logits, target, weight, request, scale)
         agreed = stats.new_empty(0) if normalizer is None else normalizer
         return stats, m, s, argmax, agreed
     try:
         out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _RowStatistics.apply(  # type: ignore[no-untyped-call]
-            logits, target, weight, request, group, inplace_backward, log_prob_out, normalizer
-        )
+            logits, target, weight, request, group, inplace_backward, log_prob_out, normalizer,
+            scale,
+        )  # fmt: skip
     except RuntimeError as problem:
         raise_explained(problem)
     return out
@@ -194,13 +198,15 @@ def log_prob_space(
     return empty_log_prob(logits.detach(), request.size)
 
 
-def log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) -> Tensor:
+def log_prob(
+    logits: Tensor, m: Tensor, s: Tensor, request: RowRequest, scale: Tensor | None = None
+) -> Tensor:
     """``compute_log_prob`` as the eager or the compiled caller needs it; carries no gradient."""
     if traced(logits):
         from . import compiled
 
-        return compiled.log_prob(logits, m, s, request)
+        return compiled.log_prob(logits, m, s, request, scale)
     with torch.no_grad():
         if transforms.active() and _transformed(logits, m, s):
-            return transforms.log_prob(logits.detach(), m, s, request)
-        return compute_log_prob(logits.detach(), m, s, request)
+            return transforms.log_prob(logits.detach(), m, s, request, scale)
+        return compute_log_prob(logits.detach(), m, s, request, scale)

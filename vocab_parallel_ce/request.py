@@ -29,14 +29,19 @@ class RowRequest:
     """The shard was not told but follows from the rank: equal shards in rank order."""
     smooth: bool = False
     entropy: bool = False
+    squares: bool = False
     argmax: bool = False
     ignored_rows: bool = False
     normalized: bool = False
     """The call was given a ``normalizer``."""
+    row_scale: bool = False
+    """The call was given a ``scale`` for each row, which then counts in place of ``scale``."""
     ignore_index: int = -100
     scale: float = 1.0
     label_smoothing: float = 0.0
     lse_square_scale: float = 0.0
+    softcap: float = 0.0
+    """0 where there is none"""
     reduction: str = "none"
     engine: str = "auto"
     collective: str = "auto"
@@ -50,7 +55,7 @@ class RowRequest:
 
     @property
     def wanted(self) -> Wanted:
-        return Wanted(self.smooth, self.entropy, self.argmax, self.ignored_rows)
+        return Wanted(self.smooth, self.entropy, self.argmax, self.squares, self.ignored_rows)
 
     @property
     def checking(self) -> bool:

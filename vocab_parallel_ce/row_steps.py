@@ -85,8 +85,9 @@ class TorchSteps:
         on_host: bool,
         group: dist.ProcessGroup | None,
         announced: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> None:
-        self._weight, self._request = weight, request
+        self._weight, self._request, self._scale = weight, request, scale
         self._normalizer, self._on_host = normalizer, on_host
         self._located = locate(target, request)
         self.local_target = self._located.local_target
@@ -95,7 +96,7 @@ class TorchSteps:
         self._problems = ValueProblems()
         if on_host:
             located = self._located if announced is None else locate(announced, request)
-            self._problems = find_problems(self._target, located.allowed, weight)
+            self._problems = find_problems(self._target, located, weight, scale)
         if group_rank_and_size(group)[1] == 1:  # several raise together, after the exchange
             cause = forgotten_group.cause(group, not request.implicit_shard, request.size)
             raise_on_own_values(self._problems, request, cause)
@@ -106,7 +107,7 @@ class TorchSteps:
         self._from_hidden = hidden is not None
         write_header(
             payload.header, self._request, self._target, content, self._weight, self._problems,
-            self._normalizer, hidden,
+            self._normalizer, hidden, self._scale,
         )  # fmt: skip
 
     def conclude(
@@ -153,9 +154,10 @@ class FusedSteps:
         weight: Tensor | None,
         request: RowRequest,
         normalizer: Tensor | None,
+        scale: Tensor | None = None,
     ) -> None:
         self._functions, self._target, self._weight = functions, target, weight
-        self._request, self._normalizer = request, normalizer
+        self._request, self._normalizer, self._scale = request, normalizer, scale
         self._excuse: Tensor | None = None
         self.local_target = functions.locate(
             target, request.start, request.stop, request.ignore_index
@@ -171,6 +173,7 @@ class FusedSteps:
             payload.parts[:2] if request.implicit_shard else None,
             None if weight is None else float_checksum(weight),
             self._normalizer,
+            None if self._scale is None else float_checksum(self._scale),
             request.size,
             request.ignore_index,
         )
@@ -197,6 +200,7 @@ def row_steps(
     on_host: bool,
     group: dist.ProcessGroup | None,
     announced: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> RowSteps:
     """The steps of a call that ``engine`` serves.
 
@@ -205,5 +209,5 @@ def row_steps(
     """
     functions = engine.ROW_FUNCTIONS
     if functions is None or on_host or target.numel() == 0:
-        return TorchSteps(target, weight, request, normalizer, on_host, group, announced)
-    return FusedSteps(functions, target, weight, request, normalizer)
+        return TorchSteps(target, weight, request, normalizer, on_host, group, announced, scale)
+    return FusedSteps(functions, target, weight, request, normalizer, scale)

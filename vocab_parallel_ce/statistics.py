@@ -6,12 +6,14 @@ m = max_r m_r the summaries merge exactly as one pass over the whole row would h
     s   = sum_r e^(m_r - m) s_r
     t   = sum_r e^(m_r - m) (t_r + (m_r - m) s_r)
     u   = sum_r (u_r + W_r (m_r - m))              W_r = sum of the class weights of shard r
+    q   = sum_r e^(2 (m_r - m)) q_r
     x_y = sum_r x_y_r                              all but the owner hold 0
 
 (the online softmax of Milakov and Gimelshein 2018, over ranks instead of blocks). The statistics
 of the row follow without cancellation, because m never leaves the differences:
 
     nll = log s - (x_y - m)    lse = m + log s    smooth = W log s - u    entropy = log s - t / s
+    sum_p_squared = q / s^2    (without a gradient)
 """
 
 from __future__ import annotations
@@ -34,16 +36,19 @@ class Merged:
     x_y: Tensor
     u: Tensor | None = None
     t: Tensor | None = None
+    q: Tensor | None = None
     argmax: Tensor | None = None
 
 
 def stat_names(wanted: Wanted) -> tuple[str, ...]:
-    """Rows of the primitive's differentiable output, in order."""
+    """Rows of the primitive's output, in order; all but "sum_p_squared" have a gradient."""
     names = ["nll", "lse"]
     if wanted.smooth:
         names.append("smooth")
     if wanted.entropy:
         names.append("entropy")
+    if wanted.squares:
+        names.append("sum_p_squared")
     return tuple(names)
 
 
@@ -60,13 +65,16 @@ def rescale_(parts: dict[str, Tensor], m: Tensor, shard_weight: Tensor) -> None:
     shift.clamp_(min=torch.finfo(shift.dtype).min)
     if "u" in parts:
         parts["u"].addcmul_(shard_weight, shift)
-    if "t" not in parts:
+    if "t" not in parts and "q" not in parts:
         parts["s"].mul_(shift.exp_())
         return
     # s first: shift * s overflows for a shard of masks (finfo.min), and inf * e^shift is NaN.
     factor = shift.exp()
     parts["s"].mul_(factor)
-    parts["t"].mul_(factor).addcmul_(shift, parts["s"])
+    if "t" in parts:
+        parts["t"].mul_(factor).addcmul_(shift, parts["s"])
+    if "q" in parts:
+        parts["q"].mul_(factor).mul_(factor)
 
 
 def integer_view(parts: Tensor) -> Tensor:
@@ -99,7 +107,8 @@ def merge_single(parts: Tensor, wanted: Wanted) -> Merged:
     argmax = integer_view(named["argmax"]).long() if wanted.argmax else None
     # m and s outlive the call; cloned, they do not keep the other partials alive.
     m, s = named["m"].clone(), named["s"].clone()
-    return Merged(m, s, named["x_y"], named.get("u"), named.get("t"), argmax=argmax)
+    u, t, q = (named.get(name) for name in "utq")
+    return Merged(m, s, named["x_y"], u, t, q, argmax)
 
 
 def _sum_in_order(values: Tensor) -> Tensor:
@@ -126,6 +135,9 @@ def finish(merged: Merged, wanted: Wanted, total_weight: float | Tensor, ignored
     if wanted.entropy:
         assert merged.t is not None
         torch.sub(log_s, merged.t / merged.s, out=rest.pop(0))
+    if wanted.squares:
+        assert merged.q is not None
+        torch.div(merged.q / merged.s, merged.s, out=rest.pop(0))
     if wanted.ignored_rows:
         nll.masked_fill_(ignored, 0.0)
         stats[2:].masked_fill_(ignored, 0.0)

@@ -37,9 +37,18 @@ def locate(target: Tensor, request: RowRequest) -> Located:
     return Located(local_target, ignored, here | ignored)
 
 
-def find_problems(target: Tensor, allowed: Tensor, weight: Tensor | None) -> ValueProblems:
-    """On the host: the first row and the first class whose value is not allowed."""
-    bad_row, bad_target, bad_weight = -1, 0, -1
+def find_problems(
+    target: Tensor,
+    located: Located,
+    weight: Tensor | None,
+    scale: Tensor | None = None,
+) -> ValueProblems:
+    """On the host: the first row and the first class whose value is not allowed.
+
+    What ``scale`` [N] holds of an ignored row does not matter.
+    """
+    allowed = located.allowed
+    bad_row, bad_target, bad_weight, bad_scale = -1, 0, -1, -1
     if not bool(allowed.all()):
         bad_row = int((~allowed).to(torch.uint8).argmax())
         bad_target = int(target[bad_row])
@@ -47,4 +56,8 @@ def find_problems(target: Tensor, allowed: Tensor, weight: Tensor | None) -> Val
         fine = weight.isfinite()
         if not bool(fine.all()):
             bad_weight = int((~fine).to(torch.uint8).argmax())
-    return ValueProblems(bad_row, bad_target, bad_weight)
+    if scale is not None:
+        fine = scale.isfinite() | located.ignored
+        if not bool(fine.all()):
+            bad_scale = int((~fine).to(torch.uint8).argmax())
+    return ValueProblems(bad_row, bad_target, bad_weight, bad_scale)

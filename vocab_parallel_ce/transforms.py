@@ -69,31 +69,40 @@ def _readable(value: Tensor | None) -> Tensor | None:
 
 
 def row_statistics(
-    logits: Tensor, target: Tensor, weight: Tensor | None, request: RowRequest
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    request: RowRequest,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Differentiable stats [j, N] as often as one likes; then m [N], s [N] and argmax.
 
-    A target that is no class raises where its values can be looked at; else its row is NaN.
+    A target that is no class, or a scale that is not finite, raises where its values can be looked
+    at; else its row is NaN.
     """
     target = target.reshape(-1).long()
     located = locate(target, request)
     numbers = _readable(target)
     if numbers is not None:
-        allowed = locate(numbers, request).allowed
-        problems = find_problems(numbers, allowed, _readable(weight))
+        located_numbers = locate(numbers, request)
+        problems = find_problems(numbers, located_numbers, _readable(weight), _readable(scale))
         raise_on_own_values(problems, request)
-    stats, m, s, argmax = statistics(logits, located.local_target, weight, request)
+    stats, m, s, argmax = statistics(logits, located.local_target, weight, request, scale)
     # Multiplied, so that the gradient of the row is NaN as well.
     return stats * torch.where(located.allowed, 1.0, torch.nan).to(stats.dtype), m, s, argmax
 
 
 def statistics(
-    logits: Tensor, local_target: Tensor, weight: Tensor | None, request: RowRequest
+    logits: Tensor,
+    local_target: Tensor,
+    weight: Tensor | None,
+    request: RowRequest,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same from the columns of the targets; ``weight`` is the full vector."""
     dtype, wanted = arithmetic_dtype(logits.dtype), request.wanted
     ignored = (local_target == IGNORED)[:, None]
-    x = _scaled(logits, request)
+    x = _scaled(logits, request, scale)
     blank = x.detach() if wanted.ignored_rows else torch.zeros_like(x)
     x = torch.where(ignored, blank, x)  # no gradient for what is ignored, NaN included
     m = x.detach().amax(1, keepdim=True)
@@ -111,6 +120,9 @@ def statistics(
     if request.entropy:
         t = torch.where(e == 0, 0.0, e * torch.where(e == 0, 0.0, shifted)).sum(1)
         rows.append(torch.where(ignored[:, 0], 0.0, log_s - t / s))
+    if request.squares:
+        p = (e / s[:, None]).detach()
+        rows.append(torch.where(ignored[:, 0], 0.0, p.square().sum(1)))
     argmax = _argmax(x.detach(), m, ignored) if request.argmax else local_target[:0]
     return torch.stack(rows), m[:, 0], s.detach(), argmax
 
@@ -121,28 +133,34 @@ def gradient(
     weight: Tensor | None,
     request: RowRequest,
     grad_stats: Tensor,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """d(logits) for many ``grad_stats`` [j, N] at once (is_grads_batched)."""
     if request.size != request.vocab_size:
         raise ValueError(ONE_RANK_ONLY)
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
-        stats = statistics(leaf, local_target, weight, request)[0]
+        stats = statistics(leaf, local_target, weight, request, scale)[0]
         (grad,) = torch.autograd.grad(stats, leaf, grad_stats)
     return grad
 
 
-def log_prob(logits: Tensor, m: Tensor, s: Tensor, request: RowRequest) -> Tensor:
+def log_prob(
+    logits: Tensor, m: Tensor, s: Tensor, request: RowRequest, scale: Tensor | None = None
+) -> Tensor:
     """``passes.compute_log_prob`` by plain torch."""
-    x = _scaled(logits, request) - m[:, None] - s.log()[:, None]
+    x = _scaled(logits, request, scale) - m[:, None] - s.log()[:, None]
     padding = logits.shape[-1] - request.size
     x = torch.nn.functional.pad(x, (0, padding), value=-torch.inf)
     return x.to(logits.dtype).reshape(logits.shape)
 
 
-def _scaled(logits: Tensor, request: RowRequest) -> Tensor:
-    flat = logits.reshape(-1, logits.shape[-1])[:, : request.size]
-    return flat.to(arithmetic_dtype(logits.dtype)) * request.scale
+def _scaled(logits: Tensor, request: RowRequest, scale: Tensor | None) -> Tensor:
+    x = logits.reshape(-1, logits.shape[-1])[:, : request.size]
+    x = x.to(arithmetic_dtype(logits.dtype))
+    if request.softcap != 0:
+        x = request.softcap * (x / request.softcap).tanh()
+    return x * (request.scale if scale is None else (scale + (scale - scale))[:, None])
 
 
 def _argmax(x: Tensor, m: Tensor, ignored: Tensor) -> Tensor:

@@ -72,16 +72,16 @@ def _seconds(
     parts = torch.empty(3, rows)
     gradient = torch.empty_like(logits)
     ones = torch.ones(rows)
-    engine.partials(logits, target, None, 1.0, Wanted(), parts)  # the gradient needs m and s
+    engine.partials(logits, target, None, 1.0, 0.0, Wanted(), parts)  # the gradient needs m and s
 
     def backward() -> None:
         coefficients = Coefficients(ones, ones)
-        engine.gradient(logits, parts[0], parts[1], target, coefficients, None, 1.0, gradient)
+        engine.gradient(logits, parts[0], parts[1], target, coefficients, None, 1.0, 0.0, gradient)
 
     calls: dict[str, Callable[[], object]] = {
         "exp": lambda: torch.exp(wide, out=out),
         "max": lambda: torch.max(wide, dim=-1),
-        "partials": lambda: engine.partials(logits, target, None, 1.0, Wanted(), parts),
+        "partials": lambda: engine.partials(logits, target, None, 1.0, 0.0, Wanted(), parts),
         "gradient": backward,
     }
 

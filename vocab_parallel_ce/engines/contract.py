@@ -5,9 +5,11 @@ It may have ``RowFunctions`` besides: its own versions of the arithmetic on [N] 
 An engine knows nothing of groups, reductions, padding or options. It sees one rank's shard
 
     x = logits * scale                       [N, C_r], fp32 arithmetic (fp64 for fp64 logits)
+    x = scale * c * tanh(logits / c)         where ``softcap`` c is not 0: the cap is the model's
 
-and a ``local_target`` [N] int64: the column of the row's target when it lives in this shard,
-``ELSEWHERE`` when another rank owns it, ``IGNORED`` when the row does not count.
+with one ``scale``, or one a row [N], and a ``local_target`` [N] int64: the column of the row's
+target when it lives in this shard, ``ELSEWHERE`` when another rank owns it, ``IGNORED`` when the
+row does not count.
 
 The partial statistics of one row, in the order of the rows of the [k, N] tensor that
 ``partials`` fills (``m``, ``s`` and ``x_y`` always, the others when wanted, in this order):
@@ -18,6 +20,7 @@ The partial statistics of one row, in the order of the rows of the [k, N] tensor
     u       sum_c w_c (x_c - m)                        (smooth; w_c = 1 without weight;
                                                         relative to 0 instead of m if m is -inf)
     t       sum_c e^(x_c - m) (x_c - m)                (entropy; a column with e^(..) = 0 adds 0)
+    q       sum_c e^(x_c - m)^2                        (squares: of which sum_c p_c^2 is q / s^2)
     argmax  first column that attains m, an integer    (argmax; stored as the bits of an int32 in
                                                         fp32 tensors and of an int64 in fp64 ones)
 
@@ -27,7 +30,8 @@ With m, s the merged statistics of the whole vocabulary, p_c = e^(x_c - m) / s a
     dx_c = p_c (softmax - entropy * log p_c) - [c = local_target] target - w_c smooth
 
 where a column with p_c = 0 contributes 0 to the entropy term, never 0 * -inf. ``scale`` is already
-folded into the coefficients; an engine applies it to the logits only.
+folded into the coefficients; an engine applies it to the logits only. Under a softcap every column
+of the result, the target's too, is multiplied by the cap's slope 1 - tanh(logits / c)^2.
 """
 
 from __future__ import annotations
@@ -54,6 +58,7 @@ class Wanted:
     smooth: bool = False
     entropy: bool = False
     argmax: bool = False
+    squares: bool = False
     ignored_rows: bool = False
     """Compute the statistics of IGNORED rows as well. When False their logits are never read
     and every statistic of such a row is written as 0."""
@@ -61,8 +66,8 @@ class Wanted:
     @property
     def rows(self) -> tuple[str, ...]:
         """Names of the k rows that ``partials`` fills, in order."""
-        optional = [name for name in ("smooth", "entropy", "argmax") if getattr(self, name)]
-        return ("m", "s", "x_y", *({"smooth": "u", "entropy": "t"}.get(n, n) for n in optional))
+        optional = {"smooth": "u", "entropy": "t", "squares": "q", "argmax": "argmax"}
+        return ("m", "s", "x_y", *(row for name, row in optional.items() if getattr(self, name)))
 
 
 class Coefficients(NamedTuple):
@@ -133,6 +138,7 @@ class RowFunctions(Protocol):
         content: Tensor | None,
         weight_checksum: Tensor | None,
         normalizer: Tensor | None,
+        scale_checksum: Tensor | None,
         size: int,
         ignore_index: int,
     ) -> Tensor:
@@ -167,6 +173,7 @@ class Engine(Protocol):
 
     ``logits`` is [N, C_r] with N, C_r >= 1, of dtype fp16, bf16, fp32 or fp64, any strides.
     ``weight`` is this shard's slice [C_r] of the class weights in the arithmetic dtype, or None.
+    ``scale`` is a number, or [N] in the arithmetic dtype; ``softcap`` is 0 where there is none.
     No function allocates anything of size [N, C_r] or keeps a reference to its arguments.
     """
 
@@ -185,7 +192,8 @@ class Engine(Protocol):
         logits: Tensor,
         local_target: Tensor,
         weight: Tensor | None,
-        scale: float,
+        scale: float | Tensor,
+        softcap: float,
         wanted: Wanted,
         out: Tensor,
         log_prob_out: Tensor | None = None,
@@ -206,7 +214,8 @@ class Engine(Protocol):
         local_target: Tensor,
         coefficients: Coefficients,
         weight: Tensor | None,
-        scale: float,
+        scale: float | Tensor,
+        softcap: float,
         out: Tensor,
     ) -> None:
         """Write dx [N, C_r] into ``out``, which may be ``logits`` itself, or narrower than they.
@@ -217,7 +226,15 @@ class Engine(Protocol):
         """
         ...
 
-    def log_prob(self, logits: Tensor, m: Tensor, s: Tensor, scale: float, out: Tensor) -> None:
+    def log_prob(
+        self,
+        logits: Tensor,
+        m: Tensor,
+        s: Tensor,
+        scale: float | Tensor,
+        softcap: float,
+        out: Tensor,
+    ) -> None:
         """Write x - m - log s [N, C_r] into ``out`` (the logits' dtype), ignored rows included."""
         ...
 

@@ -39,9 +39,19 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def _scaled(logits: Tensor, scale: float) -> Tensor:
-    """x = logits * scale in the arithmetic dtype, always fresh memory."""
-    return logits.to(arithmetic_dtype(logits.dtype), copy=True).mul_(scale)
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    """tanh(logits / softcap) in the arithmetic dtype."""
+    return logits.to(arithmetic_dtype(logits.dtype), copy=True).div_(softcap).tanh_()
+
+
+def _scaled(logits: Tensor, rows: slice, scale: float | Tensor, softcap: float) -> Tensor:
+    """x of some rows in the arithmetic dtype, always fresh memory."""
+    block = logits[rows]
+    if softcap == 0:
+        x = block.to(arithmetic_dtype(block.dtype), copy=True)
+    else:
+        x = _capped(block, softcap).mul_(softcap)
+    return x.mul_(scale[rows, None] if isinstance(scale, Tensor) else scale)
 
 
 def _select(values: Tensor, local_target: Tensor) -> Tensor:
@@ -55,7 +65,8 @@ def partials(
     logits: Tensor,
     local_target: Tensor,
     weight: Tensor | None,
-    scale: float,
+    scale: float | Tensor,
+    softcap: float,
     wanted: Wanted,
     out: Tensor,
     log_prob_out: Tensor | None = None,
@@ -64,7 +75,7 @@ def partials(
     named = dict(zip(wanted.rows, out.unbind(0), strict=True))
     for rows in _blocks(logits):
         target = local_target[rows]
-        x = _scaled(logits[rows], scale)
+        x = _scaled(logits, rows, scale, softcap)
         ignored = target == IGNORED
         if not wanted.ignored_rows:
             x.masked_fill_(ignored[:, None], 0.0)
@@ -85,6 +96,8 @@ def partials(
         named["s"][rows] = e.sum(1)
         if wanted.entropy:
             named["t"][rows] = torch.where(e == 0, 0.0, e * x).sum(1)
+        if wanted.squares:
+            named["q"][rows] = e.square_().sum(1)
         named["m"][rows] = m
         named["x_y"][rows] = x_y
         if not wanted.ignored_rows:
@@ -100,7 +113,8 @@ def gradient(
     local_target: Tensor,
     coefficients: Coefficients,
     weight: Tensor | None,
-    scale: float,
+    scale: float | Tensor,
+    softcap: float,
     out: Tensor,
 ) -> None:
     """See ``contract.Engine``."""
@@ -108,7 +122,7 @@ def gradient(
     local_target = without_unused(local_target, coefficients)
     for rows in _blocks(logits):
         target = local_target[rows]
-        x = _scaled(logits[rows], scale).sub_(m[rows, None])
+        x = _scaled(logits, rows, scale, softcap).sub_(m[rows, None])
         if entropy is None:
             p = x.exp_().div_(s[rows, None])
             dx = p.mul_(softmax[rows, None])
@@ -124,13 +138,17 @@ def gradient(
         column = torch.where(owned, target, 0)[:, None]
         one_hot = torch.where(owned, target_part[rows], 0.0)[:, None]
         dx.scatter_add_(1, column, -one_hot)
+        if softcap != 0:
+            dx *= 1 - _capped(logits[rows], softcap).square_()
         # Written as zeros, never multiplied into them: 0 * NaN is NaN.
         dx.masked_fill_((target == IGNORED)[:, None], 0.0)
         out[rows] = dx
 
 
-def log_prob(logits: Tensor, m: Tensor, s: Tensor, scale: float, out: Tensor) -> None:
+def log_prob(
+    logits: Tensor, m: Tensor, s: Tensor, scale: float | Tensor, softcap: float, out: Tensor
+) -> None:
     """See ``contract.Engine``."""
     for rows in _blocks(logits):
-        x = _scaled(logits[rows], scale)
+        x = _scaled(logits, rows, scale, softcap)
         out[rows] = x.sub_(m[rows, None]).sub_(s[rows].log()[:, None])

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..checks import LOGITS_DTYPES, Held, Options, Outputs, check_group, is_number, prepare
 from ..kinds import Kind, check_kinds, kind_of, settled
 from ..request import is_on
+from ..scales import number_of
 from ..shard import group_rank_and_size
 from ..transforms import check_transforms
 from .call import Statics, bytes_of_a_logit
@@ -74,6 +75,11 @@ def prepare_linear(
     rank, world = group_rank_and_size(options.group)
     where = f" (rank {rank} of the group)" if world > 1 else ""
     _check_words(linear, where)
+    if number_of(options.scale) is None:
+        raise ValueError(
+            f"scale must be one number for all rows of a fused head{where}; divide the hidden "
+            "states by the temperature of each row instead"
+        )
     _check_tensors(tensors, where)
     _check_target(tensors.input, tensors.target, linear, world, where)
     if linear.sequence_parallel and linear.hidden_gradient == "partial":

@@ -19,6 +19,7 @@ from ..engines.contract import arithmetic_dtype
 from ..passes import RowResult
 from ..preflight import together
 from ..request import RowRequest
+from ..statistics import stat_names
 from .backward import Gradients, Leaves, Needs, linear_gradient
 from .call import LinearCall, Statics, linear_call
 from .forward import linear_statistics
@@ -84,7 +85,7 @@ def _fake_statistics(*arguments: Any) -> tuple[Tensor, ...]:
     request, rows = _request_of(arguments), target.numel()
     dtype = arithmetic_dtype(hidden.dtype)
     return (
-        hidden.new_empty((2 + request.smooth + request.entropy, rows), dtype=dtype),
+        hidden.new_empty((len(stat_names(request.wanted)), rows), dtype=dtype),
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(rows, dtype=torch.int64),

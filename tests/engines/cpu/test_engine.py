@@ -80,7 +80,7 @@ def case(rows: int, columns: int, dtype: torch.dtype, spread: float = 3.0) -> Ca
 def run_partials(c: Case, scale: float = 1.0, wanted: Wanted = ALL) -> dict[str, Tensor]:
     dtype = arithmetic_dtype(c.logits.dtype)
     out = torch.full((len(wanted.rows), len(c.target)), 123.25, dtype=dtype)
-    cpu.partials(c.logits, c.target, c.weight, scale, wanted, out)
+    cpu.partials(c.logits, c.target, c.weight, scale, 0.0, wanted, out)
     return dict(zip(wanted.rows, out.unbind(0), strict=True))
 
 
@@ -90,7 +90,7 @@ def run_gradient(
     softmax, target, smooth, entropy = c.coefficients
     plain = parts == 2
     coefficients = Coefficients(softmax, target, *((None, None) if plain else (smooth, entropy)))
-    cpu.gradient(c.logits, m, s, c.target, coefficients, c.weight, scale, out)
+    cpu.gradient(c.logits, m, s, c.target, coefficients, c.weight, scale, 0.0, out)
     return out
 
 
@@ -152,7 +152,7 @@ def test_any_number_of_threads_is_the_same_bits(dtype: torch.dtype) -> None:
         m, s = got[:2]
         got += [run_gradient(c, m, s, torch.empty_like(c.logits), 1.0, n) for n in (2, 4)]
         log_prob = torch.empty_like(c.logits)
-        cpu.log_prob(c.logits, m, s, 1.0, log_prob)
+        cpu.log_prob(c.logits, m, s, 1.0, 0.0, log_prob)
         got.append(log_prob[c.target != IGNORED])
         answers.append(got)
         assert torch.get_num_threads() == threads
@@ -241,9 +241,9 @@ def test_a_wrong_dtype_is_refused_not_read() -> None:
     c = case(4, 20, torch.bfloat16)
     m = s = torch.ones(4)
     with pytest.raises(TypeError, match=r"expected torch\.float32, got torch\.bfloat16"):
-        cpu.partials(c.logits, c.target, None, 1.0, Wanted(), torch.empty(3, 4).bfloat16())
+        cpu.partials(c.logits, c.target, None, 1.0, 0.0, Wanted(), torch.empty(3, 4).bfloat16())
     with pytest.raises(TypeError, match=r"expected torch\.int64, got torch\.int32"):
-        cpu.partials(c.logits, c.target.int(), None, 1.0, Wanted(), torch.empty(3, 4))
+        cpu.partials(c.logits, c.target.int(), None, 1.0, 0.0, Wanted(), torch.empty(3, 4))
     with pytest.raises(TypeError, match=r"expected torch\.bfloat16, got torch\.float32"):
         run_gradient(c, m, s, torch.empty(4, 20))
 

@@ -122,15 +122,15 @@ def _call_engine(v: Variant) -> None:
     weight = torch.ones(v.columns) if v.weight else None
     wanted = Wanted(v.smooth, v.entropy, v.argmax, v.ignored_rows)
     row = torch.ones(ROWS)
-    engine.partials(logits, target, weight, 1.0, wanted, torch.empty(len(wanted.rows), ROWS))
+    engine.partials(logits, target, weight, 1.0, 0.0, wanted, torch.empty(len(wanted.rows), ROWS))
     if v.dtype == DTYPES[0] and v.columns == COLUMNS[0]:
         _call_row_functions(v, target, wanted)
     if v.ignored_rows or (v.argmax and not v.entropy):
         return  # the other kernels know nothing of these
     parts = Coefficients(row, row, row if v.smooth else None, row if v.entropy else None)
-    engine.gradient(logits, row, row, target, parts, weight, 1.0, logits)
+    engine.gradient(logits, row, row, target, parts, weight, 1.0, 0.0, logits)
     if not v.smooth and not v.entropy:
-        engine.log_prob(logits, row, row, 1.0, logits)
+        engine.log_prob(logits, row, row, 1.0, 0.0, logits)
 
 
 def _call_row_functions(v: Variant, target: torch.Tensor, wanted: Wanted) -> None:
@@ -141,7 +141,8 @@ def _call_row_functions(v: Variant, target: torch.Tensor, wanted: Wanted) -> Non
     headers = torch.zeros(2, HEADER_LAYOUT.ints, dtype=torch.int32)
     slots = headers[0, HEADER_LAYOUT.static :].view(torch.int64)
     checksum = torch.zeros((), dtype=torch.int64) if v.weight else None
-    excuse = rows.sign(slots, target, torch.ones(2, ROWS), checksum, None, v.columns, -100)
+    content = torch.ones(2, ROWS)
+    excuse = rows.sign(slots, target, content, checksum, None, None, v.columns, -100)
     parts, shares = torch.ones(2, len(wanted.rows), ROWS), torch.ones(2)
     gathered = Gathered(parts, shares, headers[:, 0], headers)
     total = torch.ones(()) if v.weight else float(2 * v.columns)

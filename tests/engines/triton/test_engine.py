@@ -27,12 +27,12 @@ def _results(logits: Tensor, target: Tensor, wanted: Wanted = ALL) -> list[Tenso
     rows, columns = logits.shape
     weight = torch.linspace(0.5, 1.5, columns)
     out = torch.empty(len(wanted.rows), rows)
-    triton.partials(logits, target, weight, 1.2, wanted, out)
+    triton.partials(logits, target, weight, 1.2, 0.0, wanted, out)
     m, s = torch.full((rows,), 9.0), torch.full((rows,), 3.0)
     c = Coefficients(*(torch.full((rows,), value) for value in (1.1, 0.9, 0.01, 0.2)))
     grad, log_prob = torch.empty_like(logits), torch.empty_like(logits)
-    triton.gradient(logits, m, s, target, c, weight, 1.2, grad)
-    triton.log_prob(logits, m, s, 1.2, log_prob)
+    triton.gradient(logits, m, s, target, c, weight, 1.2, 0.0, grad)
+    triton.log_prob(logits, m, s, 1.2, 0.0, log_prob)
     return [out, grad, log_prob]
 
 
@@ -80,8 +80,8 @@ def _eager(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     c = Coefficients(*(torch.full((rows,), value).double() for value in (1.1, 0.9, 0.01, 0.2)))
     eager, scale = select("eager", x), float(torch.tensor(1.2))
     grad, log_prob = torch.empty_like(x), torch.empty_like(x)
-    eager.gradient(x, m, s, target, c, weight, scale, grad)
-    eager.log_prob(x, m, s, scale, log_prob)
+    eager.gradient(x, m, s, target, c, weight, scale, 0.0, grad)
+    eager.log_prob(x, m, s, scale, 0.0, log_prob)
     return grad, log_prob
 
 
@@ -117,7 +117,9 @@ def test_offsets_beyond_32_bits(apart: bool) -> None:
     dense, target = logits.clone(), torch.arange(len(logits)) % 3
     out, _, _ = _results(dense, target)
     wanted = [torch.empty_like(out)]
-    triton.partials(logits, target, torch.linspace(0.5, 1.5, logits.shape[1]), 1.2, ALL, wanted[0])
+    triton.partials(
+        logits, target, torch.linspace(0.5, 1.5, logits.shape[1]), 1.2, 0.0, ALL, wanted[0]
+    )
     assert _same(wanted, [out])
     _check_in_place(logits, dense, target)
 
@@ -127,7 +129,7 @@ def _check_in_place(logits: Tensor, dense: Tensor, target: Tensor) -> None:
     ones = torch.ones(rows)
     out = torch.empty_like(dense)
     for x, into in ((dense, out), (logits, logits)):
-        triton.gradient(x, ones, ones, target, Coefficients(ones, ones), None, 1.0, into)
+        triton.gradient(x, ones, ones, target, Coefficients(ones, ones), None, 1.0, 0.0, into)
     assert torch.equal(logits, out)
 
 
@@ -136,9 +138,9 @@ def test_what_is_read_has_the_type_that_the_kernels_expect() -> None:
     row = torch.ones(2)
     out = torch.empty(3, 2)
     with pytest.raises(TypeError, match=r"expected torch\.int64"):
-        triton.partials(logits, target.int(), None, 1.0, Wanted(), out)
+        triton.partials(logits, target.int(), None, 1.0, 0.0, Wanted(), out)
     with pytest.raises(TypeError, match=r"expected torch\.float32"):
-        triton.log_prob(logits, row, row.double(), 1.0, logits)
+        triton.log_prob(logits, row, row.double(), 1.0, 0.0, logits)
 
 
 # Which engine serves
@@ -167,5 +169,5 @@ def test_a_gradient_narrower_than_the_logits(columns: int) -> None:
     c = Coefficients(torch.full((5,), 1.1), torch.full((5,), 0.9))
     wide, narrow = torch.empty_like(logits), torch.empty(5, columns, dtype=torch.float16)
     for out in (wide, narrow):
-        triton.gradient(logits, m, s, target, c, None, 1.2, out)
+        triton.gradient(logits, m, s, target, c, None, 1.2, 0.0, out)
     assert torch.equal(narrow, wide.half())

@@ -84,7 +84,7 @@ def _named(wanted: Wanted, out: Tensor) -> dict[str, Tensor]:
 
 
 def _sum_is_off(logits: Tensor, *rest: Any) -> None:
-    rest[4][1] *= 1 + 1e-4
+    rest[5][1] *= 1 + 1e-4
 
 
 def _reads_ignored(logits: Tensor, target: Tensor, *rest: Any) -> tuple[Any, ...]:
@@ -92,7 +92,14 @@ def _reads_ignored(logits: Tensor, target: Tensor, *rest: Any) -> tuple[Any, ...
 
 
 def _last_of_a_tie(
-    logits: Tensor, target: Tensor, w: Any, scale: float, wanted: Wanted, out: Tensor, *_: Any
+    logits: Tensor,
+    target: Tensor,
+    w: Any,
+    scale: float,
+    softcap: float,
+    wanted: Wanted,
+    out: Tensor,
+    *_: Any,
 ) -> None:
     if wanted.argmax:
         last = logits.shape[1] - 1 - logits.flip(1).argmax(1)
@@ -100,13 +107,27 @@ def _last_of_a_tie(
 
 
 def _hides_nan(
-    logits: Tensor, target: Tensor, w: Any, scale: float, wanted: Wanted, out: Tensor, *_: Any
+    logits: Tensor,
+    target: Tensor,
+    w: Any,
+    scale: float,
+    softcap: float,
+    wanted: Wanted,
+    out: Tensor,
+    *_: Any,
 ) -> None:
     out[1].nan_to_num_(1.0)
 
 
 def _wrong_row(
-    logits: Tensor, target: Tensor, w: Any, scale: float, wanted: Wanted, out: Tensor, *_: Any
+    logits: Tensor,
+    target: Tensor,
+    w: Any,
+    scale: float,
+    softcap: float,
+    wanted: Wanted,
+    out: Tensor,
+    *_: Any,
 ) -> None:
     named = _named(wanted, out)
     if {"u", "t"} <= set(named):
@@ -114,14 +135,21 @@ def _wrong_row(
 
 
 def _minus_infinity_is_nan(
-    logits: Tensor, target: Tensor, w: Any, scale: float, wanted: Wanted, out: Tensor, *_: Any
+    logits: Tensor,
+    target: Tensor,
+    w: Any,
+    scale: float,
+    softcap: float,
+    wanted: Wanted,
+    out: Tensor,
+    *_: Any,
 ) -> None:
     out[1][out[0] == -torch.inf] = torch.nan
 
 
 def _writes_log_prob(*arguments: Any) -> None:
-    if len(arguments) > 6 and arguments[6] is not None:
-        arguments[6].zero_()
+    if len(arguments) > 7 and arguments[7] is not None:
+        arguments[7].zero_()
 
 
 def _spoils_logits(logits: Tensor, *_: Any) -> None:
@@ -144,44 +172,44 @@ def _no_weight(*arguments: Any) -> Any:
 
 def _multiplied_into(
     logits: Tensor, m: Tensor, s: Tensor, target: Tensor, c: Coefficients, w: Any, scale: float,
-    out: Tensor,
+    softcap: float, out: Tensor,
 ) -> None:  # fmt: skip
-    eager.gradient(logits, m, s, target.clamp(min=-1), c, w, scale, out)
+    eager.gradient(logits, m, s, target.clamp(min=-1), c, w, scale, softcap, out)
     out *= (target != IGNORED)[:, None]
 
 
 def _uses_all(
     logits: Tensor, m: Tensor, s: Tensor, target: Tensor, c: Coefficients, w: Any, scale: float,
-    out: Tensor,
+    softcap: float, out: Tensor,
 ) -> None:  # fmt: skip
     tiny = torch.finfo(m.dtype).tiny
     parts = (None if part is None else torch.where(part == 0, tiny, part) for part in c)
-    eager.gradient(logits, m, s, target, Coefficients(*parts), w, scale, out)  # type: ignore[arg-type]
+    eager.gradient(logits, m, s, target, Coefficients(*parts), w, scale, softcap, out)  # type: ignore[arg-type]
 
 
 def _rounded_twice(
     logits: Tensor, m: Tensor, s: Tensor, target: Tensor, c: Coefficients, w: Any, scale: float,
-    out: Tensor,
+    softcap: float, out: Tensor,
 ) -> None:  # fmt: skip
     owned = target >= 0
     off = torch.where(owned, c.target, 0.0).to(out.dtype)
-    eager.gradient(logits, m, s, torch.where(owned, -1, target), c, w, scale, out)
+    eager.gradient(logits, m, s, torch.where(owned, -1, target), c, w, scale, softcap, out)
     out.scatter_add_(1, target.clamp(min=0)[:, None], -off[:, None])
 
 
 def _beside_out(*arguments: Any) -> None:
-    base = arguments[7]._base
+    base = arguments[8]._base
     if base is not None:
         base[..., -1] = 1.0
 
 
 def _not_in_place(
     logits: Tensor, m: Tensor, s: Tensor, target: Tensor, c: Coefficients, w: Any, scale: float,
-    out: Tensor,
+    softcap: float, out: Tensor,
 ) -> None:  # fmt: skip
     if out.data_ptr() == logits.data_ptr():
         out.zero_()  # before the logits were read
-    eager.gradient(logits, m, s, target, c, w, scale, out)
+    eager.gradient(logits, m, s, target, c, w, scale, softcap, out)
 
 
 def _dense_only(logits: Tensor, *rest: Any) -> Any:
@@ -190,7 +218,24 @@ def _dense_only(logits: Tensor, *rest: Any) -> Any:
 
 
 def _zero_poison(*arguments: Any) -> None:
-    arguments[7].nan_to_num_(0.0)
+    arguments[8].nan_to_num_(0.0)
+
+
+def _caps_last(
+    logits: Tensor, target: Tensor, w: Any, scale: float, softcap: float, wanted: Wanted,
+    out: Tensor, *_: Any,
+) -> None:  # fmt: skip
+    factor = scale if softcap else 1.0
+    eager.partials(logits.float() * factor, target, w, scale / factor, softcap, wanted, out)
+
+
+def _no_squares(
+    logits: Tensor, target: Tensor, w: Any, scale: float, softcap: float, wanted: Wanted,
+    out: Tensor, *_: Any,
+) -> None:  # fmt: skip
+    named = _named(wanted, out)
+    if wanted.squares:
+        named["q"].copy_(named["s"])
 
 
 def _raises(*arguments: Any) -> None:
@@ -217,10 +262,15 @@ SABOTAGE = [
     ("beside", after("gradient", _beside_out), "gradient, 100 columns", "beside out"),
     ("in place", {"gradient": _not_in_place}, "gradient, 100 columns", "in place"),
     ("poison", after("gradient", _zero_poison), "gradient, poisoned rows", "s = NaN has numbers"),
-    ("scale", instead("log_prob", lambda x, m, s, scale, out: (x, m, s, 1.0, out)),
+    ("scale", instead("log_prob", lambda x, m, s, scale, *rest: (x, m, s, 1.0, *rest)),
      "log_prob, 100 columns", "log_prob: "),
-    ("sum", instead("log_prob", lambda x, m, s, scale, out: (x, m, s * 1.1, scale, out)),
+    ("sum", instead("log_prob", lambda x, m, s, *rest: (x, m, s * 1.1, *rest)),
      "log_prob, 1 columns", "log_prob: "),
+    ("cap", instead("gradient", lambda *a: (*a[:7], 0.0, a[8])), "softcap 5", "gradient: "),
+    ("cap last", {"partials": _caps_last}, "softcap 5", "m: "),
+    ("one scale", instead("log_prob", lambda x, m, s, scale, *rest: (x, m, s, 1.0, *rest)),
+     "scale, one a row", "log_prob: "),
+    ("squares", after("partials", _no_squares), "partials, 100 columns", "q: "),
     ("unwritten", {"log_prob": lambda *arguments: None}, "log_prob, 16 columns", "log_prob: "),
     ("dtypes", {"supports": lambda logits: False}, "dtype is served", "does not serve"),
 ]  # fmt: skip

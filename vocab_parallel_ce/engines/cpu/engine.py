@@ -4,8 +4,9 @@ The kernels (cpu_kernels) release the GIL and take rows [begin, end). The callin
 ``torch.get_num_threads() - 1`` others draw row ranges from one list until it is empty. A row is
 never split, so results do not depend on the number of threads.
 
-A shard with contiguous columns takes a fast kernel; label smoothing, entropy, argmax or any other
-stride takes a general one. Each is compiled at the first use of a dtype and cached on disk.
+A shard with contiguous columns takes a fast kernel; label smoothing, entropy, squares, argmax, a
+softcap or any other stride takes a general one. Each is compiled at the first use of a dtype and
+cached on disk.
 
 Numba's own ``parallel=True`` is not used: it changes ``torch.get_num_threads()`` behind the user's
 back, and its default scheduler aborts when two threads enter at once.
@@ -71,24 +72,30 @@ def partials(
     logits: Tensor,
     local_target: Tensor,
     weight: Tensor | None,
-    scale: float,
+    scale: float | Tensor,
+    softcap: float,
     wanted: Wanted,
     out: Tensor,
     log_prob_out: Tensor | None = None,
 ) -> None:
     """Row statistics; see contract.Engine.partials."""
     stored, arithmetic = logits.dtype, arithmetic_dtype(logits.dtype)
-    factor, token = _SCALARS[arithmetic](scale), _TOKENS[stored]
+    token = _TOKENS[stored]
+    scales, factor = _scales(scale, arithmetic)
     rows = _matrix(logits, stored), _vector(local_target, torch.int64)
     place = _vector(out, arithmetic)
-    plain = not (wanted.smooth or wanted.entropy or wanted.argmax)
-    if plain and factor > 0 and _contiguous(logits):
-        _run(_kernels().partials_fast, logits, *rows, wanted.ignored_rows, factor, token, place)
+    plain = len(wanted.rows) == 3 and softcap == 0
+    if plain and _contiguous(logits) and _positive(scale):
+        _run(
+            _kernels().partials_fast, logits, *rows, wanted.ignored_rows, scales, factor, token,
+            place,
+        )  # fmt: skip
         return
     weight = weight.contiguous() if wanted.smooth and weight is not None else None
     _run(
         _kernels().partials_general, logits, *rows, _vector(weight, arithmetic)[0],
-        wanted.smooth, wanted.entropy, wanted.argmax, wanted.ignored_rows, factor, token, place,
+        wanted.smooth, wanted.entropy, wanted.squares, wanted.argmax, wanted.ignored_rows, scales,
+        factor, float(softcap), token, place,
     )  # fmt: skip
 
 
@@ -99,29 +106,32 @@ def gradient(
     local_target: Tensor,
     coefficients: Coefficients,
     weight: Tensor | None,
-    scale: float,
+    scale: float | Tensor,
+    softcap: float,
     out: Tensor,
 ) -> None:
     """Gradient of the logits; see contract.Engine.gradient."""
     if out.dtype != logits.dtype:
-        _narrowed(logits, m, s, local_target, coefficients, weight, scale, out)
+        _narrowed(logits, m, s, local_target, coefficients, weight, scale, softcap, out)
         return
     stored, arithmetic = logits.dtype, arithmetic_dtype(logits.dtype)
-    factor, token = _SCALARS[arithmetic](scale), _TOKENS[stored]
+    token = _TOKENS[stored]
+    scales, factor = _scales(scale, arithmetic)
     softmax, target_part, smooth, entropy = coefficients
     source, place = _matrix(logits, stored), _matrix(out, stored)
     rows = (
         _vector(local_target, torch.int64), _vector(m, arithmetic), _vector(s, arithmetic),
         _vector(softmax, arithmetic), _vector(target_part, arithmetic),
     )  # fmt: skip
-    plain = smooth is None and entropy is None
+    plain = smooth is None and entropy is None and softcap == 0
     if plain and factor == factor and _contiguous(logits) and _contiguous(out):
-        _run(_kernels().gradient_fast, logits, source, *rows, factor, token, place)
+        _run(_kernels().gradient_fast, logits, source, *rows, scales, factor, token, place)
         return
     weight = weight.contiguous() if smooth is not None and weight is not None else None
     _run(
         _kernels().gradient_general, logits, source, *rows, _vector(smooth, arithmetic),
-        _vector(entropy, arithmetic), _vector(weight, arithmetic)[0], factor, token, place,
+        _vector(entropy, arithmetic), _vector(weight, arithmetic)[0], scales, factor,
+        float(softcap), token, place,
     )  # fmt: skip
 
 
@@ -132,7 +142,8 @@ def _narrowed(
     local_target: Tensor,
     coefficients: Coefficients,
     weight: Tensor | None,
-    scale: float,
+    scale: float | Tensor,
+    softcap: float,
     out: Tensor,
 ) -> None:
     """``gradient`` of a few rows at a time beside the logits, and from there into ``out``."""
@@ -147,17 +158,23 @@ def _narrowed(
             None if entropy is None else entropy[rows],
         )
         beside = torch.empty_like(logits[rows], memory_format=torch.contiguous_format)
-        gradient(logits[rows], m[rows], s[rows], local_target[rows], some, weight, scale, beside)
+        each = scale[rows] if isinstance(scale, Tensor) else scale
+        of_rows = (logits[rows], m[rows], s[rows], local_target[rows], some)
+        gradient(*of_rows, weight, each, softcap, beside)
         out[rows] = beside
 
 
-def log_prob(logits: Tensor, m: Tensor, s: Tensor, scale: float, out: Tensor) -> None:
+def log_prob(
+    logits: Tensor, m: Tensor, s: Tensor, scale: float | Tensor, softcap: float, out: Tensor
+) -> None:
     """Log-probabilities; see contract.Engine.log_prob."""
     stored, arithmetic = logits.dtype, arithmetic_dtype(logits.dtype)
-    factor, token = _SCALARS[arithmetic](scale), _TOKENS[stored]
+    token = _TOKENS[stored]
+    scales, factor = _scales(scale, arithmetic)
     source, place = _matrix(logits, stored), _matrix(out, stored)
     rows = _vector(m, arithmetic), _vector(s, arithmetic)
-    _run(_kernels().log_prob, logits, source, *rows, factor, token, place)
+    cap = float(softcap)
+    _run(_kernels().log_prob, logits, source, *rows, scales, factor, cap, token, place)
 
 
 # What kernels take: addresses, steps in bytes, scalars whose type tells how elements are stored
@@ -170,6 +187,17 @@ def _kernels() -> Any:
 
 def _contiguous(tensor: Tensor) -> bool:
     return tensor.stride(1) == 1 or tensor.shape[1] == 1
+
+
+def _scales(scale: float | Tensor, arithmetic: torch.dtype) -> tuple[tuple[int, int], Any]:
+    """(a vector of one a row, a number for all of them): the second counts where there is none."""
+    if isinstance(scale, Tensor):
+        return _vector(scale, arithmetic), _SCALARS[arithmetic](1.0)
+    return (0, 0), _SCALARS[arithmetic](scale)
+
+
+def _positive(scale: float | Tensor) -> bool:
+    return bool((scale > 0).all()) if isinstance(scale, Tensor) else scale > 0
 
 
 def _vector(tensor: Tensor | None, dtype: torch.dtype) -> tuple[int, int]:

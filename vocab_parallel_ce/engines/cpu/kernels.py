@@ -6,12 +6,13 @@ take one pass a block: the sum of e^(x - base) is formed together with the block
 ``base`` is a maximum seen earlier. Only if the block rises above it is the block, still in the
 first-level cache, summed again. The last columns, which fill no vector, go through a buffer.
 
-The general kernels first copy each block, times ``scale``, into a buffer on the stack, whatever
-the strides, and then make one short pass over it for each thing that is wanted. All gradient
-kernels read an element before they write it, so ``out`` may be the logits themselves.
+The general kernels first copy each block, capped and times ``scale``, into a buffer on the stack,
+whatever the strides, and then make one short pass over it for each thing that is wanted. All
+gradient kernels read an element before they write it, so ``out`` may be the logits themselves.
 
 Arrays arrive as an address and steps in bytes, so one compilation serves every layout. ``token``
-tells how logits are stored (see cpu_lanes), ``scale`` has the arithmetic type and is its token.
+tells how logits are stored (see lanes), ``scale`` has the arithmetic type and is its token. It is
+the scale of every row, unless ``scales`` has one a row. ``cap`` is the softcap, 0 for none.
 Scalars of a row are fp64 and hold fp32 values where the contract wants fp32.
 """
 
@@ -37,11 +38,13 @@ from vocab_parallel_ce.engines.cpu.lanes import (
     load_pair,
     multiply_add,
     number,
+    quotient,
     read,
     scratch,
     size_of,
     store,
     store_pair,
+    tanh,
     total,
     where_less,
     write,
@@ -107,6 +110,17 @@ def block_entropy(address: int, count: int, m: float, token: Any) -> Any:
         t2 = where_less(0.0, e2, multiply_add(e2, d2, t2), t2 + e2)
         address += PAIR * size_of(token)
     return total(s) + total(s2), total(t) + total(t2)
+
+
+@helper
+def block_squares(address: int, count: int, m: float, token: Any) -> Any:
+    """sum e^(x - m)^2"""
+    q = lanes_of(0.0, token)
+    for _ in range(count // LANES):
+        e = exp(load(address, token) - m, token)
+        q = q + e * e
+        address += LANES * size_of(token)
+    return total(q)
 
 
 @helper
@@ -207,6 +221,43 @@ def gather(buffer: int, address: int, step: int, count: int, scale: float, token
 
 
 @helper
+def gather_x(
+    buffer: int,
+    slopes: int,
+    address: int,
+    step: int,
+    count: int,
+    scale: float,
+    cap: float,
+    token: Any,
+) -> None:
+    """``gather`` under a cap, if there is one; then ``slopes``, unless 0, gets that of each."""
+    if cap == 0.0:
+        gather(buffer, address, step, count, scale, token)
+        return
+    size = size_of(scale)
+    gather(buffer, address, step, count, number(1.0, scale), token)
+    cap_here = number(cap, scale)
+    for i in range(0, count, LANES):
+        t = tanh(quotient(load(buffer + i * size, scale), cap), scale)
+        if slopes != 0:
+            store(slopes + i * size, 1.0 - t * t, scale)
+        store(buffer + i * size, t * cap_here * scale, scale)
+    for i in range(count, -(-count // PAIR) * PAIR):  # the cap made -cap of them
+        write(buffer + i * size, -INFINITY, scale)
+
+
+@helper
+def multiply_by_slopes(buffer: int, slopes: int, count: int, token: Any) -> None:
+    """``count`` up to a multiple of LANES."""
+    step = LANES * size_of(token)
+    for _ in range(-(-count // LANES)):
+        store(buffer, load(buffer, token) * load(slopes, token), token)
+        buffer += step
+        slopes += step
+
+
+@helper
 def scatter(
     address: int, step: int, buffer: int, count: int, arithmetic: float, token: Any
 ) -> None:
@@ -271,8 +322,14 @@ def fold(
 
 @helper
 def target_logit(address: int, step: int, columns: int, y: int, scale: float, token: Any) -> float:
-    """x at the target, 0 when it lives elsewhere."""
+    """x at the target, 0 when it lives elsewhere; without a cap."""
     return np.float64(read(address + y * step, token) * scale) if 0 <= y < columns else 0.0
+
+
+@helper
+def scale_of(scales: Vector, row: int, scale: float) -> Any:
+    """One row's scale."""
+    return read(scales[0] + row * scales[1], scale) if scales[0] != 0 else scale
 
 
 @helper
@@ -284,15 +341,16 @@ def write_target(
     target: float,
     smooth: float,
     entropy: float,
+    slope: float,
     arithmetic: float,
     token: Any,
 ) -> None:
-    """The gradient of the target's column, where x - m = d."""
+    """The gradient of the target's column, where x - m = d and the cap has this slope."""
     p = math.exp(d) / s
     value = p * softmax - target - smooth
     if entropy != 0.0 and not p <= 0.0:
         value -= p * (d - math.log(s)) * entropy
-    write(address, number(value, arithmetic), token)
+    write(address, number(value * slope, arithmetic), token)
 
 
 # The kernels. ``out`` of the partials is the first statistic and the step to the next
@@ -306,15 +364,17 @@ def partials_fast(
     logits: Matrix,
     target: Vector,
     ignored_rows: bool,
-    scale: float,
+    scales: Vector,
+    every_scale: float,
     token: Any,
     out: Vector,
 ) -> None:
-    """m, s and x_y; contiguous columns, scale > 0."""
+    """m, s and x_y; contiguous columns, every scale > 0, no cap."""
     size = size_of(token)
     full = columns // PAIR * PAIR
-    tail = scratch(scale)
+    tail = scratch(every_scale)
     for row in range(begin, end):
+        scale = scale_of(scales, row, every_scale)
         y = read(target[0] + row * target[1], INT64)
         m, base, s, x = -INFINITY, -INFINITY, 0.0, 0.0
         if y == IGNORED and not ignored_rows:
@@ -347,17 +407,19 @@ def gradient_fast(
     s: Vector,
     softmax: Vector,
     target_part: Vector,
-    scale: float,
+    scales: Vector,
+    every_scale: float,
     token: Any,
     out: Matrix,
 ) -> None:
-    """Softmax and target parts only; contiguous columns of logits and out."""
+    """Softmax and target parts only; contiguous columns of logits and out, no cap."""
     size = size_of(token)
     full = columns // PAIR * PAIR
     rest = columns - full
-    tail = scratch(scale)
-    one = number(1.0, scale)
+    tail = scratch(every_scale)
+    one = number(1.0, every_scale)
     for row in range(begin, end):
+        scale = scale_of(scales, row, every_scale)
         source = logits[0] + row * logits[1]
         destination = out[0] + row * out[1]
         y = read(target[0] + row * target[1], INT64)
@@ -376,7 +438,9 @@ def gradient_fast(
             scatter(destination + full * size, size, tail, rest, scale, token)
         if 0 <= y < columns:
             place = destination + y * size
-            write_target(place, x - row_m, row_s, row_softmax, row_target, 0.0, 0.0, scale, token)
+            write_target(
+                place, x - row_m, row_s, row_softmax, row_target, 0.0, 0.0, 1.0, scale, token
+            )
 
 
 @kernel
@@ -389,30 +453,36 @@ def partials_general(
     weight: int,
     smooth: bool,
     entropy: bool,
+    squares: bool,
     argmax: bool,
     ignored_rows: bool,
-    scale: float,
+    scales: Vector,
+    every_scale: float,
+    cap: float,
     token: Any,
     out: Vector,
 ) -> None:
     """Any statistics, any strides."""
-    size = size_of(scale)
+    size = size_of(every_scale)
     step = logits[2]
-    buffer = scratch(scale)
-    one = number(1.0, scale)
+    buffer = scratch(every_scale)
+    one = number(1.0, every_scale)
     for row in range(begin, end):
+        scale = scale_of(scales, row, every_scale)
         y = read(target[0] + row * target[1], INT64)
-        m, s, x, u, t, best = -INFINITY, 0.0, 0.0, 0.0, 0.0, -1
+        m, s, x, u, t, q, best = -INFINITY, 0.0, 0.0, 0.0, 0.0, 0.0, -1
         if y == IGNORED and not ignored_rows:
             m = 0.0
         else:
             address = logits[0] + row * logits[1]
-            x = target_logit(address, step, columns, y, scale, token)
+            if 0 <= y < columns:
+                gather_x(buffer, 0, address + y * step, step, 1, scale, cap, token)
+                x = np.float64(read(buffer, scale))
             weights = 0.0
             for start in range(0, columns, BLOCK):
                 count = min(BLOCK, columns - start)
                 padded = -(-count // PAIR) * PAIR
-                gather(buffer, address + start * step, step, count, scale, token)
+                gather_x(buffer, 0, address + start * step, step, count, scale, cap, token)
                 top = np.float64(block_max(buffer, padded, scale))
                 if argmax and (top > m or best < 0):
                     for i in range(count):
@@ -422,8 +492,10 @@ def partials_general(
                 if top > m:
                     u += weights * (reference(m) - top)
                     if m > -INFINITY:
-                        t = math.exp(m - top) * (t + s * (m - top))
-                        s *= math.exp(m - top)
+                        shrink = math.exp(m - top)
+                        t = shrink * (t + s * (m - top))
+                        s *= shrink
+                        q *= shrink * shrink
                     m = top
                 base = reference(m)
                 if entropy:
@@ -432,6 +504,8 @@ def partials_general(
                 else:
                     _, more_s = block_max_sum(buffer, padded, one, base, scale)
                 s += more_s
+                if squares:
+                    q += block_squares(buffer, padded, base, scale)
                 if smooth:
                     w = weight + start * size if weight != 0 else 0
                     more_u, more_w = block_smooth(buffer, count, base, w, scale)
@@ -447,6 +521,9 @@ def partials_general(
             place += out[1]
         if entropy:
             write(place, t, scale)
+            place += out[1]
+        if squares:
+            write(place, q, scale)
             place += out[1]
         if argmax and size == 4:
             write(place, max(best, 0), INT32)
@@ -468,15 +545,18 @@ def gradient_general(
     smooth: Vector,
     entropy: Vector,
     weight: int,
-    scale: float,
+    scales: Vector,
+    every_scale: float,
+    cap: float,
     token: Any,
     out: Matrix,
 ) -> None:
     """Any parts, any strides."""
-    size = size_of(scale)
-    buffer = scratch(scale)
-    one = number(1.0, scale)
+    size = size_of(every_scale)
+    buffer, slopes = scratch(every_scale), scratch(every_scale)
+    one = number(1.0, every_scale)
     for row in range(begin, end):
+        scale = scale_of(scales, row, every_scale)
         source = logits[0] + row * logits[1]
         destination = out[0] + row * out[1]
         y = read(target[0] + row * target[1], INT64)
@@ -490,11 +570,17 @@ def gradient_general(
         row_m, row_s = item(m, row, scale), item(s, row, scale)
         factor, bend, log_s = row_softmax / row_s, row_entropy / row_s, math.log(row_s)
         # Read before it is overwritten.
-        x = target_logit(source, logits[2], columns, y, scale, token)
+        x, slope = 0.0, 1.0
+        if 0 <= y < columns:
+            gather_x(buffer, slopes, source + y * logits[2], logits[2], 1, scale, cap, token)
+            x = np.float64(read(buffer, scale))
+            if cap != 0.0:
+                slope = np.float64(read(slopes, scale))
         for start in range(0, columns, BLOCK):
             count = min(BLOCK, columns - start)
             padded = -(-count // PAIR) * PAIR
-            gather(buffer, source + start * logits[2], logits[2], count, scale, token)
+            place = source + start * logits[2]
+            gather_x(buffer, slopes, place, logits[2], count, scale, cap, token)
             if entropy[0] != 0:
                 block_entropy_gradient(buffer, padded, row_m, log_s, factor, bend, scale)
             else:
@@ -502,14 +588,17 @@ def gradient_general(
             if smooth[0] != 0:
                 w = weight + start * size if weight != 0 else 0
                 subtract_smooth(buffer, count, w, row_smooth, scale)
+            if cap != 0.0:
+                multiply_by_slopes(buffer, slopes, count, scale)
             scatter(destination + start * out[2], out[2], buffer, count, scale, token)
         if 0 <= y < columns:
             if weight != 0:
                 row_smooth *= read(weight + y * size, scale)
             place, d = destination + y * out[2], x - row_m
             write_target(
-                place, d, row_s, row_softmax, row_target, row_smooth, row_entropy, scale, token
-            )
+                place, d, row_s, row_softmax, row_target, row_smooth, row_entropy, slope, scale,
+                token,
+            )  # fmt: skip
 
 
 @kernel
@@ -520,20 +609,24 @@ def log_prob(
     logits: Matrix,
     m: Vector,
     s: Vector,
-    scale: float,
+    scales: Vector,
+    every_scale: float,
+    cap: float,
     token: Any,
     out: Matrix,
 ) -> None:
     """x - m - log s; any strides."""
-    size = size_of(scale)
-    buffer = scratch(scale)
+    size = size_of(every_scale)
+    buffer = scratch(every_scale)
     for row in range(begin, end):
+        scale = scale_of(scales, row, every_scale)
         source = logits[0] + row * logits[1]
         destination = out[0] + row * out[1]
         row_m, log_s = item(m, row, scale), math.log(item(s, row, scale))
         for start in range(0, columns, BLOCK):
             count = min(BLOCK, columns - start)
-            gather(buffer, source + start * logits[2], logits[2], count, scale, token)
+            address = source + start * logits[2]
+            gather_x(buffer, 0, address, logits[2], count, scale, cap, token)
             for i in range(0, count, LANES):
                 place = buffer + i * size
                 store(place, load(place, scale) - row_m - log_s, scale)

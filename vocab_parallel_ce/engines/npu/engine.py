@@ -3,6 +3,7 @@
     operator.py     npu_cross_entropy_loss, the fused operator of every CANN
     max_sum.py      CANN 8.5.0's kernel for sharded vocabularies, a third of the traffic
     triton_way.py   Triton kernels for Ascend, for who asks for them
+    extra.py        a pass before any of them: softcap, a scale for each row, sums of squares
 
 Every way works on chunks of rows and on [N] vectors around them; none writes a whole row to change
 one element of it (``target_column``), and none looks at a value on the host. None was ever run on a
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..contract import Coefficients, RowFunctions, Wanted
-from . import choice, operator
+from . import choice, extra, operator
 from .chunks import scratch_bytes
 
 ROW_FUNCTIONS: RowFunctions | None = None
@@ -64,12 +65,20 @@ def partials(
     logits: Tensor,
     local_target: Tensor,
     weight: Tensor | None,
-    scale: float,
+    scale: float | Tensor,
+    softcap: float,
     wanted: Wanted,
     out: Tensor,
     log_prob_out: Tensor | None = None,
 ) -> None:
     """See ``contract.Engine``."""
+    more = extra.Extra(scale, softcap)
+    if more.on or wanted.squares:
+        way = choice.way_for(torch.float32)
+        extra.partials(way, logits, local_target, weight, more, wanted, out)
+        if log_prob_out is not None:
+            extra.log_prob(way, logits, out[0], out[1], more, log_prob_out)
+        return
     way = choice.way_for(logits.dtype) if log_prob_out is None else operator
     way.partials(logits, local_target, weight, scale, wanted, out, log_prob_out)
 
@@ -81,14 +90,26 @@ def gradient(
     local_target: Tensor,
     coefficients: Coefficients,
     weight: Tensor | None,
-    scale: float,
+    scale: float | Tensor,
+    softcap: float,
     out: Tensor,
 ) -> None:
     """See ``contract.Engine``."""
+    more = extra.Extra(scale, softcap)
+    if more.on:
+        way = choice.way_for(torch.float32)
+        extra.gradient(way, logits, m, s, local_target, coefficients, weight, more, out)
+        return
     way = choice.way_for(logits.dtype)
     way.gradient(logits, m, s, local_target, coefficients, weight, scale, out)
 
 
-def log_prob(logits: Tensor, m: Tensor, s: Tensor, scale: float, out: Tensor) -> None:
+def log_prob(
+    logits: Tensor, m: Tensor, s: Tensor, scale: float | Tensor, softcap: float, out: Tensor
+) -> None:
     """See ``contract.Engine``."""
+    more = extra.Extra(scale, softcap)
+    if more.on:
+        extra.log_prob(choice.way_for(torch.float32), logits, m, s, more, out)
+        return
     choice.way_for(logits.dtype).log_prob(logits, m, s, scale, out)

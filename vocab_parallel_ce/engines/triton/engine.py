@@ -94,7 +94,8 @@ def partials(
     logits: Tensor,
     local_target: Tensor,
     weight: Tensor | None,
-    scale: float,
+    scale: float | Tensor,
+    softcap: float,
     wanted: Wanted,
     out: Tensor,
     log_prob_out: Tensor | None = None,
@@ -106,10 +107,11 @@ def partials(
     with on_device_of(logits):
         _kernels().row_partials[(min(rows, _LARGEST_GRID),)](
             logits, _phase(logits), *logits.stride(), _vector(local_target, torch.int64), weight,
-            out, typed(out, torch.int32), out.stride(0), rows, columns, float(scale),
+            out, typed(out, torch.int32), out.stride(0), rows, columns, *_numbers(scale, softcap),
             LANES=shape.block // shape.word, VEC=shape.word, APART=_apart(logits),
             WEIGHTED=weight is not None, SMOOTH=wanted.smooth, ENTROPY=wanted.entropy,
-            ARGMAX=wanted.argmax, IGNORED_ROWS=wanted.ignored_rows, num_warps=shape.warps,
+            SQUARES=wanted.squares, ARGMAX=wanted.argmax, IGNORED_ROWS=wanted.ignored_rows,
+            ROW_SCALE=isinstance(scale, Tensor), CAPPED=softcap != 0, num_warps=shape.warps,
         )  # fmt: skip
 
 
@@ -120,7 +122,8 @@ def gradient(
     local_target: Tensor,
     coefficients: Coefficients,
     weight: Tensor | None,
-    scale: float,
+    scale: float | Tensor,
+    softcap: float,
     out: Tensor,
 ) -> None:
     """See ``contract.Engine``."""
@@ -128,20 +131,22 @@ def gradient(
     smooth, entropy = coefficients.smooth is not None, coefficients.entropy is not None
     weight = weight.contiguous() if smooth and weight is not None else None
     _elementwise(
-        _kernels().row_gradient, logits, m, s, out, scale,
+        _kernels().row_gradient, logits, m, s, out, scale, softcap,
         _vector(local_target, torch.int64), *parts, weight,
         SMOOTH=smooth, ENTROPY=entropy, WEIGHTED=weight is not None,
     )  # fmt: skip
 
 
-def log_prob(logits: Tensor, m: Tensor, s: Tensor, scale: float, out: Tensor) -> None:
+def log_prob(
+    logits: Tensor, m: Tensor, s: Tensor, scale: float | Tensor, softcap: float, out: Tensor
+) -> None:
     """See ``contract.Engine``."""
-    _elementwise(_kernels().row_log_prob, logits, m, s, out, scale)
+    _elementwise(_kernels().row_log_prob, logits, m, s, out, scale, softcap)
 
 
 def _elementwise(
-    kernel: Any, logits: Tensor, m: Tensor, s: Tensor, out: Tensor, scale: float, *row_values: Any,
-    **flags: bool,
+    kernel: Any, logits: Tensor, m: Tensor, s: Tensor, out: Tensor, scale: float | Tensor,
+    softcap: float, *row_values: Any, **flags: bool,
 ) -> None:  # fmt: skip
     """Run a kernel that writes ``out`` column by column; long rows are shared by programs."""
     rows, columns = logits.shape
@@ -154,7 +159,8 @@ def _elementwise(
         kernel[(min(rows, _LARGEST_GRID), -(-columns // part))](
             logits, _phase(logits), *logits.stride(), _vector(m, torch.float32),
             _vector(s, torch.float32), *row_values, out, *out.stride(), rows, columns, part,
-            float(scale), BLOCK=shape.block, VEC=shape.word, APART=apart, OUT_ALIGNED=aligned,
+            *_numbers(scale, softcap), BLOCK=shape.block, VEC=shape.word, APART=apart,
+            OUT_ALIGNED=aligned, ROW_SCALE=isinstance(scale, Tensor), CAPPED=softcap != 0,
             num_warps=shape.warps, **flags,
         )  # fmt: skip
 
@@ -180,6 +186,13 @@ def _shape(columns: int, dtype: torch.dtype, most_warps: int) -> _Shape:
 @cache
 def _kernels() -> Any:
     return import_module("vocab_parallel_ce.engines.triton.kernels")
+
+
+def _numbers(scale: float | Tensor, softcap: float) -> tuple[Tensor | None, float, float]:
+    """(one scale a row, or the scale of all of them, the cap)"""
+    if isinstance(scale, Tensor):
+        return _vector(scale, torch.float32), 1.0, float(softcap)
+    return None, float(scale), float(softcap)
 
 
 def _vector(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -75,9 +75,38 @@ def _exp(d):
 
 
 @triton.jit
+def _tanh(y):
+    """tanh: y + y^3 P(y^2) below 0.625, as in Cephes, else by the exponential."""
+    e = _exp(-2 * tl.abs(y))
+    far = 1 - 2 * e / (1 + e)
+    far = tl.where(y < 0, -far, far)
+    z = y * y
+    p = (-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2
+    p = (p * z + 1.33314422036e-1) * z - 3.33332819422e-1
+    return tl.where(tl.abs(y) > 0.625, far, y + y * z * p)
+
+
+@triton.jit
+def _x(logits, scale, cap, CAPPED: tl.constexpr):
+    """x in fp32 of logits as they lie."""
+    x = logits.to(tl.float32)
+    if CAPPED:
+        x = cap * _tanh(x / cap)
+    return x * scale
+
+
+@triton.jit
+def _scale_of(scales, row, scale, ROW_SCALE: tl.constexpr):
+    if ROW_SCALE:
+        scale = tl.load(scales + row)
+    return scale
+
+
+@triton.jit
 def _add(
-    m, s, u, t, w, best, x, columns, inside, weight,
-    WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, ENTROPY: tl.constexpr, ARGMAX: tl.constexpr,
+    m, s, u, t, w, q, best, x, columns, inside, weight,
+    WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr,
+    ARGMAX: tl.constexpr,
 ):  # fmt: skip
     """Take x [L, V] into the statistics of L lanes: one exponential an element and one a lane.
 
@@ -93,6 +122,8 @@ def _add(
         # After s: shift * s may overflow where keep is 0.
         t = t * keep + shift * s + tl.sum(tl.where(e == 0, 0.0, e * d), 1)
     s += tl.sum(e, 1)
+    if SQUARES:
+        q = q * keep * keep + tl.sum(e * e, 1)
     if SMOOTH:
         here = tl.where(inside, 1.0, tl.zeros_like(x))
         if WEIGHTED:
@@ -102,16 +133,16 @@ def _add(
     if ARGMAX:
         first = tl.min(tl.where(x == top[:, None], columns, NO_COLUMN), 1)
         best = tl.where(top > m, first, tl.minimum(best, first))
-    return top, s, u, t, w, best
+    return top, s, u, t, w, q, best
 
 
 @triton.jit(do_not_specialize=[*_NUMBERS, "out_stride"])
 def row_partials(
     logits, phase, row_stride, col_stride, local_target, weight, out, out_bits, out_stride,
-    n_rows, n_cols, scale,
+    n_rows, n_cols, scales, every_scale, cap,
     LANES: tl.constexpr, VEC: tl.constexpr, APART: tl.constexpr, WEIGHTED: tl.constexpr,
-    SMOOTH: tl.constexpr, ENTROPY: tl.constexpr, ARGMAX: tl.constexpr,
-    IGNORED_ROWS: tl.constexpr,
+    SMOOTH: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, ARGMAX: tl.constexpr,
+    IGNORED_ROWS: tl.constexpr, ROW_SCALE: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """``partials`` of the contract: out[i, row] = out + i * out_stride + row; grid (rows,)."""
     UNREAD: tl.constexpr = NOTHING if IGNORED_ROWS else IGNORED
@@ -119,38 +150,41 @@ def row_partials(
     in_lane = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
     for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         target = tl.load(local_target + row)
+        scale = _scale_of(scales, row, every_scale, ROW_SCALE)
         x_y = 0.0
-        m_row, s_row, u_row, t_row = 0.0, 0.0, 0.0, 0.0
+        m_row, s_row, u_row, t_row, q_row = 0.0, 0.0, 0.0, 0.0, 0.0
         best_row = 0
         if target != UNREAD:
             offset = _offset(row, row_stride, 0, 0)
             head, body = _edges(phase, offset, n_cols, VEC)
             here = target >= ELSEWHERE_OR_IGNORED
-            x_y = tl.load(
+            z_y = tl.load(
                 logits + offset + tl.where(here, target, 0) * col_stride, mask=here, other=0.0
-            ).to(tl.float32) * scale  # fmt: skip
+            )
+            x_y = tl.where(here, _x(z_y, scale, cap, CAPPED), 0.0)
 
             m = tl.full([LANES], LOWEST, tl.float32)
             s, u, t = tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m)
-            w = tl.zeros_like(m)
+            w, q = tl.zeros_like(m), tl.zeros_like(m)
             best = tl.full([LANES], NO_COLUMN, tl.int32)
             if body < n_cols:
                 # The edges are one more lane, which then begins as lane 0.
                 columns, inside = _edge_columns(head, body, n_cols, VEC)
                 columns, inside = columns[None, :], inside[None, :]
                 source = logits + offset + _steps(columns, col_stride, APART)
-                x = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-                x = tl.where(inside, x * scale, -float("inf"))
+                x = _x(tl.load(source, mask=inside, other=0.0), scale, cap, CAPPED)
+                x = tl.where(inside, x, -float("inf"))
                 one = tl.full([1], LOWEST, tl.float32)
                 zero = tl.zeros_like(one)
                 none = tl.full([1], NO_COLUMN, tl.int32)
-                m1, s1, u1, t1, w1, b1 = _add(
-                    one, zero, zero, zero, zero, none, x, columns, inside, weight,
-                    WEIGHTED, SMOOTH, ENTROPY, ARGMAX,
+                m1, s1, u1, t1, w1, q1, b1 = _add(
+                    one, zero, zero, zero, zero, zero, none, x, columns, inside, weight,
+                    WEIGHTED, SMOOTH, ENTROPY, SQUARES, ARGMAX,
                 )  # fmt: skip
                 m, s = tl.where(lane == 0, m1, m), tl.where(lane == 0, s1, s)
                 u, t = tl.where(lane == 0, u1, u), tl.where(lane == 0, t1, t)
                 w, best = tl.where(lane == 0, w1, w), tl.where(lane == 0, b1, best)
+                q = tl.where(lane == 0, q1, q)
 
             source = logits + offset + head * col_stride
             if not APART:
@@ -161,13 +195,14 @@ def row_partials(
                 words, columns = ahead, begin + in_lane
                 ahead = _words(source, columns + LANES * VEC, body, col_stride, APART)
                 inside = begin + lane * VEC < body  # all of a word or none of it
-                m2, s2, u2, t2, w2, b2 = _add(
-                    m, s, u, t, w, best, words.to(tl.float32) * scale, head + columns,
-                    inside[:, None], weight, WEIGHTED, SMOOTH, ENTROPY, ARGMAX,
+                m2, s2, u2, t2, w2, q2, b2 = _add(
+                    m, s, u, t, w, q, best, _x(words, scale, cap, CAPPED), head + columns,
+                    inside[:, None], weight, WEIGHTED, SMOOTH, ENTROPY, SQUARES, ARGMAX,
                 )  # fmt: skip
                 m, s = tl.where(inside, m2, m), tl.where(inside, s2, s)
                 u, t = tl.where(inside, u2, u), tl.where(inside, t2, t)
                 w, best = tl.where(inside, w2, w), tl.where(inside, b2, best)
+                q = tl.where(inside, q2, q)
 
             top = tl.max(m, 0)
             shift = tl.maximum(m - top, LOWEST)
@@ -178,6 +213,8 @@ def row_partials(
                 u_row = tl.sum(u + w * shift, 0)
             if ENTROPY:
                 t_row = tl.sum(t * _exp(shift) + shift * s, 0)
+            if SQUARES:
+                q_row = tl.sum(q * _exp(shift) * _exp(shift), 0)
             if ARGMAX:
                 best_row = tl.min(tl.where(m == top, best, NO_COLUMN), 0)
                 best_row = tl.where(best_row == NO_COLUMN, 0, best_row)
@@ -189,18 +226,22 @@ def row_partials(
             tl.store(place + 3 * out_stride, u_row)
         if ENTROPY:
             tl.store(place + (3 + SMOOTH) * out_stride, t_row)
+        if SQUARES:
+            tl.store(place + (3 + SMOOTH + ENTROPY) * out_stride, q_row)
         if ARGMAX:
-            tl.store(out_bits + row + (3 + SMOOTH + ENTROPY) * out_stride, best_row)
+            tl.store(out_bits + row + (3 + SMOOTH + ENTROPY + SQUARES) * out_stride, best_row)
 
 
 @triton.jit
 def _gradient_block(
-    source, goal, columns, inside, weight, scale, m, log_s, softmax, target, target_part, smooth,
-    entropy, SMOOTH: tl.constexpr, ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr,
+    source, goal, columns, inside, weight, scale, cap, m, log_s, softmax, target, target_part,
+    smooth, entropy, SMOOTH: tl.constexpr, ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Some columns of a row; ``softmax`` and ``entropy`` come divided by s."""
     read = inside & (target != IGNORED)
-    d = tl.load(source, mask=read, other=0.0).to(tl.float32) * scale - m
+    z = tl.load(source, mask=read, other=0.0)
+    d = _x(z, scale, cap, CAPPED) - m
     e = _exp(d)
     if ENTROPY:
         # A column without probability adds 0, never 0 * -inf.
@@ -212,6 +253,9 @@ def _gradient_block(
             dx -= smooth * tl.load(weight + columns, mask=read, other=0.0)
         else:
             dx -= smooth
+    if CAPPED:
+        bent = _tanh(z.to(tl.float32) / cap)
+        dx *= 1 - bent * bent
     # Of an ignored row everything may be NaN, so its zeros are chosen, not multiplied.
     dx = tl.where(target == IGNORED, 0.0, dx)
     tl.store(goal, dx.to(goal.dtype.element_ty), mask=inside)
@@ -221,9 +265,10 @@ def _gradient_block(
 def row_gradient(
     logits, phase, row_stride, col_stride, m, s, local_target,
     softmax, target_part, smooth, entropy, weight,
-    out, out_row_stride, out_col_stride, n_rows, n_cols, part_columns, scale,
+    out, out_row_stride, out_col_stride, n_rows, n_cols, part_columns, scales, every_scale, cap,
     BLOCK: tl.constexpr, VEC: tl.constexpr, APART: tl.constexpr, OUT_ALIGNED: tl.constexpr,
-    SMOOTH: tl.constexpr, ENTROPY: tl.constexpr, WEIGHTED: tl.constexpr,
+    ROW_SCALE: tl.constexpr, CAPPED: tl.constexpr, SMOOTH: tl.constexpr, ENTROPY: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """``gradient`` of the contract; grid (rows, parts of ``part_columns`` columns).
 
@@ -236,6 +281,7 @@ def row_gradient(
         out_offset = _offset(row, out_row_stride, begin, out_col_stride)
         head, body = _edges(phase, offset, size, VEC)
         target = tl.load(local_target + row).to(tl.int32)
+        scale = _scale_of(scales, row, every_scale, ROW_SCALE)
         s_row = tl.load(s + row)
         m_row, log_s = tl.load(m + row), tl.log(s_row)
         softmax_row, target_row = tl.load(softmax + row), tl.load(target_part + row)
@@ -252,8 +298,8 @@ def row_gradient(
             _gradient_block(
                 logits + offset + _steps(columns, col_stride, APART),
                 out + out_offset + _steps(columns, out_col_stride, APART),
-                begin + columns, inside, weight, scale, m_row, log_s, softmax_row, target,
-                target_row, smooth_row, entropy_row, SMOOTH, ENTROPY, WEIGHTED,
+                begin + columns, inside, weight, scale, cap, m_row, log_s, softmax_row, target,
+                target_row, smooth_row, entropy_row, SMOOTH, ENTROPY, WEIGHTED, CAPPED,
             )  # fmt: skip
         source = logits + offset + head * col_stride
         goal = out + out_offset + head * out_col_stride
@@ -266,22 +312,24 @@ def row_gradient(
             _gradient_block(
                 source + _steps(columns, col_stride, APART),
                 goal + _steps(columns, out_col_stride, APART),
-                begin + head + columns, columns < body, weight, scale, m_row, log_s, softmax_row,
-                target, target_row, smooth_row, entropy_row, SMOOTH, ENTROPY, WEIGHTED,
+                begin + head + columns, columns < body, weight, scale, cap, m_row, log_s,
+                softmax_row, target, target_row, smooth_row, entropy_row, SMOOTH, ENTROPY, WEIGHTED,
+                CAPPED,
             )  # fmt: skip
 
 
 @triton.jit
-def _log_prob_block(source, goal, inside, scale, m, log_s):
-    x = tl.load(source, mask=inside, other=0.0).to(tl.float32) * scale
+def _log_prob_block(source, goal, inside, scale, cap, m, log_s, CAPPED: tl.constexpr):
+    x = _x(tl.load(source, mask=inside, other=0.0), scale, cap, CAPPED)
     tl.store(goal, (x - m - log_s).to(goal.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=[*_NUMBERS, "out_row_stride", "part_columns"])
 def row_log_prob(
     logits, phase, row_stride, col_stride, m, s,
-    out, out_row_stride, out_col_stride, n_rows, n_cols, part_columns, scale,
+    out, out_row_stride, out_col_stride, n_rows, n_cols, part_columns, scales, every_scale, cap,
     BLOCK: tl.constexpr, VEC: tl.constexpr, APART: tl.constexpr, OUT_ALIGNED: tl.constexpr,
+    ROW_SCALE: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """``log_prob`` of the contract; grid and OUT_ALIGNED as in ``row_gradient``."""
     begin = tl.program_id(1) * part_columns
@@ -291,11 +339,12 @@ def row_log_prob(
         out_offset = _offset(row, out_row_stride, begin, out_col_stride)
         head, body = _edges(phase, offset, size, VEC)
         m_row, log_s = tl.load(m + row), tl.log(tl.load(s + row))
+        scale = _scale_of(scales, row, every_scale, ROW_SCALE)
         if body < size:
             columns, inside = _edge_columns(head, body, size, VEC)
             source = logits + offset + _steps(columns, col_stride, APART)
             goal = out + out_offset + _steps(columns, out_col_stride, APART)
-            _log_prob_block(source, goal, inside, scale, m_row, log_s)
+            _log_prob_block(source, goal, inside, scale, cap, m_row, log_s, CAPPED)
         source = logits + offset + head * col_stride
         goal = out + out_offset + head * out_col_stride
         if not APART:
@@ -307,5 +356,5 @@ def row_log_prob(
             _log_prob_block(
                 source + _steps(columns, col_stride, APART),
                 goal + _steps(columns, out_col_stride, APART),
-                columns < body, scale, m_row, log_s,
+                columns < body, scale, cap, m_row, log_s, CAPPED,
             )  # fmt: skip

@@ -15,7 +15,7 @@ ELSEWHERE = tl.constexpr(-1)
 IGNORED = tl.constexpr(-2)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 NO_ID = tl.constexpr(2**63 - 1)
-HEADER_BLOCK = tl.constexpr(32)
+HEADER_BLOCK = tl.constexpr(64)
 STEP = tl.constexpr(CHECKSUM_STEP)
 SHIFT_1, FACTOR_1 = (tl.constexpr(number) for number in CHECKSUM_ROUNDS[0])
 SHIFT_2, FACTOR_2 = (tl.constexpr(number) for number in CHECKSUM_ROUNDS[1])
@@ -41,9 +41,9 @@ def locate_rows(target, out, n_rows, start, stop, ignore_index, BLOCK: tl.conste
 
 @triton.jit(do_not_specialize=["n_rows", "size", "ignore_index"])
 def sign_rows(
-    slots, excuse, target, content, content_bits, weight_checksum, normalizer_bits, n_rows, size,
-    ignore_index, BLOCK: tl.constexpr, CONTENT: tl.constexpr, WEIGHTED: tl.constexpr,
-    NORMALIZED: tl.constexpr,
+    slots, excuse, target, content, content_bits, weight_checksum, normalizer_bits, scale_checksum,
+    n_rows, size, ignore_index, BLOCK: tl.constexpr, CONTENT: tl.constexpr, WEIGHTED: tl.constexpr,
+    NORMALIZED: tl.constexpr, ROW_SCALE: tl.constexpr,
 ):  # fmt: skip
     """One program in all, which adds up in a fixed order and needs no atomics."""
     lane = tl.arange(0, BLOCK)
@@ -72,14 +72,19 @@ def sign_rows(
     if WEIGHTED:
         checksum = tl.load(weight_checksum)
     tl.store(slots + 2, checksum)
-    # No value of this rank's was looked at: no bad row, no bad target, no bad class.
-    tl.store(slots + 3, tl.full([], -1, tl.int64))
-    tl.store(slots + 4, tl.full([], 0, tl.int64))
-    tl.store(slots + 5, tl.full([], -1, tl.int64))
+    checksum = tl.zeros([], tl.int64)
+    if ROW_SCALE:
+        checksum = tl.load(scale_checksum)
+    tl.store(slots + 3, checksum)
+    # No value of this rank's was looked at: no bad row, no bad target, no bad class, no bad scale.
+    tl.store(slots + 4, tl.full([], -1, tl.int64))
+    tl.store(slots + 5, tl.full([], 0, tl.int64))
+    tl.store(slots + 6, tl.full([], -1, tl.int64))
+    tl.store(slots + 7, tl.full([], -1, tl.int64))
     bits = tl.zeros([], tl.int64)
     if NORMALIZED:
         bits = tl.load(normalizer_bits).to(tl.int64)
-    tl.store(slots + 6, bits)
+    tl.store(slots + 8, bits)
     tl.store(excuse, 1 - (tl.max(varied, 0) & (1 - tl.max(beyond, 0))))
 
 
@@ -98,7 +103,7 @@ def _disagree(
     header = tl.load(headers + place[:, None] + slot[None, :], mask=there, other=0)
     first = tl.load(headers + slot, mask=slot < INTS, other=0)
     differs = there & (header != first[None, :])
-    compared = ((COMPARED >> slot) & 1) != 0
+    compared = (slot < 31) & (((COMPARED >> tl.minimum(slot, 31)) & 1) != 0)
     bad = tl.max(tl.max((differs & compared[None, :]).to(tl.int32), 1), 0)
 
     numbers = headers + place + NORMALIZER
@@ -136,10 +141,10 @@ def conclude_rows(
     starts_stride, headers, header_stride, n_ranks, excuse, target, total_weight_at, total_weight,
     stats, stats_stride, m_out, s_out, argmax_out, n_rows, vocab_size, ignore_index,
     BLOCK: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr, ENTROPY: tl.constexpr,
-    ARGMAX: tl.constexpr, IGNORED_ROWS: tl.constexpr, JUDGE: tl.constexpr, RANKS: tl.constexpr,
-    INTS: tl.constexpr, COMPARED: tl.constexpr, START: tl.constexpr, STOP: tl.constexpr,
-    VOCAB: tl.constexpr, FLAGS: tl.constexpr, IMPLICIT_BIT: tl.constexpr, CONTENT: tl.constexpr,
-    NORMALIZER: tl.constexpr, TOLERANCE: tl.constexpr,
+    SQUARES: tl.constexpr, ARGMAX: tl.constexpr, IGNORED_ROWS: tl.constexpr, JUDGE: tl.constexpr,
+    RANKS: tl.constexpr, INTS: tl.constexpr, COMPARED: tl.constexpr, START: tl.constexpr,
+    STOP: tl.constexpr, VOCAB: tl.constexpr, FLAGS: tl.constexpr, IMPLICIT_BIT: tl.constexpr,
+    CONTENT: tl.constexpr, NORMALIZER: tl.constexpr, TOLERANCE: tl.constexpr,
 ):  # fmt: skip
     """One program a block of rows; each judges the headers for itself, which are few numbers."""
     bad = tl.zeros([], tl.int32)
@@ -156,6 +161,7 @@ def conclude_rows(
         m = tl.maximum(m, tl.load(parts + tl.cast(part, tl.int64) * part_stride + row, inside, 0.0))
     shift_to = tl.where(m == -float("inf"), 0.0, m)
     s, x_y, u, t = tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m), tl.zeros_like(m)
+    q = tl.zeros_like(m)
     best = tl.full([BLOCK], NO_ID, tl.int64)
     for part in range(0, n_parts):
         at = parts + tl.cast(part, tl.int64) * part_stride + row
@@ -174,9 +180,13 @@ def conclude_rows(
             # After s: shift * s may overflow where keep is 0.
             t_part = tl.load(at + (3 + SMOOTH) * stat_stride, mask=inside, other=0.0)
             t += t_part * keep + shift * s_part
+        if SQUARES:
+            q_part = tl.load(at + (3 + SMOOTH + ENTROPY) * stat_stride, mask=inside, other=0.0)
+            q += q_part * keep * keep
         if ARGMAX:
             bits = parts_bits + tl.cast(part, tl.int64) * part_stride + row
-            column = tl.load(bits + (3 + SMOOTH + ENTROPY) * stat_stride, mask=inside, other=0)
+            place = (3 + SMOOTH + ENTROPY + SQUARES) * stat_stride
+            column = tl.load(bits + place, mask=inside, other=0)
             id_of_column = column.to(tl.int64)
             if JUDGE:
                 id_of_column += tl.load(starts + part * starts_stride)
@@ -204,5 +214,8 @@ def conclude_rows(
     if ENTROPY:
         entropy = tl.where(ignored, 0.0, log_s - t / s)
         tl.store(stats + (2 + SMOOTH) * stats_stride + row, entropy, mask=inside)
+    if SQUARES:
+        squares = tl.where(ignored, 0.0, q / s / s)
+        tl.store(stats + (2 + SMOOTH + ENTROPY) * stats_stride + row, squares, mask=inside)
     if ARGMAX:
         tl.store(argmax_out + row, tl.where(ignored | (s != s), -1, best), mask=inside)

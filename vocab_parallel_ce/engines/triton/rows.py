@@ -46,6 +46,7 @@ def sign(
     content: Tensor | None,
     weight_checksum: Tensor | None,
     normalizer: Tensor | None,
+    scale_checksum: Tensor | None,
     size: int,
     ignore_index: int,
 ) -> Tensor:
@@ -56,8 +57,9 @@ def sign(
         _kernels().sign_rows[(1,)](
             slots, excuse, target, content, None if content is None else content.view(torch.int32),
             weight_checksum, None if normalizer is None else normalizer.view(torch.int32),
-            target.shape[0], size, ignore_index, BLOCK=_SIGN_BLOCK, CONTENT=content is not None,
-            WEIGHTED=weight_checksum is not None, NORMALIZED=normalizer is not None,
+            scale_checksum, target.shape[0], size, ignore_index, BLOCK=_SIGN_BLOCK,
+            CONTENT=content is not None, WEIGHTED=weight_checksum is not None,
+            NORMALIZED=normalizer is not None, ROW_SCALE=scale_checksum is not None,
             num_warps=_SIGN_WARPS,
         )  # fmt: skip
     return excuse
@@ -77,7 +79,7 @@ def conclude(
     target, parts, headers = target.contiguous(), gathered.parts, gathered.headers
     rows, judge = target.shape[0], headers is not None
     # m and s are apart from stats: they outlive the call.
-    stats = parts.new_empty(2 + wanted.smooth + wanted.entropy, rows)
+    stats = parts.new_empty(2 + wanted.smooth + wanted.entropy + wanted.squares, rows)
     m, s = parts.new_empty(rows), parts.new_empty(rows)
     argmax = torch.empty_like(target, dtype=torch.int64) if wanted.argmax else None
     weighted = isinstance(total_weight, Tensor)
@@ -90,9 +92,9 @@ def conclude(
             excuse, target, total_weight if weighted else None,
             0.0 if weighted else float(total_weight), stats, stats.stride(0), m, s, argmax, rows,
             vocab_size, ignore_index, BLOCK=_BLOCK, WEIGHTED=weighted, SMOOTH=wanted.smooth,
-            ENTROPY=wanted.entropy, ARGMAX=wanted.argmax, IGNORED_ROWS=wanted.ignored_rows,
-            JUDGE=judge, RANKS=1 << (ranks - 1).bit_length(), INTS=layout.ints,
-            COMPARED=layout.compared, START=layout.start, STOP=layout.stop,
+            ENTROPY=wanted.entropy, SQUARES=wanted.squares, ARGMAX=wanted.argmax,
+            IGNORED_ROWS=wanted.ignored_rows, JUDGE=judge, RANKS=1 << (ranks - 1).bit_length(),
+            INTS=layout.ints, COMPARED=layout.compared, START=layout.start, STOP=layout.stop,
             VOCAB=layout.vocab_size, FLAGS=layout.flags, IMPLICIT_BIT=layout.implicit_bit,
             CONTENT=layout.content, NORMALIZER=layout.normalizer, TOLERANCE=layout.tolerance,
             num_warps=_WARPS,

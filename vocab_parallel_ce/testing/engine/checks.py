@@ -99,7 +99,8 @@ def _checks(dtype: torch.dtype, many_rows: bool) -> Iterator[tuple[str, Check]]:
     for columns in (1, 1100):
         yield f"one row, {columns} columns", partial(one_row, columns=columns)
     for weighted, flags in product((False, True), product((False, True), repeat=3)):
-        wanted = Wanted(*flags)
+        smooth, entropy, argmax = flags
+        wanted = Wanted(smooth, entropy, argmax, squares=smooth == argmax)
         what = "+".join(wanted.rows[3:]) or "least"
         what += ", weight" if weighted else ""
         yield f"partials, {what}", partial(partials_wanted, wanted=wanted, weighted=weighted)
@@ -126,6 +127,10 @@ def _checks(dtype: torch.dtype, many_rows: bool) -> Iterator[tuple[str, Check]]:
             gradient_parts, scale=scale, smooth=smooth, entropy=entropy, weighted=weighted
         )
         yield f"gradient, {what}", check
+    for cap in (5.0, 30.0):
+        yield f"softcap {cap:g}", partial(all_three_capped, softcap=cap)
+    yield "softcap, -inf and NaN", capped_infinities
+    yield "scale, one a row", one_scale_a_row
     yield "gradient, p is 0", gradient_where_p_is_zero
     yield "gradient, ignored rows hold NaN", gradient_of_ignored_rows
     yield "gradient, unused rows hold NaN", gradient_of_unused_rows
@@ -416,6 +421,48 @@ def log_prob_left_by_partials(subject: Subject, dtype: torch.dtype) -> None:
 
 
 # All three
+
+
+def all_three_capped(subject: Subject, dtype: torch.dtype, softcap: float) -> None:
+    """x = scale c tanh(z / c): the cap comes first. Padding of vectors and blocks stays outside."""
+    for columns, scale in ((17, 0.7), (1100, -1.5), (1100, 1.0)):
+        shard = random_shard(subject.rows, columns, dtype, spread=4.0)
+        subject.check_partials(shard, scale, softcap=softcap)
+        subject.check_gradient(shard, scale, smooth=columns == 17, entropy=True, softcap=softcap)
+    subject.check_log_prob(shard, scale, softcap)
+    strided_shard = shard._replace(logits=STRIDES["columns apart"](shard.logits))
+    subject.check_partials(strided_shard, wanted=Wanted(), softcap=softcap)
+    subject.check_gradient(strided_shard, softcap=softcap)
+
+
+def capped_infinities(subject: Subject, dtype: torch.dtype) -> None:
+    """A cap makes -c of -inf and c of inf, whose slope is 0; NaN stays NaN."""
+    shard = random_shard(subject.rows, 70, dtype)
+    shard.logits[:, ::3] = -torch.inf
+    shard.logits[:, 1] = torch.inf
+    subject.check_partials(shard, softcap=10.0)
+    subject.check_gradient(shard, smooth=True, entropy=True, softcap=10.0)
+    shard.logits[3, 2] = torch.nan
+    for wanted in LEAST_AND_MOST:
+        s = subject.partials(shard, wanted=wanted, softcap=10.0)["s"]
+        assert bool(s[3].isnan()), f"s of its row is {s[3]}"
+        assert bool(s[torch.arange(len(s)) != 3].isfinite().all()), "NaN reached another row"
+
+
+def one_scale_a_row(subject: Subject, dtype: torch.dtype) -> None:
+    """Of either sign, and under a cap; that of an ignored row may be anything."""
+    shard = random_shard(subject.rows, 1100, dtype)
+    scale = torch.rand(subject.rows, dtype=arithmetic_dtype(dtype)) + 0.25
+    ignored = shard.target == IGNORED
+    for signs in (torch.ones_like(scale), torch.randn(subject.rows).sign().to(scale.dtype)):
+        scale = scale * signs
+        for softcap, wanted in ((0.0, Wanted()), (20.0, EVERYTHING)):
+            subject.check_partials(shard, scale, wanted, softcap=softcap)
+            subject.check_gradient(shard, scale, entropy=softcap > 0, softcap=softcap)
+    subject.check_log_prob(shard, scale)
+    before = subject.partials(shard, scale)
+    after = subject.partials(shard, scale.masked_fill(ignored, torch.nan))
+    assert all(torch.equal(after[name], before[name]) for name in before), "an ignored row's counts"
 
 
 def inputs_are_only_read(subject: Subject, dtype: torch.dtype) -> None:

@@ -43,26 +43,36 @@ def random_shard(rows: int, columns: int, dtype: torch.dtype, spread: float = 3.
     return Shard(logits, target, weight)
 
 
+def scaled(shard: Shard, scale: float | Tensor, dtype: torch.dtype, softcap: float = 0.0) -> Tensor:
+    """x of every row [N, C_r], in ``dtype``."""
+    x = shard.logits.to(dtype)
+    if softcap:
+        x = softcap * (x / softcap).tanh()
+    return x * (scale.to(dtype)[:, None] if isinstance(scale, Tensor) else scale)
+
+
 def statistics(
     shard: Shard,
-    scale: float,
+    scale: float | Tensor,
     dtype: torch.dtype,
     weighted: bool = True,
     exp: Callable[[Tensor], Tensor] = torch.exp,
+    softcap: float = 0.0,
 ) -> dict[str, Tensor]:
-    """m, s, x_y, u, t and argmax of every row, ignored ones included.
+    """m, s, x_y, u, t, q and argmax of every row, ignored ones included.
 
     Args:
         shard: The rows.
-        scale: Multiplies the logits first.
+        scale: Multiplies the logits, one number or one a row [N].
         dtype: Of the arithmetic.
         weighted: Whether ``u`` counts the class weights, or ones.
         exp: The exponential that is used.
+        softcap: Of the logits, before the scale; 0 is none.
 
     Returns:
         dict[str, Tensor]: [N] each, by the names of ``engines.contract``.
     """
-    x = shard.logits.to(dtype) * scale
+    x = scaled(shard, scale, dtype, softcap)
     w = shard.weight.to(dtype) if weighted else torch.ones(x.shape[1], dtype=dtype)
     m = x.amax(1)
     d = x - torch.where(m == -torch.inf, 0.0, m)[:, None]
@@ -75,12 +85,19 @@ def statistics(
         "x_y": torch.where(here, x_y, 0.0),
         "u": (w * d).sum(1),
         "t": torch.where(e == 0, 0.0, e * d).sum(1),
+        "q": e.square().sum(1),
         "argmax": (x == m[:, None]).to(torch.uint8).argmax(1),
     }
 
 
 def gradient(
-    shard: Shard, m: Tensor, s: Tensor, c: Coefficients, scale: float, dtype: torch.dtype
+    shard: Shard,
+    m: Tensor,
+    s: Tensor,
+    c: Coefficients,
+    scale: float | Tensor,
+    dtype: torch.dtype,
+    softcap: float = 0.0,
 ) -> Tensor:
     """dx of every row [N, C_r]; 0 on ignored ones.
 
@@ -89,10 +106,11 @@ def gradient(
         m: [N] maxima of the whole rows.
         s: [N] sums of the whole rows.
         c: What multiplies the parts of the gradient, [N] each.
-        scale: Multiplies the logits first.
+        scale: Multiplies the logits, one number or one a row [N].
         dtype: Of the arithmetic and the result.
+        softcap: Of the logits, before the scale; 0 is none.
     """
-    x = shard.logits.to(dtype) * scale
+    x = scaled(shard, scale, dtype, softcap)
     m, s = m.to(dtype)[:, None], s.to(dtype)[:, None]
     smooth, entropy = (None if part is None else part.to(dtype)[:, None] for part in c[2:])
     c = Coefficients(c.softmax.to(dtype)[:, None], c.target.to(dtype)[:, None], smooth, entropy)
@@ -104,12 +122,21 @@ def gradient(
     dx = dx - torch.where(hot, c.target, 0.0)
     if c.smooth is not None:
         dx = dx - c.smooth * shard.weight.to(dtype)
+    if softcap:
+        dx = dx * (1 - (shard.logits.to(dtype) / softcap).tanh().square())
     return torch.where(shard.target[:, None] == IGNORED, 0.0, dx)
 
 
-def log_prob(shard: Shard, m: Tensor, s: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def log_prob(
+    shard: Shard,
+    m: Tensor,
+    s: Tensor,
+    scale: float | Tensor,
+    dtype: torch.dtype,
+    softcap: float = 0.0,
+) -> Tensor:
     """x - m - log s of every row [N, C_r], ignored ones included, in ``dtype``."""
-    x = shard.logits.to(dtype) * scale
+    x = scaled(shard, scale, dtype, softcap)
     return x - m.to(dtype)[:, None] - s.to(dtype).log()[:, None]
 
 

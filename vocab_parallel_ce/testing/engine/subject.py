@@ -17,7 +17,7 @@ from .formulas import Shard
 from .transfer import copy_back, move
 
 UNWRITTEN = 123.25  # exact in every dtype
-EVERYTHING = Wanted(smooth=True, entropy=True, argmax=True)
+EVERYTHING = Wanted(smooth=True, entropy=True, argmax=True, squares=True)
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,17 @@ class Subject:
     def partials(
         self,
         shard: Shard,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         wanted: Wanted = EVERYTHING,
         weighted: bool = True,
         log_prob_out: Tensor | None = None,
+        softcap: float = 0.0,
     ) -> dict[str, Tensor]:
         """The engine's answer by name, argmax as integers; memory it did not fill would be seen."""
         dtype = arithmetic_dtype(shard.logits.dtype)
         out = torch.full((len(wanted.rows), len(shard.target)), UNWRITTEN, dtype=dtype)
         weight = shard.weight if weighted else None
-        args = (shard.logits, shard.target, weight, scale, wanted, out, log_prob_out)
+        args = (shard.logits, shard.target, weight, scale, softcap, wanted, out, log_prob_out)
         self._call(
             self.engine.partials, args, out, *([] if log_prob_out is None else [log_prob_out])
         )
@@ -68,20 +69,28 @@ class Subject:
         s: Tensor,
         c: Coefficients,
         weight: Tensor | None = None,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         out: Tensor | None = None,
+        softcap: float = 0.0,
     ) -> Tensor:
         """What the engine wrote: into ``out``, or into dense memory of its own."""
         if out is None:
             out = torch.full_like(shard.logits, UNWRITTEN, memory_format=torch.contiguous_format)
-        args = (shard.logits, m, s, shard.target, c, weight, scale, out)
+        args = (shard.logits, m, s, shard.target, c, weight, scale, softcap, out)
         self._call(self.engine.gradient, args, out)
         return out
 
-    def log_prob(self, shard: Shard, m: Tensor, s: Tensor, scale: float = 1.0) -> Tensor:
+    def log_prob(
+        self,
+        shard: Shard,
+        m: Tensor,
+        s: Tensor,
+        scale: float | Tensor = 1.0,
+        softcap: float = 0.0,
+    ) -> Tensor:
         """What the engine wrote into dense memory of its own."""
         out = torch.full_like(shard.logits, UNWRITTEN, memory_format=torch.contiguous_format)
-        self._call(self.engine.log_prob, (shard.logits, m, s, scale, out), out)
+        self._call(self.engine.log_prob, (shard.logits, m, s, scale, softcap, out), out)
         return out
 
     def _call(self, function: Callable[..., None], args: tuple[Any, ...], *written: Tensor) -> None:
@@ -108,20 +117,21 @@ class Subject:
     def check_partials(
         self,
         shard: Shard,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         wanted: Wanted = EVERYTHING,
         weighted: bool = True,
+        softcap: float = 0.0,
     ) -> None:
         """Every statistic that is wanted, in its own row; 0 on ignored rows."""
-        got = self.partials(shard, scale, wanted, weighted)
+        got = self.partials(shard, scale, wanted, weighted, softcap=softcap)
         assert tuple(got) == wanted.rows
-        exact = formulas.statistics(shard, scale, torch.float64, weighted)
-        naive = self._naive(shard, scale, weighted)
+        exact = formulas.statistics(shard, scale, torch.float64, weighted, softcap=softcap)
+        naive = self._naive(shard, scale, weighted, softcap)
         arithmetic = arithmetic_dtype(shard.logits.dtype)
-        rounded = formulas.statistics(shard, scale, arithmetic, weighted)
+        rounded = formulas.statistics(shard, scale, arithmetic, weighted, softcap=softcap)
         # Of few rows the naive error may be small by luck: more orders of their columns.
         others = [
-            self._naive(formulas.reordered(shard), scale, weighted)
+            self._naive(formulas.reordered(shard), scale, weighted, softcap)
             for _ in range(64 // self.rows - 1)
         ]
         read = shard.target != IGNORED
@@ -140,9 +150,11 @@ class Subject:
                 assert_close(value[read], want, naive[name][read], name, rows_error=least)
             assert bool((value[~read] == 0).all()), f"{name} of an ignored row is not 0"
 
-    def _naive(self, shard: Shard, scale: float, weighted: bool) -> dict[str, Tensor]:
+    def _naive(
+        self, shard: Shard, scale: float | Tensor, weighted: bool, softcap: float
+    ) -> dict[str, Tensor]:
         exp = _by_powers_of_two if self.exponential == "2" else torch.exp
-        naive = formulas.statistics(shard, scale, torch.float32, weighted, exp)
+        naive = formulas.statistics(shard, scale, torch.float32, weighted, exp, softcap)
         if self.sums_as_logs:
             naive["s"] = naive["s"].log().exp()
         return naive
@@ -150,17 +162,18 @@ class Subject:
     def check_gradient(
         self,
         shard: Shard,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         smooth: bool = False,
         entropy: bool = False,
         weighted: bool = True,
+        softcap: float = 0.0,
     ) -> None:
         """Into dense memory, into the logits' own, and into a part of a wider buffer."""
         rows = len(shard.target)
         arithmetic = arithmetic_dtype(shard.logits.dtype)
         if not weighted:
             shard = shard._replace(weight=torch.ones_like(shard.weight))
-        local = formulas.statistics(shard, scale, torch.float64)
+        local = formulas.statistics(shard, scale, torch.float64, softcap=softcap)
         # The softmax is one over all shards: m and s are those of the whole row.
         nothing = local["s"] == 0
         m = (torch.where(nothing, 0.0, local["m"]) + 0.5).to(arithmetic)
@@ -169,14 +182,14 @@ class Subject:
         c = Coefficients(
             parts[0], parts[1], parts[2] if smooth else None, parts[3] if entropy else None
         )
-        exact = formulas.gradient(shard, m, s, c, scale, torch.float64)
-        naive = formulas.gradient(shard, m, s, c, scale, torch.float32)
+        exact = formulas.gradient(shard, m, s, c, scale, torch.float64, softcap)
+        naive = formulas.gradient(shard, m, s, c, scale, torch.float32, softcap)
         weight = shard.weight if weighted else None
 
-        out = self.gradient(shard, m, s, c, weight, scale)
+        out = self.gradient(shard, m, s, c, weight, scale, softcap=softcap)
         assert_close(out, exact, naive, "gradient")
         wide = torch.full((rows, out.shape[1] + 3), UNWRITTEN, dtype=out.dtype)
-        self.gradient(shard, m, s, c, weight, scale, wide[:, 1:-2])
+        self.gradient(shard, m, s, c, weight, scale, wide[:, 1:-2], softcap)
         assert_close(wide[:, 1:-2], exact, naive, "gradient in a part of a buffer")
         around = torch.cat([wide[:, :1], wide[:, -2:]], 1)
         assert bool((around == UNWRITTEN).all()), "gradient: something beside out was written to"
@@ -184,20 +197,22 @@ class Subject:
             return  # rows that share memory are never overwritten
         memory = torch.empty_strided(out.shape, shard.logits.stride(), dtype=out.dtype)
         memory.copy_(shard.logits)
-        self.gradient(shard._replace(logits=memory), m, s, c, weight, scale, memory)
+        self.gradient(shard._replace(logits=memory), m, s, c, weight, scale, memory, softcap)
         if shard.logits.is_contiguous():
             assert torch.equal(memory, out), "gradient in place has other bits than out of place"
         else:  # another kernel may serve such strides
             assert_close(memory, exact, naive, "gradient in place")
 
-    def check_log_prob(self, shard: Shard, scale: float = 1.0) -> None:
+    def check_log_prob(
+        self, shard: Shard, scale: float | Tensor = 1.0, softcap: float = 0.0
+    ) -> None:
         """Of every row, ignored ones included."""
         arithmetic = arithmetic_dtype(shard.logits.dtype)
-        exact = formulas.statistics(shard, scale, torch.float64)
+        exact = formulas.statistics(shard, scale, torch.float64, softcap=softcap)
         m, s = exact["m"].to(arithmetic), exact["s"].to(arithmetic)
-        want = formulas.log_prob(shard, m, s, scale, torch.float64)
-        naive = formulas.log_prob(shard, m, s, scale, torch.float32)
-        assert_close(self.log_prob(shard, m, s, scale), want, naive, "log_prob")
+        want = formulas.log_prob(shard, m, s, scale, torch.float64, softcap)
+        naive = formulas.log_prob(shard, m, s, scale, torch.float32, softcap)
+        assert_close(self.log_prob(shard, m, s, scale, softcap), want, naive, "log_prob")
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
