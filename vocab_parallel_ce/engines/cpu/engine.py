@@ -111,7 +111,7 @@ def gradient(
     out: Tensor,
 ) -> None:
     """Gradient of the logits; see contract.Engine.gradient."""
-    if out.dtype != logits.dtype:
+    if out.itemsize < logits.itemsize:
         _narrowed(logits, m, s, local_target, coefficients, weight, scale, softcap, out)
         return
     stored, arithmetic = logits.dtype, arithmetic_dtype(logits.dtype)
