@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vocab_parallel_ce import (
     VocabShard,
-    compiled,  # noqa: F401 - registers the operators
+    compiled,
     cross_entropy,
     cross_entropy_loss,
     token_statistics,
@@ -200,23 +200,24 @@ def _operators_check(group: dist.ProcessGroup | None) -> None:
     for smooth, entropy, argmax in ((False, False, False), (True, True, True)):
         request = RowRequest(
             COLUMNS * rank, COLUMNS * rank + COLUMNS, COLUMNS * world, True,
-            smooth=smooth, entropy=entropy, argmax=argmax, normalized=smooth,
-            label_smoothing=0.1 if smooth else 0.0, check="off",
+            smooth=smooth, entropy=entropy, squares=smooth, argmax=argmax, normalized=smooth,
+            row_scale=smooth, label_smoothing=0.1 if smooth else 0.0,
+            softcap=9.0 if smooth else 0.0, check="off",
         )  # fmt: skip
         weight = data.weight if smooth else None
         logits = even(COLUMNS * world, world).local(data.logits, rank)
         leaf = logits.clone().requires_grad_()
         normalizer = torch.tensor(3.0) if smooth else None
-        arguments = (leaf, data.target, weight, normalizer, *request.scalars(), name, False)
+        scales = torch.linspace(0.5, 1.5, 5) if smooth else None
+        options = (*request.scalars(), name, False, None, scales)
+        arguments = (leaf, data.target, weight, normalizer, *options)
         torch.library.opcheck(ops.row_statistics.default, arguments)
 
         stats, m, s, local_target, *_ = ops.row_statistics(logits, *arguments[1:])
-        r = request
+        place = (*compiled._Place.of(request), None, scales)
         rows = (stats, m, s, local_target, weight, torch.ones_like(stats))
-        scalars = (r.start, r.stop, r.vocab_size, smooth, entropy, r.scale, r.engine)
-        torch.library.opcheck(ops.row_gradient.default, (logits, *rows, *scalars))
-        torch.library.opcheck(ops.row_gradient_.default, (logits.clone(), *rows, *scalars))
-        place = (r.start, r.stop, r.vocab_size, r.scale, r.engine)
+        torch.library.opcheck(ops.row_gradient.default, (logits, *rows, *place))
+        torch.library.opcheck(ops.row_gradient_.default, (logits.clone(), *rows, *place))
         torch.library.opcheck(ops.log_prob.default, (logits, m, s, *place))
 
 

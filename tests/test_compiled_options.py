@@ -37,6 +37,17 @@ def _operator(x: Tensor, y: Tensor, v: float) -> Tensor:
     return (out.loss + out.zloss).sum()
 
 
+def _every_output(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    of_targets = token_statistics(x * 1, y, entropy=True, sum_p_squared=True, scale=scale)
+    of_rows = token_statistics(x * 1, sum_p_squared=True, scale=scale, softcap=4.0)
+    out = cross_entropy_loss(x * 1, y, scale=scale, softcap=3.0)
+    assert of_targets.entropy is not None
+    assert of_targets.sum_p_squared is not None
+    assert of_rows.sum_p_squared is not None
+    total = of_targets.entropy + of_targets.sum_p_squared + of_rows.lse + of_rows.sum_p_squared
+    return total.sum() + out.loss.sum() + out.log_prob.exp().sum()
+
+
 # The loss, the values in turn, and how often it may have been compiled after each
 OPTIONS: dict[str, tuple[Loss, tuple[float, ...], tuple[int, ...]]] = {
     "scale": (
@@ -56,6 +67,21 @@ OPTIONS: dict[str, tuple[Loss, tuple[float, ...], tuple[int, ...]]] = {
     ),
     "z-loss switched off": (_operator, (0.1, 0.2, 0.3, 0.0, 0.4), (1, 2, 2, 3, 3)),
     "scale of statistics": (_entropy, (1.0, 0.7, 0.6), (1, 2, 2)),
+    "softcap": (
+        lambda x, y, v: cross_entropy(x * 1, y, softcap=v, scale=0.7),
+        (5.0, 4.0, 3.0, 0.0, 2.0),
+        (1, 2, 2, 3, 3),
+    ),
+    "scale of every row": (
+        lambda x, y, v: _every_output(x, y, torch.linspace(0.5, 1.5, ROWS) * v),
+        (1.0, 2.0, 3.0),
+        (1, 2, 2),
+    ),
+    "scale of no dimension": (
+        lambda x, y, v: _every_output(x, y, torch.ones(()) * v),
+        (1.0, 2.0, 3.0),
+        (1, 2, 2),
+    ),
     "normalizer": (
         lambda x, y, v: cross_entropy(x * 1, y, normalizer=v),
         (3.0, 4.0, 5.5),

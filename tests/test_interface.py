@@ -43,11 +43,11 @@ GROUPED = {"group": None, "shard": None, "inplace_backward": False}
 PLACED = {"group": None, "shard": None}
 LINEAR = (("input", REQUIRED), ("linear_weight", REQUIRED), ("target", REQUIRED))
 LINEAR_RUN = {"hidden_gradient": "summed", "sequence_parallel": False, "scratch_mib": None}
-RUN = {"scale": 1.0, "engine": "auto", "collective": "auto", "check": None}
+RUN = {"scale": 1.0, "softcap": None, "engine": "auto", "collective": "auto", "check": None}
 POSITIONAL: dict[Callable[..., Any], tuple[tuple[str, object], ...]] = {
     cross_entropy: LOSS,
     cross_entropy_loss: (*LOSS, ("lse_square_scale_for_zloss", 0.0), ("return_zloss", False)),
-    token_statistics: LOSS[:2],
+    token_statistics: (LOSS[0], ("target", None)),
     linear_cross_entropy: LINEAR,
     linear_token_statistics: LINEAR,
 }
@@ -60,7 +60,14 @@ KEYWORDS: dict[Callable[..., Any], dict[str, object]] = {
         **RUN,
     },
     cross_entropy_loss: {"return_log_prob": True, **GROUPED, "normalizer": None, **RUN},
-    token_statistics: {"entropy": False, "argmax": False, "ignore_index": -100, **GROUPED, **RUN},
+    token_statistics: {
+        "entropy": False,
+        "argmax": False,
+        "sum_p_squared": False,
+        "ignore_index": -100,
+        **GROUPED,
+        **RUN,
+    },
     linear_cross_entropy: {
         "linear_bias": None,
         **dict(LOSS[2:]),

@@ -43,14 +43,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "all smoothing": {"label_smoothing": 1.0},
     "z-loss": {"lse_square_scale": 0.02},
     "scale": {"scale": 0.37},
+    "softcap": {"softcap": 3.0, "scale": 0.8},
+    "scale of each row": {"scale": torch.linspace(0.25, 2.0, ROWS, dtype=torch.float64)},
     "all": {
         "weight": True,
         "ignore_index": 7,
         "label_smoothing": 0.1,
         "lse_square_scale": 0.01,
         "scale": 1.7,
+        "softcap": 5.0,
     },
 }
+
+
+def _on_device(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: move(v) if isinstance(v, Tensor) else v for k, v in options.items()}
 
 
 def _ways() -> Iterator[tuple[str, str]]:
@@ -86,7 +93,7 @@ def _losses_match(group: dist.ProcessGroup, sharding: Sharding, dtype: torch.dty
             loss = cross_entropy(
                 x, target, None if weight is None else move(weight), reduction,
                 group=group, shard=sharding.shard(rank), engine=engine, collective=collective,
-                **options,
+                **_on_device(options),
             )  # fmt: skip
             with findings:
                 assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -162,7 +169,8 @@ def _one_operator_call(
     out = cross_entropy_loss(
         x, move(data.target), None if weight is None else move(weight), reduction,
         lse_square_scale_for_zloss=z_scale, return_zloss=return_zloss,
-        group=group, shard=sharding.shard(rank), engine=engine, collective=collective, **chosen,
+        group=group, shard=sharding.shard(rank), engine=engine, collective=collective,
+        **_on_device(chosen),
     )  # fmt: skip
 
     shape = (ROWS,) if reduction == "none" else (1,)
@@ -245,19 +253,23 @@ def _statistics_match(group: dist.ProcessGroup, sharding: Sharding, dtype: torch
             what = f"ignore {ignore_index}, scale {scale}, {engine}, {collective}"
             data = batch(ROWS, sharding.vocab_size, dtype, ignore_index, seed=5)
             kept = data.target != ignore_index
+            softcap = 4.0 if ignore_index == 7 else 0.0
             want = expected(
-                data.logits, data.target, ignore_index=ignore_index, reduction="none", scale=scale
-            )
+                data.logits, data.target, ignore_index=ignore_index, reduction="none", scale=scale,
+                softcap=softcap,
+            )  # fmt: skip
             x = _leaf(sharding, data.logits, group)
             # argmax always gathers: without it, so that the all_reduce carries entropy as well.
             for argmax in (False, True):
                 got = token_statistics(
-                    x, move(data.target), entropy=True, argmax=argmax, ignore_index=ignore_index,
-                    group=group, shard=sharding.shard(rank), scale=scale, engine=engine,
-                    collective="auto" if argmax else collective,
+                    x, move(data.target), entropy=True, argmax=argmax, sum_p_squared=True,
+                    ignore_index=ignore_index, group=group, shard=sharding.shard(rank), scale=scale,
+                    softcap=softcap, engine=engine, collective="auto" if argmax else collective,
                 )  # fmt: skip
                 with findings:
+                    squares = want.exact.sum_p_squared, want.naive.sum_p_squared
                     pairs = {
+                        "sum_p_squared": (got.sum_p_squared, *squares),
                         "log_prob": (got.log_prob, -want.exact.loss, -want.naive.loss),
                         "lse": (
                             got.lse,
@@ -311,6 +323,7 @@ def _statistics_not_asked_for(group: dist.ProcessGroup) -> None:
     got = token_statistics(x, move(torch.tensor([1, 2, 5, 0])), group=group)
     assert got.entropy is None
     assert got.argmax is None
+    assert got.sum_p_squared is None
 
 
 def test_statistics_that_nobody_asked_for_are_none(pool: Pool) -> None:

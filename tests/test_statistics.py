@@ -13,8 +13,8 @@ from vocab_parallel_ce.engines.contract import ELSEWHERE, IGNORED, Wanted
 from vocab_parallel_ce.statistics import Merged, finish, merge, merge_single, rescale_, stat_names
 from vocab_parallel_ce.testing import assert_close
 
-ALL = Wanted(smooth=True, entropy=True, argmax=True)
-NO_ARGMAX = Wanted(smooth=True, entropy=True)
+ALL = Wanted(smooth=True, entropy=True, argmax=True, squares=True)
+NO_ARGMAX = Wanted(smooth=True, entropy=True, squares=True)
 
 
 def _partials(
@@ -37,7 +37,7 @@ def _partials(
 
 
 def _one_pass(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """The four statistics by the formulas of the design, [4, N], in the dtype of x."""
+    """The five statistics by the formulas of the design, [5, N], in the dtype of x."""
     kept = target != -100
     shifted = x - x.amax(1, keepdim=True)
     log_s = shifted.exp().sum(1, keepdim=True).log()
@@ -45,7 +45,8 @@ def _one_pass(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     nll = -log_p.gather(1, torch.where(kept, target, 0)[:, None]).squeeze(1)
     smooth = torch.where(weight == 0, 0.0, -weight * log_p).sum(1)
     entropy = log_s[:, 0] - torch.where(log_p == -torch.inf, 0.0, log_p.exp() * shifted).sum(1)
-    return torch.where(kept, torch.stack([nll, x.logsumexp(1), smooth, entropy]), 0.0)
+    squares = log_p.exp().square().sum(1)
+    return torch.where(kept, torch.stack([nll, x.logsumexp(1), smooth, entropy, squares]), 0.0)
 
 
 def _by_reduce(parts: Tensor, shard_weight: Tensor, wanted: Wanted) -> Merged:

@@ -169,11 +169,14 @@ class _Place:
 
     @classmethod
     def of(cls, request: RowRequest) -> tuple[Any, ...]:
-        return tuple(getattr(request, field.name) for field in fields(cls))
+        return tuple(getattr(request, name) for name in _PLACE)
 
     def request(self, numbers: Tensor | None) -> RowRequest:
-        options = {field.name: getattr(self, field.name) for field in fields(self)}
+        options = {name: getattr(self, name) for name in _PLACE}
         return opened(RowRequest(**options, implicit_shard=False), numbers)
+
+
+_PLACE = tuple(field.name for field in fields(_Place))
 
 
 @torch.library.custom_op("vocab_parallel_ce::row_gradient", mutates_args=())

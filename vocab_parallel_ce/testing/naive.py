@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import ReferenceLoss
+from .reference import ReferenceLoss, scaled
 from .reference import cross_entropy as reference
 
 
@@ -18,7 +18,8 @@ def naive(
     label_smoothing: float = 0.0,
     *,
     lse_square_scale: float = 0.0,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
+    softcap: float = 0.0,
     normalizer: float | Tensor | None = None,
     like_reference: bool = False,
     order: Tensor | None = None,
@@ -37,6 +38,7 @@ def naive(
         label_smoothing: See there.
         lse_square_scale: See there.
         scale: See there.
+        softcap: See there.
         normalizer: See there.
         like_reference: By the very operations of the fp64 reference. An fp64 result can only be
             asked to be as good as those, and their error in fp32 tells how good they are.
@@ -68,12 +70,13 @@ def naive(
             label_smoothing,
             lse_square_scale=lse_square_scale,
             scale=scale,
+            softcap=softcap,
             normalizer=normalizer,
             dtype=logits.dtype,
         )
-        argmax = torch.where(kept, logits.argmax(-1), -1)
+        argmax = torch.where(kept, scaled(logits, scale, softcap).argmax(-1), -1)
         return out._replace(log_prob=out.log_prob[..., place], argmax=argmax)
-    x = ordered * scale
+    x = scaled(ordered, scale, softcap)
     w = x.new_ones(x.shape[-1]) if weight is None else weight.to(x.dtype)[order]
     shifted = x - x.detach().amax(-1, keepdim=True)
     shards = [part.sum(-1, keepdim=True) for part in shifted.exp().tensor_split(parts, -1)]
@@ -100,5 +103,6 @@ def naive(
         loss = loss + zloss if lse_square_scale else loss
     p_z = log_prob.exp() * torch.where(log_prob == -torch.inf, 0.0, shifted)
     entropy = torch.where(kept, log_s.squeeze(-1) - p_z.sum(-1), 0.0)
-    argmax = torch.where(kept, logits.argmax(-1), -1)
-    return ReferenceLoss(loss, zloss, log_prob[..., place], lse, entropy, argmax)
+    argmax = torch.where(kept, scaled(logits, scale, softcap).argmax(-1), -1)
+    squares = torch.where(kept, log_prob.exp().square().sum(-1), 0.0).detach()
+    return ReferenceLoss(loss, zloss, log_prob[..., place], lse, entropy, argmax, squares)

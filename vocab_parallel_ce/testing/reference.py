@@ -28,6 +28,8 @@ class ReferenceLoss(NamedTuple):
     """[...] entropy of the probabilities in nats; 0 on ignored rows."""
     argmax: Tensor
     """[...] int64, the first column that attains the maximum; -1 on ignored rows."""
+    sum_p_squared: Tensor
+    """[...] sum of the squared probabilities; 0 on ignored rows."""
 
 
 def cross_entropy(
@@ -39,7 +41,8 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     lse_square_scale: float = 0.0,
-    scale: float = 1.0,
+    scale: float | Tensor = 1.0,
+    softcap: float = 0.0,
     normalizer: float | Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> ReferenceLoss:
@@ -56,7 +59,8 @@ def cross_entropy(
         ignore_index: Rows with this target do not count.
         label_smoothing: The share of the loss that is spread over all classes, 0 to 1.
         lse_square_scale: Factor of the z-loss; 0 means none.
-        scale: Multiplies the logits first (1 / temperature).
+        scale: Multiplies the logits (1 / temperature): a number, or [...] one a row.
+        softcap: Makes softcap * tanh(logits / softcap) of the logits first; 0 means none.
         normalizer: For "mean", the denominator of both parts in place of the sum of weights and
             the number of kept rows.
         dtype: Of the arithmetic. fp64 makes it the oracle; fp32 shows what rounding does to the
@@ -77,7 +81,7 @@ def cross_entropy(
         >>> torch.autograd.grad(out.loss, x)[0]
         tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]])
     """
-    x = logits.to(dtype) * scale
+    x = scaled(logits.to(dtype), scale, softcap)
     vocab_size = x.shape[-1]
     kept = target != ignore_index
     # Ignored rows may hold inf or NaN: replaced before any arithmetic, so that no gradient is NaN.
@@ -118,4 +122,14 @@ def cross_entropy(
         lse=x.logsumexp(-1),
         entropy=torch.where(kept, -p_log_p.sum(-1), nothing),
         argmax=torch.where(kept, clean.argmax(-1), torch.full_like(column, -1)),
+        sum_p_squared=torch.where(kept, log_prob.exp().square().sum(-1), nothing).detach(),
     )
+
+
+def scaled(logits: Tensor, scale: float | Tensor = 1.0, softcap: float = 0.0) -> Tensor:
+    """[..., C] scale * softcap * tanh(logits / softcap), without a cap where it is 0."""
+    if softcap:
+        logits = softcap * (logits / softcap).tanh()
+    if isinstance(scale, Tensor) and scale.dim() > 0:
+        scale = scale.to(logits.dtype)[..., None]
+    return logits * scale

@@ -41,7 +41,7 @@ TOKENS = {
     torch.float32: np.float32(0),
     torch.float64: np.float64(0),
 }
-ALL = Wanted(smooth=True, entropy=True, argmax=True)
+ALL = Wanted(smooth=True, entropy=True, argmax=True, squares=True)
 ENGINE = Subject(cpu)
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -43,6 +43,9 @@ class Variant:
     entropy: bool = False
     argmax: bool = False
     ignored_rows: bool = False
+    squares: bool = False
+    row_scale: bool = False
+    capped: bool = False
     apart: bool = False
     """columns that are no neighbours in memory"""
 
@@ -82,10 +85,12 @@ def variants() -> Iterator[Variant]:
         if base[:2] == (CAPABILITIES[0], DTYPES[0]) or columns == COLUMNS[0]:
             yield Variant(*base)
             yield Variant(*base, smooth=True, weight=True, entropy=True, argmax=True)
+            yield Variant(*base, capped=True, row_scale=True)
     for dtype in DTYPES[:2]:
         base = CAPABILITIES[0], dtype, COLUMNS[0]
         yield Variant(*base, apart=True)
         yield Variant(*base, ignored_rows=True)
+        yield Variant(*base, entropy=True, squares=True)
         smoothing = ((False, False), (True, False), (True, True))
         for (smooth, weight), entropy, argmax in product(smoothing, (False, True), (False, True)):
             more = smooth, weight, entropy, argmax
@@ -120,17 +125,18 @@ def _call_engine(v: Variant) -> None:
         logits = logits.t().contiguous().t()
     target = torch.zeros(ROWS, dtype=torch.int64)
     weight = torch.ones(v.columns) if v.weight else None
-    wanted = Wanted(v.smooth, v.entropy, v.argmax, v.ignored_rows)
+    wanted = Wanted(v.smooth, v.entropy, v.argmax, v.squares, v.ignored_rows)
     row = torch.ones(ROWS)
-    engine.partials(logits, target, weight, 1.0, 0.0, wanted, torch.empty(len(wanted.rows), ROWS))
+    scale, cap = row if v.row_scale else 1.0, 30.0 if v.capped else 0.0
+    engine.partials(logits, target, weight, scale, cap, wanted, torch.empty(len(wanted.rows), ROWS))
     if v.dtype == DTYPES[0] and v.columns == COLUMNS[0]:
         _call_row_functions(v, target, wanted)
-    if v.ignored_rows or (v.argmax and not v.entropy):
+    if v.ignored_rows or v.squares or (v.argmax and not v.entropy):
         return  # the other kernels know nothing of these
     parts = Coefficients(row, row, row if v.smooth else None, row if v.entropy else None)
-    engine.gradient(logits, row, row, target, parts, weight, 1.0, 0.0, logits)
+    engine.gradient(logits, row, row, target, parts, weight, scale, cap, logits)
     if not v.smooth and not v.entropy:
-        engine.log_prob(logits, row, row, 1.0, 0.0, logits)
+        engine.log_prob(logits, row, row, scale, cap, logits)
 
 
 def _call_row_functions(v: Variant, target: torch.Tensor, wanted: Wanted) -> None:
@@ -142,7 +148,8 @@ def _call_row_functions(v: Variant, target: torch.Tensor, wanted: Wanted) -> Non
     slots = headers[0, HEADER_LAYOUT.static :].view(torch.int64)
     checksum = torch.zeros((), dtype=torch.int64) if v.weight else None
     content = torch.ones(2, ROWS)
-    excuse = rows.sign(slots, target, content, checksum, None, None, v.columns, -100)
+    scales = torch.zeros((), dtype=torch.int64) if v.row_scale else None
+    excuse = rows.sign(slots, target, content, checksum, None, scales, v.columns, -100)
     parts, shares = torch.ones(2, len(wanted.rows), ROWS), torch.ones(2)
     gathered = Gathered(parts, shares, headers[:, 0], headers)
     total = torch.ones(()) if v.weight else float(2 * v.columns)

@@ -13,7 +13,7 @@ from vocab_parallel_ce.engines.contract import IGNORED, Coefficients, Wanted
 from vocab_parallel_ce.engines.triton import engine as triton
 from vocab_parallel_ce.testing import assert_close
 
-ALL = Wanted(smooth=True, entropy=True, argmax=True)
+ALL = Wanted(smooth=True, entropy=True, argmax=True, squares=True)
 
 
 def _batch(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

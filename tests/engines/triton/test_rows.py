@@ -17,7 +17,7 @@ from vocab_parallel_ce.row_steps import Concluded, FusedSteps, RowSteps, TorchSt
 from vocab_parallel_ce.testing import assert_close
 
 ROWS, SIZE = 300, 5  # more than one block of rows, the last one not full
-EVERYTHING = {"smooth": True, "entropy": True, "argmax": True}
+EVERYTHING = {"smooth": True, "entropy": True, "squares": True, "argmax": True}
 
 
 def _requests(world: int, **options: Any) -> list[RowRequest]:
@@ -46,6 +46,8 @@ def _fill(parts: Tensor, request: RowRequest) -> None:
             named["u"][empty] = -torch.inf
         if request.entropy:
             named["t"][empty] = 0.0
+        if request.squares:
+            named["q"][empty] = 0.0
     if request.argmax:
         named["argmax"].view(torch.int32).copy_(torch.randint(SIZE, (parts.shape[1],)))
 
@@ -54,10 +56,11 @@ def _steps(
     fused: bool, target: Tensor, weight: Tensor | None, request: RowRequest, normalizer: float
 ) -> RowSteps:
     given = torch.tensor(normalizer) if request.normalized else None
+    scale = torch.linspace(0.5, 2.0, len(target)) if request.row_scale else None
     if fused:
         assert triton.ROW_FUNCTIONS is not None
-        return FusedSteps(triton.ROW_FUNCTIONS, target, weight, request, given)
-    return TorchSteps(target, weight, request, given, on_host=False, group=None)
+        return FusedSteps(triton.ROW_FUNCTIONS, target, weight, request, given, scale)
+    return TorchSteps(target, weight, request, given, False, None, scale=scale)
 
 
 def _run(
@@ -199,7 +202,9 @@ def test_other_options_and_shards_that_do_not_tile(change: dict[str, Any]) -> No
 )
 def test_normalizers(normalizers: tuple[float, ...], alike: bool) -> None:
     target = _target(3)
-    outcomes = _run(_requests(3, normalized=True), [target] * 3, normalizers=normalizers)
+    outcomes = _run(
+        _requests(3, normalized=True, row_scale=True), [target] * 3, normalizers=normalizers
+    )
     if alike:
         assert all(bool(o.stats[0].isfinite().any()) for o in outcomes)
     else:

@@ -114,11 +114,10 @@ def block_entropy(address: int, count: int, m: float, token: Any) -> Any:
 
 @helper
 def block_squares(address: int, count: int, m: float, token: Any) -> Any:
-    """sum e^(x - m)^2"""
+    """sum e^(2 (x - m)), whose error is that of one exponential; of a square it would be two."""
     q = lanes_of(0.0, token)
     for _ in range(count // LANES):
-        e = exp(load(address, token) - m, token)
-        q = q + e * e
+        q = q + exp(2.0 * (load(address, token) - m), token)
         address += LANES * size_of(token)
     return total(q)
 

@@ -80,7 +80,7 @@ def partials(
             extra.log_prob(way, logits, out[0], out[1], more, log_prob_out)
         return
     way = choice.way_for(logits.dtype) if log_prob_out is None else operator
-    way.partials(logits, local_target, weight, scale, wanted, out, log_prob_out)
+    way.partials(logits, local_target, weight, float(scale), wanted, out, log_prob_out)
 
 
 def gradient(

@@ -27,6 +27,8 @@ NOTHING = tl.constexpr(-3)  # no local_target
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 NO_COLUMN = tl.constexpr(2**31 - 1)
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN2_HIGH = tl.constexpr(0.693359375)  # ten bits: its product with an integer is exact
+LN2_LOW = tl.constexpr(-2.1219444005469057e-4)
 
 # Numbers that differ from call to call: compiled once for all their values, not for some of them.
 _NUMBERS = ["phase", "row_stride", "n_rows", "n_cols"]
@@ -76,8 +78,13 @@ def _exp(d):
 
 @triton.jit
 def _tanh(y):
-    """tanh: y + y^3 P(y^2) below 0.625, as in Cephes, else by the exponential."""
-    e = _exp(-2 * tl.abs(y))
+    """tanh: y + y^3 P(y^2) below 0.625, as in Cephes, else by the exponential.
+
+    d = k log 2 + f: of d log2(e) the rounding would be multiplied by the cap.
+    """
+    d = tl.maximum(-2 * tl.abs(y), -60.0)
+    k = tl.floor(d * LOG2_E + 0.5)
+    e = tl.exp2(k) * _exp(d - k * LN2_HIGH - k * LN2_LOW)
     far = 1 - 2 * e / (1 + e)
     far = tl.where(y < 0, -far, far)
     z = y * y
