@@ -155,6 +155,7 @@ class VocabParallelLinearCrossEntropyLoss(HoldsGroup):
         shard: which ids ``linear_weight`` holds, a ``VocabShard``. None means equal shards in rank
             order.
         scale: multiplies the logits inside the kernels; 1 / temperature. A finite number.
+        softcap: the logits become ``softcap * tanh(logits / softcap)`` first. None leaves them.
         engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
             "eager".
         collective: "all_gather" (the same bits on every rank), "all_reduce", or "auto".
@@ -195,6 +196,7 @@ class VocabParallelLinearCrossEntropyLoss(HoldsGroup):
         group: dist.ProcessGroup | None = None,
         shard: VocabShard | None = None,
         scale: float = 1.0,
+        softcap: float | None = None,
         engine: str = "auto",
         collective: str = "auto",
         check: bool | None = None,
@@ -213,6 +215,7 @@ class VocabParallelLinearCrossEntropyLoss(HoldsGroup):
         self.group = group
         self.shard = shard
         self.scale = scale
+        self.softcap = softcap
         self.engine = engine
         self.collective = collective
         self.check = check
@@ -257,6 +260,7 @@ class VocabParallelLinearCrossEntropyLoss(HoldsGroup):
             shard=self.shard,
             normalizer=normalizer,
             scale=self.scale,
+            softcap=self.softcap,
             engine=self.engine,
             collective=self.collective,
             check=self.check,
@@ -270,5 +274,6 @@ class VocabParallelLinearCrossEntropyLoss(HoldsGroup):
         return (
             f"reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
             f"label_smoothing={self.label_smoothing}, lse_square_scale={self.lse_square_scale}, "
-            f"scale={self.scale}, shard={self.shard}, gradient={self.gradient!r}"
+            f"scale={self.scale}, softcap={self.softcap}, shard={self.shard}, "
+            f"gradient={self.gradient!r}"
         )
