@@ -77,6 +77,8 @@ class Case:
     lead: tuple[int, ...] | None = None
     """the leading shape of the logits, where it is not [N]"""
     check: bool | None = None
+    scale_of_rows: bool = False
+    """``scale`` is handed over as a tensor, one number a row"""
 
 
 @dataclass
@@ -128,17 +130,23 @@ def ask(case: Case, made: Prepared, place: Place) -> dict[str, Tensor]:
         "group": place.group,
         "shard": made.shard,
         "inplace_backward": case.inplace,
-        "scale": q.scale,
+        "scale": torch.full_like(made.target, q.scale, dtype=torch.float32)
+        if case.scale_of_rows
+        else q.scale,
+        "softcap": q.softcap,
         "collective": case.collective,
         "check": case.check,
         "ignore_index": IGNORE_INDEX,
     }
     if case.function == "tokens":
-        tokens = token_statistics(made.logits, made.target, entropy=True, argmax=True, **common)
+        tokens = token_statistics(
+            made.logits, made.target, entropy=True, argmax=True, sum_p_squared=True, **common
+        )
         assert tokens.entropy is not None
         assert tokens.argmax is not None
+        assert tokens.sum_p_squared is not None
         answers = {"token": tokens.log_prob, "lse": tokens.lse, "entropy": tokens.entropy}
-        return answers | {"argmax": tokens.argmax}
+        return answers | {"argmax": tokens.argmax, "sum_p_squared": tokens.sum_p_squared}
     common |= {"weight": made.weight, "reduction": q.reduction}
     common |= {"label_smoothing": q.label_smoothing}
     common |= {"normalizer": None if q.normalizer is None else torch.tensor(q.normalizer)}

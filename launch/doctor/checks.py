@@ -46,6 +46,8 @@ def for_dtype(place: Place, dtype: torch.dtype) -> list[Check]:
         "label_smoothing": Case(replace(base, label_smoothing=0.1)),
         "z-loss": Case(replace(base, z=1e-2)),
         "scale": Case(replace(base, scale=1 / 0.7)),
+        "scale, one a row": Case(replace(base, scale=1.25), scale_of_rows=True),
+        "softcap": Case(replace(base, softcap=5.0, scale=0.75)),
         "normalizer": Case(replace(base, normalizer=37.0, z=1e-3, ignored=True)),
         "every option, mean": Case(replace(everything, reduction="mean")),
         "every option, sum, in place": Case(everything, inplace=True),

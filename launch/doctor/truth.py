@@ -40,6 +40,7 @@ class Question:
     label_smoothing: float = 0.0
     z: float = 0.0
     scale: float = 1.0
+    softcap: float = 0.0
     normalizer: float | None = None
     extreme: bool = False
     """rows near +-10,000 and near 0, and columns of -inf"""
@@ -53,6 +54,7 @@ class Question:
             "label_smoothing": self.label_smoothing,
             "lse_square_scale": self.z,
             "scale": self.scale,
+            "softcap": self.softcap,
             "normalizer": self.normalizer,
         }
 

@@ -48,6 +48,7 @@ class MegatronOptions:
     ignore_index: int = -100
     invalid_target: str = "error"
     lse_square_scale: float = 0.0
+    softcap: float | None = None
     inplace_backward: bool = False
     smoothing_formula: str = "megatron"
     engine: str = "auto"
@@ -83,6 +84,7 @@ class MegatronOptions:
         return Options(
             ignore_index=self.ignore_index,
             lse_square_scale=self.lse_square_scale,
+            softcap=self.softcap,
             group=group,
             inplace_backward=self.inplace_backward,
             engine=self.engine,

@@ -109,6 +109,7 @@ def install(
     ignore_index: int = -100,
     invalid_target: str = "error",
     lse_square_scale: float = 0.0,
+    softcap: float | None = None,
     inplace_backward: bool = False,
     smoothing_formula: str = "megatron",
     engine: str = "auto",
@@ -135,6 +136,8 @@ def install(
             ValueError on CPU, NaN on accelerators), or "ignore": loss 0 and gradient 0, for those
             who leave such tokens to ``loss_mask``.
         lse_square_scale: adds this times lse^2 to the loss of every token (the z-loss).
+        softcap: the logits become ``softcap * tanh(logits / softcap)`` inside the kernels. For a
+            model that does not cap them itself; one that does needs none here.
         inplace_backward: let the gradient overwrite the logits; any later read of them sees it.
         smoothing_formula: how ``label_smoothing`` is meant. "megatron": as Megatron computes it on
             one rank, and here on any number. "pytorch": as ``torch.nn.functional.cross_entropy``.
@@ -159,8 +162,8 @@ def install(
         ```
     """
     options = MegatronOptions(
-        vocab_size, shard, ignore_index, invalid_target, lse_square_scale, inplace_backward,
-        smoothing_formula, engine, collective, check,
+        vocab_size, shard, ignore_index, invalid_target, lse_square_scale, softcap,
+        inplace_backward, smoothing_formula, engine, collective, check,
     )  # fmt: skip
     _patch.apply()
     installation = Installation(options)
