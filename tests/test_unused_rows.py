@@ -65,6 +65,19 @@ def test_nan_under_a_mask_with_a_z_loss() -> None:
     assert not losses[:3].isfinite().any()
 
 
+def test_nan_in_a_row_whose_entropy_nobody_uses() -> None:
+    """It has none: 0 times it would be NaN."""
+    logits, target = torch.randn(3, 8), torch.tensor([1, 2, 3])
+    logits[0, 2] = torch.nan
+    leaf = move(logits).requires_grad_()
+    out = token_statistics(leaf, move(target), entropy=True)
+    assert out.entropy is not None
+    (out.entropy[1:].sum() + out.log_prob[1:].sum()).backward()
+    assert leaf.grad is not None
+    assert bool((leaf.grad[0] == 0).all())
+    assert bool(leaf.grad[1:].isfinite().all())
+
+
 def test_a_statistic_that_is_used_is_not_cut_off() -> None:
     """One of several has a gradient of 0, another has not."""
     logits = move(torch.randn(3, 8)).requires_grad_()

@@ -235,6 +235,18 @@ def test_z_loss_is_in_the_loss_and_beside_it(pair: Pool, inplace: bool) -> None:
         assert rank["overwritten"] == inplace
 
 
+def _capped(rank: dist.ProcessGroup) -> dict[str, Any]:
+    with megatron(tp=2) as group, install(softcap=2.0):
+        logits, target = tokens()
+        return {"capped": outcome(loss_named("unfused", group), shard(logits, group), target)}
+
+
+def test_a_softcap(pair: Pool) -> None:
+    want = exact(*tokens(), softcap=2.0)
+    ranks = pair.run(_capped, 2)
+    want.check(ranks[0]["capped"]["loss"], whole(ranks, "capped"))
+
+
 def _collectives(rank: dist.ProcessGroup) -> dict[str, list[list[str]]]:
     with megatron(tp=2) as group:
         logits, target = tokens()
