@@ -108,7 +108,16 @@ class FusedCausalLMLoss:
 
 
 def fuse(plain: CausalLMLoss, model: nn.Module, head: nn.Module) -> FusedCausalLMLoss:
-    """The loss of ``model`` together with its ``head``; in place there is nothing to overwrite."""
+    """The loss of ``model`` together with its ``head``; in place there is nothing to overwrite.
+
+    Raises ValueError for a head that is more than a product with its weight, such as an adapter.
+    """
+    if type(head).forward is not nn.Linear.forward:
+        raise ValueError(
+            f"the head of {type(model).__name__} is a {type(head).__name__}, which computes more "
+            "than torch.nn.Linear does; a fused head reads its weight and bias only: install the "
+            "loss without fused_head"
+        )
     return FusedCausalLMLoss(replace(plain, inplace_backward=False), model, head)
 
 

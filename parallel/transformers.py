@@ -61,7 +61,8 @@ def install(
 
     Raises:
         TypeError: for an object without a head or without the hook ``loss_function``.
-        ValueError: for a head that is split otherwise than over the vocabulary.
+        ValueError: for a head that is split otherwise than over the vocabulary; with
+            ``fused_head`` for one that is no torch.nn.Linear, such as an adapter (LoRA).
 
     Communication:
         None here; each loss costs what ``cross_entropy`` costs.

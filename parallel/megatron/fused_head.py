@@ -208,39 +208,41 @@ class _Deferred(NamedTuple):
 class FusedHead:
     """What ``fuse_head`` returns: takes it back. As a context manager, where the block ends."""
 
+    # Bound methods stand in the model's places: a deep copy or a pickle of the model then brings a
+    # FusedHead of its own, where a closure would go on calling the first model.
+
     def __init__(self, model: Any) -> None:
         self._model, self._layer = model, model.output_layer
         self._asks_for_loss = False
-        signature = inspect.signature(model.forward)
-        forward, logits = model.forward, self._layer.forward
-        loss_of_logits = model.compute_language_model_loss
+        self._forward, self._logits = model.forward, self._layer.forward
+        self._loss_of_logits = model.compute_language_model_loss
+        model.forward, self._layer.forward = self._forward_of_model, self._forward_of_layer
+        model.compute_language_model_loss = self._loss
 
-        def forward_of_model(*args: Any, **kwargs: Any) -> Any:
-            given = signature.bind(*args, **kwargs).arguments
-            before, self._asks_for_loss = self._asks_for_loss, given.get("labels") is not None
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                self._asks_for_loss = before
+    def _forward_of_model(self, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(self._forward).bind(*args, **kwargs).arguments
+        before, self._asks_for_loss = self._asks_for_loss, given.get("labels") is not None
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            self._asks_for_loss = before
 
-        def forward_of_layer(
-            input_: Tensor,
-            weight: Tensor | None = None,
-            runtime_gather_output: bool | None = None,
-            **others: Any,
-        ) -> Any:
-            if not self._asks_for_loss or runtime_gather_output:
-                return logits(input_, weight, runtime_gather_output, **others)
-            return _Deferred(input_, weight), None
+    def _forward_of_layer(
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        **others: Any,
+    ) -> Any:
+        if not self._asks_for_loss or runtime_gather_output:
+            return self._logits(input_, weight, runtime_gather_output, **others)
+        return _Deferred(input_, weight), None
 
-        def loss(labels: Tensor, logits: Any) -> Tensor:
-            if not isinstance(logits, _Deferred):
-                made: Tensor = loss_of_logits(labels, logits)
-                return made
-            return fused_head_loss(logits.hidden, labels, self._layer, logits.weight)
-
-        model.forward, self._layer.forward = forward_of_model, forward_of_layer
-        model.compute_language_model_loss = loss
+    def _loss(self, labels: Tensor, logits: Any) -> Tensor:
+        if not isinstance(logits, _Deferred):
+            made: Tensor = self._loss_of_logits(labels, logits)
+            return made
+        return fused_head_loss(logits.hidden, labels, self._layer, logits.weight)
 
     def undo(self) -> None:
         """The model is as it was. A second call does nothing."""

@@ -209,6 +209,27 @@ def test_a_model_that_caps_its_logits_cannot_be_fused(tmp_path: Path) -> None:
     assert model(**batch()).logits.shape[-1] == VOCAB
 
 
+class _Adapter(torch.nn.Module):
+    """As LoRA wraps a head: weight and bias are those of the layer below."""
+
+    def __init__(self, base_layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.weight, self.bias = base_layer, base_layer.weight, base_layer.bias
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(hidden) * 2
+
+
+def test_a_head_with_an_adapter_cannot_be_fused(tmp_path: Path) -> None:
+    model = whole(tiny(tmp_path)).train()
+    model.set_output_embeddings(_Adapter(model.lm_head))
+    want = model(**batch()).loss
+    with pytest.raises(ValueError, match=r"head of LlamaForCausalLM is a _Adapter.*without fused"):
+        install(model, fused_head=True)
+    install(model)
+    torch.testing.assert_close(model(**batch()).loss, want)
+
+
 def test_another_object_is_refused() -> None:
     with pytest.raises(TypeError, match=r"Linear has no loss_function to set.*known to work"):
         install(torch.nn.Linear(2, 3))

@@ -5,6 +5,7 @@ One rank with Megatron's unfused loss is what all others are measured against: i
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
@@ -310,6 +311,28 @@ def _fused_and_back(group: dist.ProcessGroup) -> None:
 
 def test_a_head_is_fused_and_taken_back(pair: Pool) -> None:
     pair.run(_fused_and_back, 2)
+
+
+def _copied(group: dist.ProcessGroup) -> None:
+    from megatron.core import parallel_state
+
+    with megatron(tp=2):
+        model = _model(Run(tp=2))
+        inputs = (ids := torch.arange(SEQUENCE)[None] % VOCAB, ids, None)
+        with fuse_head(model):
+            losses = model(*inputs, labels=ids)
+            groups = [g for g in vars(parallel_state).values() if isinstance(g, dist.ProcessGroup)]
+            copied = copy.deepcopy(model, {id(g): g for g in groups})  # they cannot be copied
+            with torch.no_grad():
+                model.output_layer.weight.zero_()
+            assert torch.equal(copied(*inputs, labels=ids), losses)
+            copied(*inputs, labels=ids).sum().backward()
+            assert copied.output_layer.weight.grad is not None
+            assert model.output_layer.weight.grad is None
+
+
+def test_a_copy_of_a_fused_model_is_on_its_own(pair: Pool) -> None:
+    pair.run(_copied, 2)
 
 
 def test_a_model_without_labels_hands_out_its_shard(pair: Pool) -> None:
