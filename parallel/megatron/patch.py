@@ -21,13 +21,17 @@ from typing import Any
 
 from vocab_parallel_ce.warning import warn
 
-from .places import SLOT, Function, built_models, calls_one_of, known_places, targets_of_new_models
+from .places import (
+    KNOWN_TO_WORK,
+    SLOT,
+    Function,
+    built_models,
+    calls_one_of,
+    known_places,
+    targets_of_new_models,
+)
 
 HOW_TO_GET_MEGATRON = "pip install 'vocab_parallel_ce[peers]' brings megatron-core 0.16.1"
-KNOWN_TO_WORK = (
-    "versions 0.12 to 0.19 are known to work; where models look a target up, hand them "
-    "parallel.megatron.cross_entropy_target"
-)
 
 
 class Patch:
@@ -65,7 +69,7 @@ class Patch:
                 if not calls_one_of(target, self._ours.values()):
                     raise RuntimeError(
                         f"{told} gives new models another loss than the functions that were "
-                        f"replaced: this version of megatron-core looks it up elsewhere; "
+                        "replaced: this version of megatron-core looks it up elsewhere; "
                         f"{KNOWN_TO_WORK}"
                     )
             self._reach_built_models()

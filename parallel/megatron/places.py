@@ -38,14 +38,17 @@ _DEFINED_IN = {
 }
 _LANGUAGE_MODULE = "megatron.core.models.common.language_module.language_module"
 _SELECTED_IN = ("megatron.core.models.backends", "megatron.core.ops.loss.backends")
-_TRANSFORMER_ENGINE = "megatron.core.extensions.transformer_engine"
+KNOWN_TO_WORK = (
+    "versions 0.12 to 0.19 are known to work; where models look a target up, hand them "
+    "parallel.megatron.cross_entropy_target"
+)
 
 
 def known_places() -> Iterator[tuple[str, ModuleType]]:
     """(name of a loss, module that must hold ours): first those that define it.
 
-    ImportError where megatron-core is missing. The te form exists without TransformerEngine, as
-    None, and its defining module may not be importable.
+    ImportError where megatron-core is missing, RuntimeError where its modules have moved. The te
+    form exists without TransformerEngine, as None, and its defining module may not be importable.
     """
     importlib.import_module("megatron.core")
     for name, places in _DEFINED_IN.items():
@@ -56,16 +59,13 @@ def known_places() -> Iterator[tuple[str, ModuleType]]:
     if hasattr(tensor_parallel, SLOT):
         yield SLOT, tensor_parallel
     selectors = _selectors()
-    extension = sys.modules.get(_TRANSFORMER_ENGINE)
-    if hasattr(extension, _TE):
-        yield _TE, _needed(_TRANSFORMER_ENGINE)
+    extension: Any = sys.modules.get("megatron.core.extensions.transformer_engine")
+    for name in (_TE, _TE_ADAPTER):
+        yield from ((name, module) for module in (extension, *selectors) if hasattr(module, name))
     if not selectors:
         language_module = _needed(_LANGUAGE_MODULE)
         yield _FUSED, language_module
         yield _TE, language_module
-    for module in (extension, *selectors):
-        if selectors and module is not None and hasattr(module, _TE_ADAPTER):
-            yield _TE_ADAPTER, module
 
 
 def targets_of_new_models() -> Iterator[tuple[str, Any]]:
@@ -114,4 +114,10 @@ def _module(name: str) -> Any:
 
 def _needed(name: str) -> Any:
     """A module that every version has, so far."""
-    return importlib.import_module(name)
+    module = _module(name)
+    if module is None:
+        raise RuntimeError(
+            f"there is no {name}: this version of megatron-core looks its losses up elsewhere; "
+            f"{KNOWN_TO_WORK}"
+        )
+    return module

@@ -136,4 +136,7 @@ def test_names_that_moved_again_are_one_line_with_the_versions(
         with pytest.raises(RuntimeError, match=f"has no fused_vocab.*{known}") as problem:
             install()
         assert "\n" not in str(problem.value)
+        patch.setitem(sys.modules, LANGUAGE_MODULE, None)
+        with pytest.raises(RuntimeError, match=f"there is no {LANGUAGE_MODULE}.*{known}"):
+            install()
     assert _standing(backends) == before
