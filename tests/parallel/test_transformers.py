@@ -217,7 +217,8 @@ class _Adapter(torch.nn.Module):
         self.base_layer, self.weight, self.bias = base_layer, base_layer.weight, base_layer.bias
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.base_layer(hidden) * 2
+        out: torch.Tensor = self.base_layer(hidden) * 2
+        return out
 
 
 def test_a_head_with_an_adapter_cannot_be_fused(tmp_path: Path) -> None:
