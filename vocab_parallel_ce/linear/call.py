@@ -30,6 +30,8 @@ class Statics:
     """each rank has its part of the hidden states"""
     wide: bool = False
     """logits are fp32, their gradient is not"""
+    sums_hidden: bool = False
+    """the gradient of the hidden states will be summed over ranks: they must agree on it"""
 
     def scalars(self) -> tuple[Any, ...]:
         """For a custom operator, behind those of the request."""
@@ -86,7 +88,7 @@ class LinearCall:
         """What the preflight tells; ``like`` has the logits' dtype and device."""
         return Plan(
             self.request, like, self.target, self.normalizer, width=self.hidden.shape[1],
-            chunk=chunk,
+            chunk=chunk, sums_hidden=self.statics.sums_hidden,
         )  # fmt: skip
 
     def block_columns(self, rows: int) -> int | None:

@@ -107,6 +107,9 @@ def prepare_linear(
         linear.hidden_gradient == "partial",
         linear.sequence_parallel and world > 1,
         wide,
+        sums_hidden=torch.is_grad_enabled()
+        and tensors.input.requires_grad
+        and linear.hidden_gradient == "summed",
     )
 
 
