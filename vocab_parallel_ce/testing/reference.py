@@ -85,7 +85,8 @@ def cross_entropy(
     vocab_size = x.shape[-1]
     kept = target != ignore_index
     # Ignored rows may hold inf or NaN: replaced before any arithmetic, so that no gradient is NaN.
-    clean = torch.where(kept[..., None], x, torch.zeros_like(x))
+    wide = logits.to(dtype)
+    clean = scaled(torch.where(kept[..., None], wide, torch.zeros_like(wide)), scale, softcap)
     log_prob = clean.log_softmax(-1)
     lse = clean.logsumexp(-1)
     column = torch.where(kept, target, torch.zeros_like(target)).long()

@@ -41,6 +41,8 @@ def _losses_match(
     for turn, name in enumerate(names):
         chosen = dict(OPTIONS[name])
         weighted = chosen.pop("weight", False)
+        if isinstance(chosen.get("scale"), Tensor):
+            chosen["scale"] = chosen["scale"][:ROWS]
         reduction = REDUCTIONS[turn % len(REDUCTIONS)]
         dtype = DTYPES[turn % len(DTYPES)]
         data = batch(ROWS, sharding.vocab_size, dtype, chosen.get("ignore_index", -100), seed=turn)
