@@ -7,15 +7,18 @@
 #   JOBS=2                      how many files of tests run side by side
 #   GRIDS=yes                   the full grids too, as in test-all
 #   MEGATRON=0.12.1             the version of megatron-core that unit-megatron runs on
+#   TORCH_NPU=torch-npu==2.13.0, TORCH_OF_NPU=torch==2.13.0
+#                               what unit-npu runs on; each version in an environment of its own
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
 PIP_OPTIONS ?=
 VENV ?= .venv
 NPU ?= yes
-TORCH_NPU ?= torch-npu==2.13.0
+TORCH_NPU_OF_CI := torch-npu==2.13.0
+TORCH_NPU ?= $(TORCH_NPU_OF_CI)
 TORCH_OF_NPU ?= torch==2.13.0
-VENV_NPU ?= .venv-npu
+VENV_NPU ?= .venv-npu$(if $(filter-out $(TORCH_NPU_OF_CI),$(TORCH_NPU)),-$(lastword $(subst =, ,$(TORCH_NPU))))
 MEGATRON ?= 0.12.1
 TRITON ?= yes
 JOBS ?= 2
@@ -35,7 +38,7 @@ MEGATRON_FOLDER := .megatron-$(MEGATRON)
 TORCHRUN := $(BIN)/torchrun --standalone
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-megatron quick test test-all checks lint types docs unit unit-megatron \
-    unit-npu unit-triton gate record-shares bench ascend-triton environments clean
+    unit-npu unit-triton gate record-shares bench hooks ascend-triton environments clean
 .DELETE_ON_ERROR:
 
 help: ## this list, and the options
@@ -48,18 +51,19 @@ $(VENV)/installed: pyproject.toml
 	@echo "== install into $(VENV) with $(PYTHON)"
 	@echo "   downloads: $(TORCH) (a CPU build is about 190 MB; the package index's default build for"
 	@echo "   Linux x86-64 brings CUDA and several GB: choose with PIP_OPTIONS), then about 180 MB of"
-	@echo "   numba, numpy, tokenizers, matplotlib, rich, typer, pytest, hypothesis, mypy, ruff, mkdocs and"
-	@echo "   megatron-core. pip options for torch: '$(PIP_OPTIONS)'"
+	@echo "   numba, numpy, tokenizers, matplotlib, rich, typer, pytest, hypothesis, mypy, ruff, mkdocs,"
+	@echo "   megatron-core and transformers. pip options for torch: '$(PIP_OPTIONS)'"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
 	@start=$$(date +%s); \
 	$(PYTHON) -m venv $(VENV) && \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) $(TORCH) && \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[launch,test,peers,docs]' && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[launch,test,peers,docs,hooks]' && \
 	echo "== install: $$(( $$(date +%s) - start )) s"
 	@touch $@
 
 # A second environment: where torch-npu is installed, `import torch` needs the libraries of CANN.
-# tests/npu_sim brings its own; without it this is a machine with torch-npu and no CANN.
+# tests/npu_sim brings its own; without it this is a machine with torch-npu and no CANN. Some wheels
+# of torch-npu ask for torch==X+cpu, which the package index lacks: so without dependencies.
 $(VENV_NPU)/installed: pyproject.toml
 	@case "$$(uname -s) $$(uname -m)" in "Linux x86_64"|"Linux aarch64") ;; *) \
 	    echo "there is no $(TORCH_NPU) for $$(uname -s) $$(uname -m): make test NPU=no" >&2; exit 1;; esac
@@ -73,7 +77,8 @@ $(VENV_NPU)/installed: pyproject.toml
 	@start=$$(date +%s); \
 	$(PYTHON) -m venv $(VENV_NPU) && \
 	$(BIN_NPU)/python -I -m pip install --quiet --disable-pip-version-check $(PIP_OPTIONS) $(TORCH_OF_NPU) && \
-	$(BIN_NPU)/python -I -m pip install --quiet --disable-pip-version-check $(TORCH_NPU) \
+	$(BIN_NPU)/python -I -m pip install --quiet --disable-pip-version-check --no-deps $(TORCH_NPU) && \
+	$(BIN_NPU)/python -I -m pip install --quiet --disable-pip-version-check numpy pyyaml \
 	    -e '.[launch]' pytest pytest-xdist hypothesis && \
 	echo "== install: $$(( $$(date +%s) - start )) s"
 	@touch $@
@@ -118,7 +123,7 @@ environments: $(ENVIRONMENTS) ## builds every environment that the tests need
 
 ascend-triton: $(VENV_TRITON_ASCEND)/installed ## whether the Triton kernels fit an Ascend core
 	@start=$$(date +%s); echo "== Triton kernels for Ascend, without CANN"; \
-	$(VENV_TRITON_ASCEND)/bin/python -m tests.engines.triton.ascend && \
+	$(VENV_TRITON_ASCEND)/bin/python -m tests.engines.ascend && \
 	echo "== Triton kernels for Ascend: $$(( $$(date +%s) - start )) s"
 
 demo: $(VENV)/installed ## a GPT on two CPU ranks, the vocabulary split between them
@@ -177,6 +182,21 @@ unit-megatron: $(MEGATRON_FOLDER)/installed ## the tests of the Megatron hook on
 	    $(BIN)/python -m pytest -q $(PARALLEL) $(ALL) --durations=5 tests/parallel/megatron && \
 	echo "== tests on megatron-core $(MEGATRON): $$(( $$(date +%s) - start )) s"
 
+# Frameworks that are no part of CI, each without what it asks for beside torch.
+HOOKS := deepspeed==0.19.8 torchtitan==0.3.0 verl==0.9.1
+HOOKS_NEED := hjson py-cpuinfo msgpack einops ninja pydantic pydantic-core annotated-types \
+    typing-inspection spmd-types tyro docstring-parser shtab typeguard psutil
+.hooks/installed: $(VENV)/installed
+	@echo "== install $(HOOKS) into .hooks"
+	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --no-build-isolation --upgrade --target .hooks $(HOOKS) $(HOOKS_NEED)
+	@touch $@
+
+hooks: .hooks/installed ## the hooks of DeepSpeed, torchtitan and verl against the real packages
+	@start=$$(date +%s); echo "== hooks: $(HOOKS)"; \
+	PYTHONPATH=$(CURDIR)/.hooks $(BIN)/python -m pytest -q -o addopts= tests/hooks && \
+	echo "== hooks: $$(( $$(date +%s) - start )) s"
+
 # What only an NPU has, and the tests of the loss that run on any device.
 TESTS_NPU := tests/npu tests/engines/test_contract.py tests/test_oracle.py tests/test_inplace.py \
     tests/test_properties.py
@@ -191,8 +211,9 @@ unit-npu: $(VENV_NPU)/installed ## the tests of the Ascend engine: real torch_np
 	echo "== tests of the Ascend engine: $$(( $$(date +%s) - start )) s"
 endif
 
-# The engine's contract and its own tests; tests/engines/triton compiles the kernels as well.
-TESTS_TRITON := tests/engines/triton tests/engines/test_contract.py
+# The engine's contract and its own tests; tests/engines/triton compiles the kernels as well. And
+# the npu engine's kernels for Ascend.
+TESTS_TRITON := tests/engines/triton tests/engines/npu tests/engines/test_contract.py
 
 ifeq ($(TRITON),no)
 unit-triton:
@@ -222,4 +243,4 @@ bench: $(VENV)/installed ## the loss beside its peers on this machine; writes ru
 	$(BIN)/python -m vocab_parallel_ce.launch.bench --out runs/bench
 
 clean: ## removes the environments and all that was built
-	rm -rf site $(VENV) $(VENV_NPU) $(VENV_TRITON) $(VENV_TRITON_ASCEND) .megatron-* runs build dist *.egg-info
+	rm -rf site $(VENV) .venv-npu* $(VENV_TRITON) $(VENV_TRITON_ASCEND) .megatron-* .hooks runs build dist *.egg-info

@@ -1,4 +1,4 @@
-"""What a policy-gradient step asks of a policy: log-probabilities, entropy, temperature.
+"""One GRPO step: log-probabilities, entropy and temperature of a policy from one call.
 
     torchrun --standalone --nproc-per-node 2 examples/rl_statistics.py
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from vocab_parallel_ce import VocabShard, token_statistics
 
-PROMPTS, LENGTH, VOCAB = 4, 16, 1000
+SAMPLES, LENGTH, VOCAB = 4, 16, 1000  # answers to one prompt
 TEMPERATURE, ENTROPY_BONUS, CLIP = 0.7, 0.01, 0.2
 PAD = -100  # tokens of the prompt and of the padding: log_prob 0, entropy 0, no gradient
 
@@ -21,11 +21,12 @@ def main() -> None:
     group = dist.group.WORLD
     torch.manual_seed(0)
     shard = VocabShard.even(VOCAB, group)
-    full = torch.randn(PROMPTS, LENGTH, VOCAB)  # the same on every rank; a model makes these
+    full = torch.randn(SAMPLES, LENGTH, VOCAB)  # the same on every rank; a model makes these
     logits = full[..., shard.start : shard.stop].clone().requires_grad_()
-    tokens = torch.randint(0, VOCAB, (PROMPTS, LENGTH))
+    tokens = torch.randint(0, VOCAB, (SAMPLES, LENGTH))
     tokens[:, :5] = PAD
-    advantage = torch.randn(PROMPTS, 1)
+    reward = torch.randn(SAMPLES, 1)
+    advantage = (reward - reward.mean()) / (reward.std() + 1e-6)  # relative to the group
 
     with torch.no_grad():  # the policy that sampled the tokens
         old = token_statistics(logits, tokens, group=group, shard=shard, scale=1 / TEMPERATURE)

@@ -63,6 +63,10 @@ JOBS = {
         "fixed cost of a call, and of the first call of a process",
         f"{_LAUNCH}.bench.call_cost.command",
     ),
+    "fused-head": Job(
+        "head and loss together, beside what one would otherwise use",
+        f"{_LAUNCH}.bench.fused_head.command",
+    ),
     "plan": Job(
         "what the loss will cost on a machine, by a model",
         f"{_LAUNCH}.plan.command",

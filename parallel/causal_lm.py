@@ -23,6 +23,17 @@ def shifted(labels: Tensor, ignore_index: int) -> Tensor:
     return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 
+def targets_of(
+    labels: Tensor | None, shift_labels: Tensor | None, ignore_index: int, where: str
+) -> Tensor:
+    """[..., S], from whichever of the two is given."""
+    if shift_labels is not None:
+        return shift_labels
+    if labels is None:
+        raise ValueError(f"{where}labels and shift_labels are both None; pass one of them")
+    return shifted(labels, ignore_index)
+
+
 @dataclass(frozen=True)
 class CausalLMLoss:
     """A loss function for ``model.loss_function``, over vocab-parallel logits.
@@ -51,6 +62,19 @@ class CausalLMLoss:
     lse_square_scale: float = 0.0
     inplace_backward: bool = False
 
+    @property
+    def where(self) -> str:
+        """What begins a message: empty on one rank."""
+        return f"rank {dist.get_rank(self.group)} of the group: " if self.group else ""
+
+    def check_vocabulary(self, vocab_size: int | None) -> None:
+        """ValueError where a model tells another size than its head has."""
+        if vocab_size is not None and vocab_size != self.shard.vocab_size:
+            raise ValueError(
+                f"{self.where}vocab_size={vocab_size} is not the {self.shard.vocab_size} of "
+                f"{self.shard}"
+            )
+
     def __call__(
         self,
         logits: Tensor,
@@ -76,26 +100,19 @@ class CausalLMLoss:
             ValueError: for logits that were gathered, for another vocabulary, without labels, and
                 what ``cross_entropy`` raises.
         """
-        where = f"rank {dist.get_rank(self.group)} of the group: " if self.group else ""
-        if vocab_size is not None and vocab_size != self.shard.vocab_size:
-            raise ValueError(
-                f"{where}vocab_size={vocab_size} is not the {self.shard.vocab_size} of {self.shard}"
-            )
+        self.check_vocabulary(vocab_size)
         if self.shard.size < self.shard.vocab_size == logits.shape[-1]:
             raise ValueError(
-                f"{where}the logits were gathered: they have all {logits.shape[-1]} columns, and "
-                f"this rank's shard is {self.shard}; keep the head's output split, in transformers "
-                'by tp_plan={"lm_head": "colwise"}'
+                f"{self.where}the logits were gathered: they have all {logits.shape[-1]} columns, "
+                f"and this rank's shard is {self.shard}; keep the head's output split, in "
+                'transformers by tp_plan={"lm_head": "colwise"}'
             )
-        if shift_labels is None:
-            if labels is None:
-                raise ValueError(f"{where}labels and shift_labels are both None; pass one of them")
-            shift_labels = shifted(labels, ignore_index)
+        target = targets_of(labels, shift_labels, ignore_index, self.where)
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(logits.device)
         return cross_entropy(
             logits,
-            shift_labels.to(logits.device),
+            target.to(logits.device),
             ignore_index=ignore_index,
             label_smoothing=self.label_smoothing,
             lse_square_scale=self.lse_square_scale,

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vocab_parallel_ce import VocabShard
+from vocab_parallel_ce import VocabShard, linear_cross_entropy
 from vocab_parallel_ce.held_group import HoldsGroup
 
 
@@ -204,6 +204,7 @@ class VocabParallelHead(_VocabParallelWeight):
         ```python
         head = VocabParallelHead(shard, 128, tp_group, generator=g, weight=embedding.weight)
         loss = cross_entropy(head(hidden), target, group=tp_group, shard=shard)
+        loss = head.loss(hidden, target)  # the same; logits never exist whole
         ```
     """
 
@@ -221,6 +222,24 @@ class VocabParallelHead(_VocabParallelWeight):
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.linear(copy_to_group(hidden, self.group), self.weight)
+
+    def loss(self, hidden: Tensor, target: Tensor, **options: Any) -> Any:
+        """The loss of ``self(hidden)``, whose logits never exist whole.
+
+        Args:
+            hidden: [..., width], the same on every rank; or this rank's part of the sequence.
+            target: [...] vocabulary ids, the same on every rank.
+            options: those of ``linear_cross_entropy`` beside the head, the group and the shard.
+
+        Returns:
+            What ``linear_cross_entropy`` returns.
+
+        Communication:
+            That of ``linear_cross_entropy``; the gradient of the hidden states is summed there.
+        """
+        return linear_cross_entropy(
+            hidden, self.weight, target, group=self.group, shard=self.shard, **options
+        )
 
 
 def vocab_parallel_parameters(model: nn.Module) -> dict[str, VocabShard]:

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from vocab_parallel_ce import VocabShard
 from vocab_parallel_ce.parallel.causal_lm import CausalLMLoss
+from vocab_parallel_ce.parallel.fused_head import FusedCausalLMLoss, fuse
 
 KNOWN = "5.24"
 TP = "tp"
@@ -35,7 +36,8 @@ def install(
     label_smoothing: float = 0.0,
     lse_square_scale: float = 0.0,
     inplace_backward: bool = False,
-) -> CausalLMLoss:
+    fused_head: bool = False,
+) -> CausalLMLoss | FusedCausalLMLoss:
     """Set this library's loss as the loss of a causal language model of transformers.
 
     The loss is that of transformers' ``ForCausalLMLoss``: labels are shifted, and
@@ -51,13 +53,16 @@ def install(
             ``label_smoothing_factor`` at 0: it wants whole logits.
         lse_square_scale: adds this times lse squared to the loss of each token (z-loss).
         inplace_backward: the gradient overwrites ``outputs.logits``.
+        fused_head: head and loss together (``linear_cross_entropy``): in training logits exist a
+            chunk of rows at a time, and ``outputs.logits`` is None. Elsewhere nothing changes.
 
     Returns:
         The loss function, which is now ``model.loss_function``.
 
     Raises:
         TypeError: for an object without a head or without the hook ``loss_function``.
-        ValueError: for a head that is split otherwise than over the vocabulary.
+        ValueError: for a head that is split otherwise than over the vocabulary; with
+            ``fused_head`` for one that is no torch.nn.Linear, such as an adapter (LoRA).
 
     Communication:
         None here; each loss costs what ``cross_entropy`` costs.
@@ -74,14 +79,19 @@ def install(
             f"of transformers (known to work: {KNOWN})"
         )
     group, shard = group_and_shard(head_weight(model))
-    loss = CausalLMLoss(group, shard, label_smoothing, lse_square_scale, inplace_backward)
+    uninstall(model)
+    plain = CausalLMLoss(group, shard, label_smoothing, lse_square_scale, inplace_backward)
+    loss = fuse(plain, model, model.get_output_embeddings()) if fused_head else plain
     model.loss_function = loss
     return loss
 
 
 def uninstall(model: Any) -> None:
     """Give the model its own loss back; without effect where ``install`` was not called."""
-    if isinstance(getattr(model, "_loss_function", None), CausalLMLoss):
+    loss = getattr(model, "_loss_function", None)
+    if isinstance(loss, FusedCausalLMLoss):
+        loss.remove()
+    if isinstance(loss, (CausalLMLoss, FusedCausalLMLoss)):
         del model._loss_function
 
 

@@ -10,6 +10,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "tests/docs/test_blocks.py": ("test_every_block_says_what_it_is", "test_files_exist"),
     "tests/examples/test_examples.py": ("test_an_example_is_short_and_says_how_to_run_it",),
     "tests/engines/cpu/test_threads.py": (),
+    "tests/engines/npu/test_traffic.py": (),
     "tests/engines/test_contract.py": (),
     "tests/launch/ascend/test_script.py": (
         "test_bad_variables_are_explained",
@@ -26,6 +27,11 @@ QUICK: dict[str, tuple[str, ...]] = {
     "tests/launch/doctor/test_scrub.py": (),
     "tests/launch/doctor/test_software.py": (),
     "tests/launch/doctor/test_variables.py": (),
+    "tests/launch/doctor/tune/test_command.py": (
+        "test_bad_options",
+        "test_the_bytes_of_the_kernels_are_those_of_the_table",
+        "test_the_fastest_of_ours_is_exported",
+    ),
     "tests/launch/measuring/test_in_step.py": (),
     "tests/launch/measuring/test_limits.py": (),
     "tests/launch/measuring/test_memory.py": (),
@@ -45,6 +51,11 @@ QUICK: dict[str, tuple[str, ...]] = {
         "test_another_run_is_not_continued",
         "test_the_check_tells_right_from_wrong",
         "test_each_step_reads_the_next_windows",
+    ),
+    "tests/linear/test_ways.py": (
+        "test_products_of_a_step",
+        "test_blocks_of_columns",
+        "test_a_second_backward_is_refused_by_name",
     ),
     "tests/parallel/megatron/test_loss_func.py": (),
     "tests/parallel/test_layers.py": (),

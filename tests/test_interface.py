@@ -18,9 +18,12 @@ from vocab_parallel_ce import (
     CrossEntropyLossOutput,
     TokenStatistics,
     VocabParallelCrossEntropyLoss,
+    VocabParallelLinearCrossEntropyLoss,
     VocabShard,
     cross_entropy,
     cross_entropy_loss,
+    linear_cross_entropy,
+    linear_token_statistics,
     token_statistics,
 )
 
@@ -37,11 +40,16 @@ LOSS = (
     ("label_smoothing", 0.0),
 )
 GROUPED = {"group": None, "shard": None, "inplace_backward": False}
+PLACED = {"group": None, "shard": None}
+LINEAR = (("input", REQUIRED), ("linear_weight", REQUIRED), ("target", REQUIRED))
+LINEAR_RUN = {"hidden_gradient": "summed", "sequence_parallel": False, "scratch_mib": None}
 RUN = {"scale": 1.0, "softcap": None, "engine": "auto", "collective": "auto", "check": None}
 POSITIONAL: dict[Callable[..., Any], tuple[tuple[str, object], ...]] = {
     cross_entropy: LOSS,
     cross_entropy_loss: (*LOSS, ("lse_square_scale_for_zloss", 0.0), ("return_zloss", False)),
     token_statistics: (LOSS[0], ("target", None)),
+    linear_cross_entropy: LINEAR,
+    linear_token_statistics: LINEAR,
 }
 KEYWORDS: dict[Callable[..., Any], dict[str, object]] = {
     cross_entropy: {
@@ -60,6 +68,26 @@ KEYWORDS: dict[Callable[..., Any], dict[str, object]] = {
         **GROUPED,
         **RUN,
     },
+    linear_cross_entropy: {
+        "linear_bias": None,
+        **dict(LOSS[2:]),
+        "lse_square_scale": 0.0,
+        "return_zloss": False,
+        **PLACED,
+        "normalizer": None,
+        **RUN,
+        "gradient": "auto",
+        **LINEAR_RUN,
+    },
+    linear_token_statistics: {
+        "linear_bias": None,
+        "entropy": False,
+        "argmax": False,
+        "ignore_index": -100,
+        **PLACED,
+        **RUN,
+        **LINEAR_RUN,
+    },
 }
 FUNCTIONS = tuple(POSITIONAL)
 
@@ -76,6 +104,7 @@ def test_public_names() -> None:
         "CrossEntropyLossOutput",
         "TokenStatistics",
         "VocabParallelCrossEntropyLoss",
+        "VocabParallelLinearCrossEntropyLoss",
         "VocabShard",
         "__version__",
         "cross_entropy",
@@ -115,6 +144,24 @@ def test_module_takes_the_functions_arguments() -> None:
     assert list(forward) == ["self", *batch]
 
 
+def test_linear_module_takes_the_functions_arguments() -> None:
+    function = inspect.signature(linear_cross_entropy).parameters
+    module = inspect.signature(VocabParallelLinearCrossEntropyLoss).parameters
+    batch = ("input", "linear_weight", "target", "linear_bias", "normalizer")
+    expected = [(p.name, p.kind, p.default) for p in function.values() if p.name not in batch]
+    assert [(p.name, p.kind, p.default) for p in module.values()] == expected
+    forward = inspect.signature(VocabParallelLinearCrossEntropyLoss.forward).parameters
+    assert list(forward) == ["self", *batch]
+
+
+def test_linear_names_are_torchs() -> None:
+    if not hasattr(nn.functional, "linear_cross_entropy"):
+        pytest.skip("this torch has no linear_cross_entropy")
+    torchs = list(inspect.signature(nn.functional.linear_cross_entropy).parameters)
+    ours = list(inspect.signature(linear_cross_entropy).parameters)
+    assert ours[: len(torchs) - 1] == torchs[:-1]  # all but its options
+
+
 def test_result_fields() -> None:
     assert CrossEntropyLossOutput._fields == ("loss", "log_prob", "zloss", "lse_for_zloss")
     assert TokenStatistics._fields == (
@@ -147,7 +194,9 @@ def test_every_argument_is_documented_where_it_is(function: Callable[..., Any]) 
         assert f"\n    {name}: " in told, f"{function.__name__}({name}=) is not documented"
 
 
-@pytest.mark.parametrize("public", [VocabParallelCrossEntropyLoss, VocabShard])
+@pytest.mark.parametrize(
+    "public", [VocabParallelCrossEntropyLoss, VocabParallelLinearCrossEntropyLoss, VocabShard]
+)
 def test_every_argument_of_a_class_is_documented(public: type) -> None:
     told = inspect.getdoc(public) or ""
     for name in inspect.signature(public).parameters:
@@ -415,7 +464,8 @@ def test_no_engine_imports_another() -> None:
         seen.add(engine)
         if engine == "__init__" or not _under(name, "vocab_parallel_ce"):
             continue
-        words = (f"{package}.contract", "vocab_parallel_ce.switches")  # environment variables
+        common = ("vocab_parallel_ce.switches", "vocab_parallel_ce.views")  # variables; memory
+        words = (f"{package}.contract", *common)
         allowed = name == package or any(_under(name, word) for word in words)
         own = engine != "contract" and _under(name, f"{package}.{engine}")
         assert allowed or own, f"{file} imports {name}: an engine may import the contract"

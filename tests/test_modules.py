@@ -12,7 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from vocab_parallel_ce import VocabParallelCrossEntropyLoss, VocabShard, cross_entropy
+from vocab_parallel_ce import (
+    VocabParallelCrossEntropyLoss,
+    VocabParallelLinearCrossEntropyLoss,
+    VocabShard,
+    cross_entropy,
+)
 from vocab_parallel_ce.parallel.layers import VocabParallelEmbedding, VocabParallelHead
 from vocab_parallel_ce.testing import batch, even
 
@@ -37,10 +42,15 @@ class _Model(nn.Module):
         self.loss = VocabParallelCrossEntropyLoss(
             torch.linspace(0.5, 1.5, CLASSES), label_smoothing=0.1, group=group, shard=shard
         )
+        self.fused = VocabParallelLinearCrossEntropyLoss(
+            weight=torch.linspace(0.5, 1.5, CLASSES), group=group, shard=shard
+        )
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = self.loss(self.head(self.embedding(ids)), ids)
-        return loss
+        hidden = self.embedding(ids)
+        loss: torch.Tensor = self.loss(self.head(hidden), ids)
+        fused: torch.Tensor = self.fused(hidden, self.head.weight, ids)
+        return loss + fused
 
 
 def _saved(model: nn.Module) -> bytes:
@@ -123,7 +133,7 @@ def test_a_process_without_groups() -> None:
     model = _loaded(outcome.value)
     with pytest.raises(RuntimeError, match=r"Embedding was saved.*no process group is initialized"):
         model(torch.arange(CLASSES))
-    for module in (model.embedding, model.head, model.loss):
+    for module in (model.embedding, model.head, model.loss, model.fused):
         module.group = None
     assert torch.equal(model(torch.arange(CLASSES)), _Model(None)(torch.arange(CLASSES)))
 

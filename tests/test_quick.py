@@ -13,9 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # Where the tests of a folder are that has none of its name.
 ELSEWHERE = {
     "vocab_parallel_ce": "tests",
-    "vocab_parallel_ce/engines/triton": None,  # needs an environment of its own: make unit-triton
+    "vocab_parallel_ce/engines/npu": None,  # needs an environment of its own: make unit-npu
+    "vocab_parallel_ce/engines/triton": None,  # the same: make unit-triton
     "vocab_parallel_ce/testing/engine": "tests/engines",
     "launch/bench/call_cost": "tests/launch/bench",
+    "launch/doctor/tune": "tests/launch/doctor",
+    "launch/bench/fused_head": "tests/launch/bench",
 }
 
 

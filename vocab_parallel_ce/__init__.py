@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         token_statistics,
     )
     from .linear_api import linear_cross_entropy, linear_token_statistics
-    from .modules import VocabParallelCrossEntropyLoss
+    from .modules import VocabParallelCrossEntropyLoss, VocabParallelLinearCrossEntropyLoss
     from .shard import VocabShard
 
 __version__ = "0.1.0"
@@ -27,6 +27,7 @@ __all__ = [
     "CrossEntropyLossOutput",
     "TokenStatistics",
     "VocabParallelCrossEntropyLoss",
+    "VocabParallelLinearCrossEntropyLoss",
     "VocabShard",
     "__version__",
     "cross_entropy",
@@ -40,6 +41,7 @@ _HOMES = {
     "CrossEntropyLossOutput": "api",
     "TokenStatistics": "api",
     "VocabParallelCrossEntropyLoss": "modules",
+    "VocabParallelLinearCrossEntropyLoss": "modules",
     "VocabShard": "shard",
     "cross_entropy": "api",
     "cross_entropy_loss": "api",

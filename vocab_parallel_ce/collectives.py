@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -112,12 +113,21 @@ def _by_reduce(payload: Payload, wanted: Wanted, group: dist.ProcessGroup, world
     return Gathered(one, payload.shard_weight, payload.header[:1], high << 16 | low)
 
 
-def all_gather_flat(out: Tensor, mine: Tensor, group: dist.ProcessGroup | None) -> None:
-    """``out`` [W * n] = every rank's ``mine`` [n], in rank order."""
+def all_gather_flat(
+    out: Tensor, mine: Tensor, group: dist.ProcessGroup | None, async_op: bool = False
+) -> Any:
+    """``out`` [W * n] = every rank's ``mine`` [n], in rank order; what to wait for, if async."""
     check_group_serves(mine.device.type, group)
     # The newer name of the same collective; the older one warns where both exist.
-    gather: Callable[..., object] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-    gather(out, mine, group=group)
+    gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+    return gather(out, mine, group=group, async_op=async_op)
+
+
+def sum_and_scatter(out: Tensor, parts: Tensor, group: dist.ProcessGroup | None) -> Any:
+    """``out`` [n, ...] = this rank's part of the sum of ``parts`` [W * n, ...]; what to await."""
+    newer, older = "reduce_scatter_single", dist.reduce_scatter_tensor
+    scatter: Callable[..., Any] = getattr(dist, newer, older)
+    return scatter(out, parts, group=group, async_op=True)
 
 
 def backends_of(group: dist.ProcessGroup | None) -> dict[str, str]:

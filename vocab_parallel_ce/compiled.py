@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
+from torch._dynamo import trace_rules
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .engines.contract import arithmetic_dtype
@@ -38,6 +39,10 @@ _FLOATS: dict[str, Any] = {
     "softcap": 0.0,
 }
 """the float options and what each is when it is off"""
+# Older compilers, torch 2.7's among them, cannot follow the question: there all floats stay open.
+_TELLS = f"{statically_known_true.__module__}.{statically_known_true.__name__}" in getattr(
+    trace_rules, "manual_torch_name_rule_map", ()
+)
 
 
 def group_named(name: str) -> dist.ProcessGroup | None:
@@ -54,7 +59,8 @@ def closed(request: RowRequest) -> tuple[RowRequest, Tensor | None]:
     no graph was ever captured on a card).
     """
     floats = [getattr(request, name) for name in _FLOATS]
-    if all(statically_known_true(a == b) for a, b in zip(floats, _FLOATS.values(), strict=True)):
+    offs = _FLOATS.values()
+    if _TELLS and all(statically_known_true(a == b) for a, b in zip(floats, offs, strict=True)):
         return request, None
     one = torch.ones((), dtype=torch.float64, device="cpu")
     return replace(request, **_FLOATS), torch.stack([one * value for value in floats])

@@ -38,9 +38,10 @@ _STATIC = (
     ("softcap", 2),
     ("ignore_index", 2),
 )
+# The first is 0 where there are no hidden states to tell of, or nobody would compare them.
 _DYNAMIC = (
-    "target", "content", "weight", "row_scale", "bad_row", "bad_target", "bad_weight", "bad_scale",
-    "normalizer", "hidden",
+    "hidden", "target", "content", "weight", "row_scale", "bad_row", "bad_target", "bad_weight",
+    "bad_scale", "normalizer",
 )  # fmt: skip
 STATIC_INTS = sum(width for _, width in _STATIC)
 HEADER_INTS = STATIC_INTS + 2 * len(_DYNAMIC)
@@ -64,7 +65,7 @@ HIDDEN_TOLERANCE = 2e-2
 
 HEADER_LAYOUT = HeaderLayout(
     ints=HEADER_INTS,
-    static=STATIC_INTS,
+    static=STATIC_INTS + 2,
     compared=sum(1 << slot for slot in _COMPARED),
     start=_START,
     stop=_STOP,
@@ -109,7 +110,7 @@ def _static_ints(request: RowRequest) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=256)
 def _static_tensor(request: RowRequest, device: torch.device) -> Tensor:
-    return torch.tensor(_static_ints(request), dtype=torch.int32, device=device)
+    return torch.tensor((*_static_ints(request), 0, 0), dtype=torch.int32, device=device)
 
 
 def checksum(values: Tensor) -> Tensor:
@@ -173,8 +174,8 @@ def read_normalizers(headers: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def write_static(out: Tensor, request: RowRequest) -> None:
-    """Fill what follows from the options alone."""
-    out[:STATIC_INTS] = _static_tensor(request, out.device)
+    """Fill what follows from the options alone, and 0 for the hidden states."""
+    out[: STATIC_INTS + 2] = _static_tensor(request, out.device)
 
 
 def write_header(
@@ -198,6 +199,7 @@ def write_header(
     zero = torch.zeros((), dtype=torch.int64, device=out.device)
     dynamic = torch.stack(
         [
+            zero if hidden is None else hidden,
             checksum(target),
             zero if content is None else float_checksum(content),
             zero if weight is None else float_checksum(weight),
@@ -207,7 +209,6 @@ def write_header(
             zero + problems.bad_weight,
             zero + problems.bad_scale,
             zero if normalizer is None else normalizer_bits(normalizer),
-            zero if hidden is None else hidden,
         ]
     )
     out[STATIC_INTS:] = dynamic.view(torch.int32)

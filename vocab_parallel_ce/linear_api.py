@@ -160,8 +160,8 @@ def linear_cross_entropy(
     layout.agree()
     rows = row_losses(stats, tensors.target.reshape(-1), tensors.weight, statics.request)
     given = agreed if statics.request.normalized else None
-    loss, z_part = reduce_rows(rows, reduction, given, layout.total)
-    zloss = torch.zeros_like(loss) if z_part is None else z_part
+    loss, of_z = reduce_rows(rows, reduction, given, layout.total)
+    zloss = torch.zeros_like(loss) if of_z is None else of_z
     if reduction == "none":
         loss, zloss = loss.reshape(tensors.target.shape), zloss.reshape(tensors.target.shape)
     wrap = layout.rows if reduction == "none" else layout.scalar

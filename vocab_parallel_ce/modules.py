@@ -1,4 +1,4 @@
-"""The loss as an nn.Module."""
+"""The losses as nn.Modules."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .api import cross_entropy
 from .held_group import HoldsGroup
+from .linear_api import linear_cross_entropy
 from .shard import VocabShard
 
 
@@ -132,4 +133,147 @@ class VocabParallelCrossEntropyLoss(HoldsGroup):
             f"reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
             f"label_smoothing={self.label_smoothing}, lse_square_scale={self.lse_square_scale}, "
             f"scale={self.scale}, softcap={self.softcap}, shard={self.shard}"
+        )
+
+
+class VocabParallelLinearCrossEntropyLoss(HoldsGroup):
+    """``linear_cross_entropy`` with its options fixed at construction.
+
+    It holds no head: hidden states and the head's weight come with the call, so that tied weights
+    and wrappers of parameters stay as they are.
+
+    Args:
+        weight: [vocab_size] class weights, the full vector on every rank. It becomes a buffer: it
+            moves with the module and is saved with it.
+        reduction: "none", "sum" or "mean".
+        ignore_index: rows with this target have loss 0 and gradient 0.
+        label_smoothing: in [0, 1], PyTorch's formula over the whole vocabulary.
+        lse_square_scale: adds this times lse^2 to every kept row (z-loss).
+        return_zloss: a call returns (loss, zloss): the z part of the loss too.
+        group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
+            not the default group; where others exist and no shard is told, a warning, once.
+        shard: which ids ``linear_weight`` holds, a ``VocabShard``. None means equal shards in rank
+            order.
+        scale: multiplies the logits inside the kernels; 1 / temperature. A finite number.
+        softcap: the logits become ``softcap * tanh(logits / softcap)`` first. None leaves them.
+        engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
+            "eager".
+        collective: "all_gather" (the same bits on every rank), "all_reduce", or "auto".
+        check: True exchanges a preflight first, so that all ranks raise where one has a wrong
+            argument. None follows the variable VOCAB_PARALLEL_CE_CHECK.
+        gradient: "forward", "recompute" or "auto": when gradients are computed.
+        hidden_gradient: "summed" over the group, or "partial": this rank's share.
+        sequence_parallel: dimension 0 of ``input`` is this rank's part of the sequence.
+        scratch_mib: what logits may take at a time, in MiB; None: 128 on a CPU, 256 elsewhere.
+
+    Copies (``copy.deepcopy``) share the group object. ``pickle`` and ``torch.save`` of the whole
+    module keep the group's name and its global ranks.
+
+    Raises:
+        As ``linear_cross_entropy`` does, when the module is called.
+
+    Communication:
+        None at construction; in a call that of ``linear_cross_entropy``.
+
+    Example:
+        ```python
+        criterion = VocabParallelLinearCrossEntropyLoss(label_smoothing=0.1, group=tp_group)
+        loss = criterion(hidden, head.weight, target)
+        ```
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        lse_square_scale: float = 0.0,
+        return_zloss: bool = False,
+        group: dist.ProcessGroup | None = None,
+        shard: VocabShard | None = None,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        engine: str = "auto",
+        collective: str = "auto",
+        check: bool | None = None,
+        gradient: str = "auto",
+        hidden_gradient: str = "summed",
+        sequence_parallel: bool = False,
+        scratch_mib: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.lse_square_scale = lse_square_scale
+        self.return_zloss = return_zloss
+        self.group = group
+        self.shard = shard
+        self.scale = scale
+        self.softcap = softcap
+        self.engine = engine
+        self.collective = collective
+        self.check = check
+        self.gradient = gradient
+        self.hidden_gradient = hidden_gradient
+        self.sequence_parallel = sequence_parallel
+        self.scratch_mib = scratch_mib
+
+    def forward(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        target: Tensor,
+        linear_bias: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The loss of a batch.
+
+        Args:
+            input: hidden states [..., H], the same on every rank.
+            linear_weight: [V_r, H] this rank's rows of the head.
+            target: [...] vocabulary ids, the same on every rank.
+            linear_bias: [V_r] this rank's part of the head's bias, or None.
+            normalizer: replaces the denominators of "mean"; it changes with every batch.
+
+        Returns:
+            The loss in fp32 (fp64 for fp64), [...] for "none", else 0-d. With ``return_zloss`` a
+            pair of such tensors, (loss, zloss).
+        """
+        return linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            lse_square_scale=self.lse_square_scale,
+            return_zloss=self.return_zloss,
+            group=self.group,
+            shard=self.shard,
+            normalizer=normalizer,
+            scale=self.scale,
+            softcap=self.softcap,
+            engine=self.engine,
+            collective=self.collective,
+            check=self.check,
+            gradient=self.gradient,
+            hidden_gradient=self.hidden_gradient,
+            sequence_parallel=self.sequence_parallel,
+            scratch_mib=self.scratch_mib,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
+            f"label_smoothing={self.label_smoothing}, lse_square_scale={self.lse_square_scale}, "
+            f"scale={self.scale}, softcap={self.softcap}, shard={self.shard}, "
+            f"gradient={self.gradient!r}"
         )

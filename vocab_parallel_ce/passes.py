@@ -28,6 +28,7 @@ from .preflight import Plan, preflight
 from .request import RowRequest
 from .row_steps import row_steps
 from .statistics import stat_names
+from .views import shaped
 
 
 @dataclass
@@ -56,7 +57,7 @@ def row_blocks(x: Tensor) -> list[Tensor]:
     if x.dim() == 1:
         return [x[None]]
     try:
-        return [x.view(-1, x.shape[-1])]
+        return [shaped(x, -1, x.shape[-1])]
     except RuntimeError:
         return [block for part in x.unbind(0) for block in row_blocks(part)]
 

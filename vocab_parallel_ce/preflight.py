@@ -30,8 +30,8 @@ _ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)
 _TEXT_BYTES = 1024
 _TOLD = "_vocab_parallel_ce_told"
 # has error, kind of error, rows, logits dtype, target dtype, columns, collective, width of the
-# hidden states, rows of an exchange; header; text
-_FIELDS = 9
+# hidden states, rows of an exchange, whether their gradient is summed; header; text
+_FIELDS = 10
 _FORMAT = f"<{_FIELDS}q{HEADER_INTS}i{_TEXT_BYTES}s"
 
 
@@ -50,6 +50,8 @@ class Plan:
     """rows of an exchange, where a call makes more than one; else 0"""
     scale: Tensor | None = None
     """[N], in the arithmetic dtype, where the request has ``row_scale``"""
+    sums_hidden: bool = False
+    """whether the gradient of the hidden states will be summed over the ranks"""
 
 
 class _Held(threading.local):
@@ -92,6 +94,12 @@ def preflight(plan: Plan | Exception, group: dist.ProcessGroup) -> None:
         (6, "collective", lambda code: COLLECTIVES[code]),
         (7, "the width of input", str),
         (8, "the rows of an exchange (gradient, scratch_mib, or whether gradients are on)", str),
+        (
+            9,
+            "the sum of the gradient of input (hidden_gradient, input.requires_grad, or whether "
+            "gradients are on)",
+            lambda sums: "one" if sums else "none",
+        ),
     ):
         for rank, other in enumerate(plans):
             if other[column] != plans[0][column]:
@@ -196,6 +204,7 @@ def _pack(plan: Plan | Exception) -> bytes:
         COLLECTIVES.index(plan.request.collective),
         plan.width,
         plan.chunk,
+        plan.sums_hidden,
         *header.tolist(),
         b"",
     )

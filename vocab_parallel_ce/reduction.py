@@ -46,6 +46,35 @@ def row_losses(
     return RowLosses(loss, zloss, row_weight, kept)
 
 
+def row_coefficients(
+    stats: Tensor,
+    losses: RowLosses,
+    weighted: bool,
+    request: RowRequest,
+    of_loss: Tensor,
+    of_zloss: Tensor,
+) -> Tensor:
+    """The derivative by ``stats`` [j, N] of of_loss sum l_n + of_zloss sum z_n.
+
+    What autograd would say of ``row_losses``, for where no tape can be. Of ignored rows it means
+    nothing: their gradient is written as zeros.
+    """
+    eps = request.label_smoothing
+    out = torch.zeros_like(stats)
+    named = dict(zip(stat_names(request.wanted), out.unbind(0), strict=True))
+    named["nll"].copy_(of_loss * (1 - eps))
+    if weighted:
+        named["nll"].mul_(losses.row_weight)
+    if eps > 0:
+        named["smooth"].copy_(of_loss * (eps / request.vocab_size))
+    if losses.zloss is not None:
+        lse = stats[stat_names(request.wanted).index("lse")]
+        slope = torch.where(lse.isfinite(), 2 * lse, torch.where(lse < 0, -1.0, 1.0))
+        slope = slope * (of_zloss * request.lse_square_scale)
+        named["lse"].copy_(slope.masked_fill(~losses.kept, 0.0))
+    return out
+
+
 def row_weights(
     target: Tensor, weight: Tensor | None, request: RowRequest, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

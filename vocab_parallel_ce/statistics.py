@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .engines.contract import Wanted
+from .views import typed
 
 
 @dataclass
@@ -78,7 +79,7 @@ def rescale_(parts: dict[str, Tensor], m: Tensor, shard_weight: Tensor) -> None:
 
 def integer_view(parts: Tensor) -> Tensor:
     """The argmax row, which travels as the bits of an integer of the same width."""
-    return parts.view(torch.int64 if parts.dtype == torch.float64 else torch.int32)
+    return typed(parts, torch.int64 if parts.dtype == torch.float64 else torch.int32)
 
 
 def merge(parts: Tensor, wanted: Wanted, shard_weight: Tensor, starts: Tensor) -> Merged:

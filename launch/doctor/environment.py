@@ -23,6 +23,7 @@ from vocab_parallel_ce.launch.doctor.findings import Choice, Device, Environment
 from vocab_parallel_ce.launch.doctor.software import NOT_FOUND, without_torch
 from vocab_parallel_ce.launch.doctor.variables import judge
 from vocab_parallel_ce.launch.doctor.worker import LateError, Worker, in_one_line
+from vocab_parallel_ce.linear.wide import makes_wide_logits
 from vocab_parallel_ce.parallel import groups
 
 DTYPES = {
@@ -149,6 +150,8 @@ def _choice(device: torch.device, dtype: torch.dtype) -> Choice:
         why = f"way {choice.told(dtype)}"
     if name == "eager":
         why = _why_eager(device.type, dtype)
+    if makes_wide_logits(device.type, dtype):
+        why += "; the fused head's logits are fp32"
     return Choice(name, why)
 
 

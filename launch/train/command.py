@@ -115,7 +115,8 @@ def check_and_compare(trainer: Trainer) -> bool:
     )
     errors = check_against_reference(call, groups)
     agree = replicas_agree(trainer.model, groups)
-    verdicts = groups.gather(errors.within and agree)
+    fused = trainer.fused_difference() if trainer.fused else None
+    verdicts = groups.gather(errors.within and agree and (fused is None or fused.within))
     say(
         groups,
         f"  loss      {errors.loss:.7f}, reference {errors.reference:.7f}, "
@@ -124,6 +125,12 @@ def check_and_compare(trainer: Trainer) -> bool:
         f"            (F.cross_entropy in fp32: {errors.plain_gradient_error:.1e})\n"
         f"  replicated parameters are {'' if agree else 'NOT '}equal on all ranks, bit for bit",
     )
+    if fused is not None:
+        say(
+            groups,
+            f"  fused head, beside head and loss apart: loss off by {fused.loss:.1e}, gradient of "
+            f"the hidden\n            states by {fused.hidden_gradient:.1e} of its largest element",
+        )
     say(groups, "Forward and backward of that batch, medians of rank 0:")
     for cost in compare_cost(call, groups):
         say(groups, cost.line())
@@ -225,6 +232,14 @@ def main(
     label_smoothing: Annotated[float, number("In [0, 1].")] = 0.0,
     z_loss: Annotated[float, number("Adds this times lse squared.")] = 0.0,
     inplace: Annotated[bool, typer.Option(help="Gradient overwrites the logits.")] = True,
+    fused_head: Annotated[
+        bool | None,
+        typer.Option(
+            "--fused-head/--no-fused-head",
+            help="Logits never whole; default: where they would exceed its budget.",
+            show_default=False,
+        ),
+    ] = None,
     text: Text = None,
     cache: Cache = None,
     out: Annotated[Path, folder("Folder of the run.")] = Path("runs/train"),
@@ -260,6 +275,7 @@ def main(
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             inplace=inplace,
+            fused_head=fused_head,
             out=out,
             checkpoint_every=checkpoint_every,
             log_every=log_every,

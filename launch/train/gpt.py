@@ -115,9 +115,14 @@ class GPT(nn.Module):
             weight=self.embedding.weight if shape.tied else None,
         )
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor) -> Tensor:
+        """[B, T] -> [B, T, width], what the head is given."""
         stream = self.embedding(ids) + self.positions[: ids.shape[1]]
         for block in self.blocks:
             stream = block(stream)
-        logits: Tensor = self.head(self.final_norm(stream))
+        normed: Tensor = self.final_norm(stream)
+        return normed
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.hidden(ids))
         return logits

@@ -156,6 +156,36 @@ def _from_first_rank(errors: Errors, groups: ParallelGroups) -> Errors:
     return first
 
 
+@dataclass(frozen=True)
+class FusedDifference:
+    """The fused head beside head and loss apart, relative to the largest element."""
+
+    loss: float
+    hidden_gradient: float
+    within: bool
+
+
+def compare_fused(
+    fused: Callable[[Tensor], Tensor],
+    apart: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    dtype: torch.dtype,
+) -> FusedDifference:
+    """Both losses of the same hidden states, and their gradients."""
+    found = []
+    for loss_of in (fused, apart):
+        leaf = hidden.detach().clone().requires_grad_()
+        loss = loss_of(leaf)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        found.append((loss.detach().double().cpu(), gradient.double().cpu()))
+    (ours, gradient), (other, exact) = found
+    off_loss = float((ours - other).abs() / other.abs().clamp(min=1e-300))
+    off = float((gradient - exact).abs().max() / exact.abs().max().clamp(min=1e-300))
+    # Products of other shapes sum in another order; some rows of a sum round another way.
+    allowed = 256 * torch.finfo(torch.float32).eps if dtype == torch.float32 else 4e-2
+    return FusedDifference(off_loss, off, off_loss <= allowed and off <= allowed)
+
+
 def replicas_agree(model: nn.Module, groups: ParallelGroups) -> bool:
     """Whether every rank holds, bit for bit, the same parameters where it should."""
     split = vocab_parallel_parameters(model)

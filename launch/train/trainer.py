@@ -25,8 +25,9 @@ from vocab_parallel_ce.launch.refusal import FAILED, Refusal
 from vocab_parallel_ce.launch.train.checkpoint import Checkpoints, RunState
 from vocab_parallel_ce.launch.train.gpt import GPT, GPTShape
 from vocab_parallel_ce.launch.train.progress import StepMetrics, TrainingLog
-from vocab_parallel_ce.launch.train.selfcheck import LossCall
+from vocab_parallel_ce.launch.train.selfcheck import FusedDifference, LossCall, compare_fused
 from vocab_parallel_ce.launch.train.text import IGNORE_INDEX, Batches, Corpus
+from vocab_parallel_ce.linear.chunks import budget_bytes
 from vocab_parallel_ce.parallel.groups import ParallelGroups
 from vocab_parallel_ce.parallel.layers import vocab_parallel_parameters
 
@@ -54,6 +55,9 @@ class TrainOptions:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     inplace: bool = True
+    fused_head: bool | None = None
+    """Logits never exist whole; None: where those of a micro-batch exceed the fused head's budget.
+    """
     out: Path = field(default_factory=lambda: Path("runs/train"))
     checkpoint_every: int = 50
     log_every: int = 10
@@ -162,7 +166,17 @@ class Trainer:
         )
         self.checkpoints = Checkpoints(options.checkpoints, groups, options.identity(corpus))
         self.timer = LossTimer(groups.device)
+        self.fused = self._is_fused()
         self.state = RunState()
+
+    def _is_fused(self) -> bool:
+        if self.options.fused_head is not None:
+            return self.options.fused_head
+        sequences = self.micro_batches[0]
+        rows = (sequences.stop - sequences.start) * self.options.shape.context
+        columns = -(-self.options.shape.vocab_size // self.groups.tp)  # alike on every rank
+        logits = rows * columns * DTYPES[self.options.dtype].itemsize
+        return bool(logits > budget_bytes(self.groups.device.type, None))
 
     def resume(self) -> None:
         """Continues from the latest checkpoint, if there is one."""
@@ -225,15 +239,43 @@ class Trainer:
             loss_share=loss_seconds / seconds,
         )
 
-    def _logits(self, ids: Tensor) -> Tensor:
-        """[B, T] -> [B * T, C_r]; for bf16, autocast over fp32 weights."""
+    def _autocast(self) -> torch.autocast:
+        """For bf16, over fp32 weights."""
         dtype = DTYPES[self.options.dtype]
-        with torch.autocast(self.groups.device.type, dtype, enabled=dtype != torch.float32):
+        return torch.autocast(self.groups.device.type, dtype, enabled=dtype != torch.float32)
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        """[B, T] -> [B * T, C_r]"""
+        with self._autocast():
             logits: Tensor = self.model(ids.to(self.groups.device))
         return logits.view(-1, self.shard.size)
 
+    def _hidden(self, ids: Tensor) -> Tensor:
+        """[B, T] -> [B * T, width]"""
+        with self._autocast():
+            return self.model.hidden(ids.to(self.groups.device)).flatten(0, 1)
+
+    def _fused_loss(self, hidden: Tensor, target: Tensor, normalizer: Tensor) -> Tensor:
+        with self._autocast():  # it converts hidden states and head
+            loss: Tensor = self.model.head.loss(
+                hidden,
+                target,
+                ignore_index=IGNORE_INDEX,
+                label_smoothing=self.options.label_smoothing,
+                lse_square_scale=self.options.z_loss,
+                normalizer=normalizer,
+            )
+        return loss
+
     def _forward_backward(self, ids: Tensor, target: Tensor, normalizer: Tensor) -> Tensor:
         """Adds to the gradients; returns this micro-batch's part of the loss."""
+        if self.fused:
+            hidden, target = self._hidden(ids), target.reshape(-1).to(self.groups.device)
+            with self.timer.forward():
+                loss = self._fused_loss(hidden, target, normalizer)
+            self.timer.watch_backward(loss, hidden)
+            loss.backward()
+            return loss.detach()
         logits = self._logits(ids)
         target = target.reshape(-1).to(self.groups.device)
         with self.timer.forward():
@@ -293,6 +335,38 @@ class Trainer:
             label_smoothing=self.options.label_smoothing,
             z_loss=self.options.z_loss,
             inplace=self.options.inplace,
+        )
+
+    def fused_difference(self) -> FusedDifference:
+        """The fused head beside head and loss apart, on this rank's last micro-batch."""
+        position = max(0, self.state.position - self.options.batch)
+        ids, target = self.batches.read(position, self.options.batch)
+        normalizer = (target != IGNORE_INDEX).sum().float().to(self.groups.device)
+        rows = self.micro_batches[-1]
+        self.model.eval()
+        with torch.no_grad():
+            hidden = self._hidden(ids[rows])
+        target = target[rows].reshape(-1).to(self.groups.device)
+
+        def apart(hidden: Tensor) -> Tensor:
+            with self._autocast():
+                logits = self.model.head(hidden)
+            return cross_entropy(
+                logits,
+                target,
+                ignore_index=IGNORE_INDEX,
+                label_smoothing=self.options.label_smoothing,
+                lse_square_scale=self.options.z_loss,
+                group=self.groups.tp_group,
+                shard=self.shard,
+                normalizer=normalizer,
+            )
+
+        return compare_fused(
+            lambda hidden: self._fused_loss(hidden, target, normalizer),
+            apart,
+            hidden,
+            DTYPES[self.options.dtype],
         )
 
     def _die_if_told(self) -> None:

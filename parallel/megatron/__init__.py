@@ -6,10 +6,11 @@
 
 From then on every model of the process computes its loss here, whichever of Megatron's losses its
 configuration asks for. ``uninstall()`` goes back. Importing this module imports no Megatron;
-megatron-core 0.12.1 (which MindSpeed builds on) and 0.16.1 are tested.
+megatron-core 0.12.1 (which MindSpeed builds on), 0.16.1 and 0.19.2 are tested.
 
-The three functions below have Megatron's names and signatures and can also be called by hand. They
-take the options that ``install`` has by default. Errors call the logits ``input`` and the labels
+Three functions below have Megatron's names and signatures and can also be called by hand. They
+take the options that ``install`` has by default. ``cross_entropy_target`` is what a model of
+Megatron after 0.19 is handed as its loss. Errors call the logits ``input`` and the labels
 ``target``, as ``vocab_parallel_ce.cross_entropy`` does, whose rules they follow.
 """
 
@@ -19,21 +20,72 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .cross_entropy import MegatronOptions, per_token_loss
-from .installation import Installation, install, uninstall
+from .fused_head import FusedHead, fuse_head, fused_head_loss, output_processor
+from .installation import Installation, install, installed_loss, uninstall
 from .loss_func import logits_loss_func, loss_func
 
 __all__ = [
+    "FusedHead",
     "Installation",
+    "MegatronOptions",
+    "cross_entropy_target",
+    "fuse_head",
+    "fused_head_loss",
     "fused_vocab_parallel_cross_entropy",
     "install",
     "logits_loss_func",
     "loss_func",
+    "output_processor",
     "te_parallel_cross_entropy",
     "uninstall",
     "vocab_parallel_cross_entropy",
 ]
 
 _DEFAULTS = MegatronOptions()
+
+
+def cross_entropy_target(
+    logits: Tensor,
+    labels: Tensor,
+    tp_group: dist.ProcessGroup | None = None,
+    *,
+    options: MegatronOptions | None = None,
+) -> Tensor:
+    """The loss as Megatron after 0.19 wants it: ``loss = target(logits, labels, tp_group)``.
+
+    The signature is that of ``CrossEntropyTarget`` in Megatron's documentation of 0.20.0. Give it
+    to a provider (``vocab_parallel_cross_entropy`` of a ``BackendSpecProvider`` returns it), or to
+    one model, where nothing of Megatron is replaced. The logits are left alone, though Megatron
+    lets a target use them up; ``inplace_backward`` makes use of that.
+
+    Args:
+        logits: [s, b, v/tp] this rank's shard, fp16, bf16, fp32 or fp64.
+        labels: [s, b] int64 or int32 vocabulary ids, the same on every rank; -100 is ignored.
+        tp_group: the ranks that hold the vocabulary. None: Megatron's tensor-parallel group, or
+            one rank where Megatron has made no groups.
+        options: what ``install`` takes, as an object, for this call alone. None: the options of
+            the installation that rules, which counts the call, or the defaults.
+
+    Returns:
+        [s, b] fp32 (fp64 for fp64 logits), the same on every rank. Its gradient has the logits'
+        dtype.
+
+    Raises:
+        TypeError, ValueError: for wrong arguments; on every rank for wrong labels on CPU, where
+            accelerators give NaN.
+
+    Communication:
+        One all_gather, or two all_reduces for large batches; none in backward.
+
+    Example:
+        ```python
+        options = MegatronOptions(vocab_size=50257, inplace_backward=True)
+        model.vocab_parallel_cross_entropy = partial(cross_entropy_target, options=options)
+        ```
+    """
+    if options is None:
+        return installed_loss(logits, labels, tp_group=tp_group)[0]
+    return per_token_loss(logits, labels, 0.0, tp_group, options)[0]
 
 
 def vocab_parallel_cross_entropy(

@@ -102,7 +102,7 @@ def tensor_parallel_group() -> dist.ProcessGroup | None:
     return group
 
 
-def _process_group(tp_group: Any) -> dist.ProcessGroup | None:
+def process_group(tp_group: Any) -> dist.ProcessGroup | None:
     """Megatron asks a group for rank() and size() alone: whatever says that it is one rank does."""
     if tp_group is None:
         return tensor_parallel_group()
@@ -132,7 +132,7 @@ def per_token_loss(
 
     fp32, fp64 for fp64 logits; the same on every rank. One or two collectives, none in backward.
     """
-    group = _process_group(tp_group)
+    group = process_group(tp_group)
     arguments = (logits, target, label_smoothing, group, options, trust_shards)
     if torch.compiler.is_compiling():
         return _per_token_loss(*arguments)
@@ -150,11 +150,11 @@ def _per_token_loss(
 ) -> tuple[Tensor, Tensor | None]:
     call = options.for_group(group)
     logits, target, _, _ = admit(logits, target, None, call)
-    shard = _shard(logits, call, options, trust_shards)
+    shard = shard_of(logits, call, options, trust_shards)
     classes = shard.vocab_size if shard is not None else _columns(logits) * _world(group)
-    smoothing = _pytorch_smoothing(label_smoothing, classes, options.smoothing_formula)
+    smoothing = pytorch_smoothing(label_smoothing, classes, options.smoothing_formula)
     if options.invalid_target == "ignore":
-        target = _without_invalid(target, classes, options.ignore_index)
+        target = without_invalid(target, classes, options.ignore_index)
     # Beyond 1 it is still a distribution (see below), but the library's own argument ends there.
     call = call._replace(shard=shard, label_smoothing=min(smoothing, 1.0))
     try:
@@ -180,7 +180,7 @@ def _world(group: dist.ProcessGroup | None) -> int:
     return group_rank_and_size(group)[1]
 
 
-def _shard(
+def shard_of(
     logits: Tensor, call: Options, options: MegatronOptions, trust_shards: bool
 ) -> VocabShard | None:
     """The ids of this rank: as told, or Megatron's equal shards cut to the true vocabulary.
@@ -207,7 +207,7 @@ def _shard(
     return VocabShard(rank * columns, (rank + 1) * columns, size)
 
 
-def _pytorch_smoothing(label_smoothing: float, classes: int, formula: str) -> float:
+def pytorch_smoothing(label_smoothing: float, classes: int, formula: str) -> float:
     """PyTorch's label_smoothing that gives what ``formula`` means by it.
 
     PyTorch spreads s over all K classes, the target included. Megatron (after NeMo's
@@ -229,7 +229,7 @@ def _pytorch_smoothing(label_smoothing: float, classes: int, formula: str) -> fl
     return label_smoothing * classes / (classes - 1)
 
 
-def _without_invalid(target: Tensor, classes: int, ignore_index: int) -> Tensor:
+def without_invalid(target: Tensor, classes: int, ignore_index: int) -> Tensor:
     """Labels that are no class become ``ignore_index``; nothing is read on the host."""
     if not isinstance(target, Tensor) or target.dtype not in TARGET_DTYPES:
         return target  # for ``prepare`` to refuse

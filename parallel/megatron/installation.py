@@ -120,8 +120,11 @@ def install(
 
     Replaces ``vocab_parallel_cross_entropy``, ``fused_vocab_parallel_cross_entropy`` and
     ``te_parallel_cross_entropy`` in every module that holds them, before or after models are
-    imported or built, and checks that it took. Call it on every rank, with the same options. A
-    second call changes the options; it returns a handle of its own, which takes back only itself.
+    imported or built, and checks that it took. A model of Megatron after 0.19 keeps its loss from
+    when it was built: one that keeps Megatron's own gets this one, and is given back its own by
+    ``uninstall``; one that was given another loss keeps that, with a warning. Call it on every
+    rank, with the same options. A second call changes the options; it returns a handle of its own,
+    which takes back only itself.
 
     Args:
         vocab_size: the number of ids without Megatron's padding (``padded_vocab_size``). The
@@ -150,8 +153,9 @@ def install(
         An Installation: ``calls``, ``zloss``, ``uninstall()``; also a context manager.
 
     Raises:
-        ImportError without megatron-core; RuntimeError where the replacement did not take (all is
-        put back then); ValueError and TypeError for options.
+        ImportError without megatron-core; RuntimeError where the replacement did not take, or this
+        version looks its loss up elsewhere (all is put back then); ValueError and TypeError for
+        options.
 
     Communication:
         None. ``VocabParallelCrossEntropy``, which MindSpeed patches, is not touched.
@@ -239,10 +243,20 @@ def _replacements() -> dict[str, Callable[..., Tensor]]:
     ) -> Tensor:
         return installed_loss(logits, labels, tp_group=tp_group)[0]
 
+    def te_cross_entropy(
+        logits: Tensor,
+        labels: Tensor,
+        tp_group: dist.ProcessGroup | None = None,
+        *,
+        cuda_graph_capturable: bool = False,
+    ) -> Tensor:
+        return installed_loss(logits, labels, tp_group=tp_group)[0]
+
     functions: tuple[Callable[..., Tensor], ...] = (
         vocab_parallel_cross_entropy,
         fused_vocab_parallel_cross_entropy,
         te_parallel_cross_entropy,
+        te_cross_entropy,
     )
     return {function.__name__: _while_installed(function) for function in functions}
 

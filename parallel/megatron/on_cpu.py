@@ -8,7 +8,7 @@
 
 megatron-core computes on CPU tensors as it is; what stands in the way are places that name CUDA
 without asking. Each is replaced while the context lasts, and put back when it ends. Tried with
-megatron-core 0.12.1 and 0.16.1, tensor, sequence, context and pipeline parallel.
+megatron-core 0.12.1, 0.16.1 and 0.19.2, tensor, sequence, context and pipeline parallel.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def run_megatron_on_cpu(*, compile: bool = False) -> Iterator[None]:
     Works around, in this order:
         ``torch.cuda.current_device()`` where parameters, buffers and messages between pipeline
         stages are made: it answers the CPU; ``torch.cuda.synchronize()`` and ``tensor.cuda()`` of
-        the pipeline schedules do nothing;
+        the pipeline schedules do nothing; ``torch.cuda.current_stream()``, which the buffers of
+        gradients ask for from 0.19 on and use only under CUDA graphs, is None;
         ``device="cuda"``, written out in the schedules, the optimizers and the causal mask that
         attention makes for ``attention_mask=None``, and ``tensor.type()``, by
         which the optimizers tell CUDA tensors;
@@ -58,6 +59,7 @@ def run_megatron_on_cpu(*, compile: bool = False) -> Iterator[None]:
         cpu = torch.device("cpu")
         _replace(undo, torch.cuda, "current_device", lambda: cpu)
         _replace(undo, torch.cuda, "synchronize", lambda *_: None)
+        _replace(undo, torch.cuda, "current_stream", lambda *_: None)
         _replace(undo, Tensor, "cuda", lambda tensor, *_, **__: tensor)
         schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
         _replace(undo, schedules, "torch", _TorchWithoutCuda())

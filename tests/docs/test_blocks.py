@@ -170,6 +170,7 @@ def test_jobs_and_their_options_exist() -> None:
         match = _JOB.search(command)
         if match and not match[1].startswith("-"):
             name = match[1].replace("bench.call_cost", "call-cost").replace("_", "-")
+            name = name.replace("bench.fused-head", "fused-head")
             found = re.findall(r"(?<!\S)--[a-z][\w-]*", match[2])
             used.setdefault(name, set()).update((where, option) for option in found)
     assert {"doctor", "train", "bench", "plan"} <= set(used)

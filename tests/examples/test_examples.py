@@ -47,6 +47,15 @@ def test_rl_statistics_are_the_same_on_every_rank() -> None:
     assert all(line.endswith("prompt gradient 0.0") for line in lines)
 
 
+def test_a_model_of_transformers_learns() -> None:
+    lines = [line.partition(": ")[2] for line in _run("transformers_finetuning.py")]
+    told = sorted(line for line in lines if line.startswith("step"))
+    assert told[::2] == told[1::2], "both ranks have the same loss"
+    losses = [float(line.rpartition(" ")[2]) for line in told[::2]]
+    assert len(losses) == 5
+    assert losses == sorted(losses, reverse=True)
+
+
 def test_megatron_forward_step_reports_loss_and_z_loss() -> None:
     pytest.importorskip("megatron.core")
     lines = [line for line in _run("megatron_forward_step.py") if "lm loss" in line]

@@ -21,8 +21,8 @@ OPTIONS = {
     "--timeout",
     "train": "--steps --batch --context --accumulate --lr --warmup --clip --seed --tp --dp --vocab "
     "--width --layers --heads --dropout --tied --untied --dtype --label-smoothing --z-loss "
-    "--inplace --no-inplace --text --cache --out --checkpoint-every --resume --check --no-check "
-    "--log-every --device --timeout",
+    "--inplace --no-inplace --fused-head --no-fused-head --text --cache --out --checkpoint-every "
+    "--resume --check --no-check --log-every --device --timeout",
     "megatron-gpt": "--steps --batch --context --accumulate --lr --warmup --clip --seed --tp --dp "
     "--sequence-parallel --no-sequence-parallel --loss --compare --no-compare --inplace "
     "--no-inplace --z-loss --vocab --divisible-by --width --layers --heads --tied --untied "
@@ -30,6 +30,7 @@ OPTIONS = {
     "bench": "--ranks --rows --vocab --dtype --device --repeats --peers --csv --out --wait-idle "
     "--quick --gate",
     "call-cost": "--rounds --first-calls --no-first-calls",
+    "fused-head": "--rows --width --vocab --dtype --ignored --repeats --device --timeout --json",
     "plan": "--vocab --rows --tp --dtype --card --bandwidth --link-bandwidth --latency --json "
     "--measure --ranks --ways --quick",
 }

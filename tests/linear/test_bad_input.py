@@ -282,6 +282,10 @@ def _checked(group: dist.ProcessGroup, name: str, gradient: str) -> str:
             call["linear_weight"] = torch.zeros(V, H + 1).requires_grad_()
         elif name == "budget":
             call["scratch_mib"] = scratch_for(3, V, torch.float32)
+        elif name == "frozen hidden":
+            call["input"] = call["input"].detach()
+        elif name == "partial":
+            call["hidden_gradient"] = "partial"
         elif name == "grad mode":
             call["input"], call["linear_weight"] = torch.zeros(N, H), torch.zeros(V, H)
         elif name == "argument":
@@ -299,6 +303,8 @@ CHECKED = {
     "width": "ranks disagree on the width of input",
     "budget": "ranks disagree on the rows of an exchange",
     "grad mode": "ranks disagree on the rows of an exchange",
+    "frozen hidden": "ranks disagree on the sum of the gradient of input",
+    "partial": "ranks disagree on the sum of the gradient of input",
     "argument": "linear_weight must be a tensor",
     "unknown": "no_such_argument",
 }
@@ -308,6 +314,14 @@ CHECKED = {
 def test_with_check_nothing_hangs(pool: Pool, name: str) -> None:
     for text in pool.run(_checked, 2, (name, "forward")):
         assert CHECKED[name] in text, text
+
+
+@pytest.mark.parametrize("name", ["frozen hidden", "partial", "grad mode"])
+def test_a_sum_that_only_some_would_join_in_backward_is_told_in_forward(
+    pool: Pool, name: str
+) -> None:
+    for text in pool.run(_checked, 2, (name, "recompute")):
+        assert "ranks disagree on the sum of the gradient of input" in text, text
 
 
 def _in_a_late_chunk(group: dist.ProcessGroup) -> str:

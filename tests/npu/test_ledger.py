@@ -12,13 +12,7 @@ from vocab_parallel_ce import cross_entropy, token_statistics
 from vocab_parallel_ce.engines import select
 from vocab_parallel_ce.engines.contract import ELSEWHERE, IGNORED, Coefficients, Wanted
 from vocab_parallel_ce.engines.npu import max_sum, operator
-from vocab_parallel_ce.engines.npu.traffic import (
-    Operand,
-    Step,
-    UnknownTrafficError,
-    moved,
-    of_step,
-)
+from vocab_parallel_ce.engines.npu.traffic import UnknownTrafficError, of_step
 
 from ..npu_sim import ledger
 
@@ -166,25 +160,3 @@ def test_a_whole_row_scatter_is_counted_as_one() -> None:
     with ledger.recording() as entries:
         x.scatter_(1, index, 0.0)
     assert 4 <= ledger.bytes_per_element(entries, x) <= 4 + VECTORS
-
-
-def test_the_table_by_hand() -> None:
-    """A million elements: reads and writes in MB."""
-    million = 10**6
-    bf16, fp32, rows = Operand(million, 2), Operand(million, 4), Operand(1000, 4)
-    strided = Operand(million, 2, dense=False)
-
-    def megabytes(name: str, reads: list[Operand], writes: list[Operand]) -> tuple[int, int]:
-        found = moved(name, reads, writes)
-        return round(found.read / million), round(found.written / million)
-
-    assert megabytes("add", [bf16, rows], [fp32]) == (2, 4)
-    assert megabytes("sub", [bf16, rows], [fp32]) == (6, 8)
-    assert megabytes("npu_cross_entropy_loss", [fp32, rows], [rows, fp32]) == (12, 4)
-    assert megabytes("scatter_", [rows, bf16], [bf16]) == (2, 2)
-    assert megabytes("put_", [rows, rows, bf16], [bf16]) == (0, 0)
-    assert megabytes("gather", [bf16, rows], [rows]) == (0, 0)
-    assert megabytes("amax", [strided], [rows]) == (4, 2)
-    assert megabytes("clone", [strided], [bf16]) == (2, 2)
-    assert megabytes("copy_", [fp32], [strided]) == (6, 4)
-    assert of_step(Step("copy_", "fp32", "logits", unless_fp32=True), 4).bytes == 0

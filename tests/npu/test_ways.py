@@ -15,7 +15,7 @@ from vocab_parallel_ce import cross_entropy
 from vocab_parallel_ce.engines import select
 from vocab_parallel_ce.engines.contract import ELSEWHERE, IGNORED, Coefficients, Wanted
 from vocab_parallel_ce.engines.npu import choice, chunks, engine, max_sum, operator, probe
-from vocab_parallel_ce.switches import SCRATCH_MIB, SCRATCH_VARIABLE, WAY_VARIABLE
+from vocab_parallel_ce.switches import SCRATCH_VARIABLE, WAY_VARIABLE
 from vocab_parallel_ce.testing import assert_close
 from vocab_parallel_ce.testing.engine import Subject, random_shard
 
@@ -198,13 +198,6 @@ def test_the_probe_is_short(calls: list[OperatorCall]) -> None:
 # Scratch
 
 
-@pytest.mark.parametrize(
-    ("cache", "mib"), [(192, 88), (168, 76), (96, 40), (16, 16), (1, 16), (None, SCRATCH_MIB)]
-)
-def test_scratch_follows_the_card(cache: int | None, mib: int) -> None:
-    assert chunks.scratch_for_cache(None if cache is None else cache * MIB) == mib * MIB
-
-
 def _properties(size: Any) -> Any:
     return SimpleNamespace() if size is None else SimpleNamespace(L2_cache_size=size)
 
@@ -302,3 +295,38 @@ def test_the_engine_is_chosen_before_the_way() -> None:
     x = torch.randn(2, 3).to("npu")
     chosen: Any = select("auto", x)
     assert chosen is engine
+
+
+@pytest.mark.parametrize("way", SUBJECTS)
+def test_a_replaced_view_loses_nothing(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MindSpeed's torch.Tensor.view copies what is not dense: the target is put into the result."""
+    real = Tensor.view
+    shard = random_shard(16, 130, torch.bfloat16)
+
+    def view(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        return real(tensor if tensor.is_contiguous() else tensor.contiguous(), *args, **options)
+
+    monkeypatch.setattr(Tensor, "view", view)
+    subject = Subject(SUBJECTS[way].engine, "npu", 16, sums_as_logs=way == "operator")
+    subject.check_gradient(shard)
+    subject.check_partials(shard)
+
+
+@pytest.mark.parametrize("way", ["max_sum", "operator"])
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_deterministic_algorithms(
+    warn_only: bool, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is refused, the same bits come out, and the setting is as before."""
+    monkeypatch.setenv(WAY_VARIABLE, way)
+    x, y = torch.randn(12, 40).to("npu").requires_grad_(), torch.arange(12).to("npu")
+    (before,) = torch.autograd.grad(cross_entropy(x, y, label_smoothing=0.1), x)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        loss = cross_entropy(x, y, label_smoothing=0.1)
+        (after,) = torch.autograd.grad(loss, x)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == warn_only
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(after, before)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vocab_parallel_ce import VocabShard
+from vocab_parallel_ce import VocabShard, cross_entropy
 from vocab_parallel_ce.parallel.layers import (
     VocabParallelEmbedding,
     VocabParallelHead,
@@ -95,6 +95,41 @@ def test_split_layers_equal_whole_ones(pool: Pool, split: tuple[int, ...], tied:
         assert torch.equal(rank["hidden_gradient"], ranks[0]["hidden_gradient"])
     for name, dim in (("logits", -1), ("embedding_gradient", 0), ("head_gradient", 0)):
         torch.testing.assert_close(together(name, dim), whole[name], rtol=1e-12, atol=1e-12)
+
+
+def _fused(
+    shard: VocabShard, group: dist.ProcessGroup | None, tied: bool
+) -> dict[str, tuple[Tensor, ...]]:
+    """Loss and gradients of every way: head and loss apart, and the head's own loss."""
+    net = _Net(shard, group, tied).double()
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(shard.vocab_size, (2, 9), generator=generator)
+    leaves = [net.embedding.weight] if tied else [net.embedding.weight, net.head.weight]
+    out = {}
+    for way in ("apart", "forward", "recompute"):
+        hidden = torch.tanh(net.embedding(ids))
+        if way == "apart":
+            loss = cross_entropy(net.head(hidden), ids, group=group, shard=shard)
+        else:
+            loss = net.head.loss(hidden, ids, gradient=way)
+        out[way] = (loss.detach(), *torch.autograd.grad(loss, leaves))
+    return out
+
+
+def _fused_case(
+    group: dist.ProcessGroup, split: tuple[int, ...], tied: bool
+) -> dict[str, tuple[Tensor, ...]]:
+    rank = dist.get_rank(group)
+    start = sum(split[:rank])
+    return _fused(VocabShard(start, start + split[rank], sum(split)), group, tied)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("split", SPLITS[1::2])
+def test_the_heads_own_loss(pool: Pool, split: tuple[int, ...], tied: bool) -> None:
+    for rank in pool.run(_fused_case, len(split), args=(split, tied)):
+        for way in ("forward", "recompute"):
+            torch.testing.assert_close(rank[way], rank["apart"], rtol=1e-12, atol=1e-12)
 
 
 def _mirror(group: dist.ProcessGroup, dtype: torch.dtype) -> tuple[Tensor, ...]:

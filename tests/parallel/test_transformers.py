@@ -76,11 +76,11 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
-def compared(group: dist.ProcessGroup, folder: str) -> dict[str, float]:
+def compared(group: dist.ProcessGroup, folder: str, fused: bool) -> dict[str, float]:
     """The largest difference of loss and gradients for each call, of the largest element."""
-    ours, theirs = split(Path(folder)), whole(Path(folder))
-    loss = install(ours)
-    assert loss.shard == VocabShard.even(VOCAB, group)
+    ours, theirs = split(Path(folder)).train(), whole(Path(folder)).train()
+    loss = install(ours, fused_head=fused)
+    shard = VocabShard.even(VOCAB, group)
     assert ours.loss_function is loss
     found = {}
     for name, extra in CALLS.items():
@@ -89,15 +89,19 @@ def compared(group: dist.ProcessGroup, folder: str) -> dict[str, float]:
             model.zero_grad()
             out = model(**batch(extra.get("ignore_index", -100)), **extra)
             out.loss.backward()
+            assert (out.logits is None) == (fused and model is ours)
             gradients = {n: full(p.grad) for n, p in model.named_parameters()}
             values.append({"loss": out.loss.detach(), **gradients})
         found[name] = max(
             float((a - values[1][n]).abs().max() / values[1][n].abs().max())
             for n, a in values[0].items()
         )
-    logits = ours(**batch()).logits
-    assert logits.shape[-1] == loss.shard.size
+    with torch.no_grad():
+        out, want = ours(**batch()), theirs(**batch())
+    assert out.logits.shape[-1] == shard.size
+    torch.testing.assert_close(out.loss, want.loss)
     uninstall(ours)
+    assert ours(input_ids=batch()["input_ids"]).logits.shape[-1] == shard.size
     assert ours.loss_function is theirs.loss_function
     return found
 
@@ -115,6 +119,7 @@ def refused(group: dist.ProcessGroup, folder: str) -> list[str]:
     said.append(str(problem.value))
     ours = split(Path(folder))
     loss = install(ours)
+    assert isinstance(loss, CausalLMLoss)
     labels = batch()["labels"]
     labels[1, 3] = VOCAB
     with pytest.raises(ValueError, match=rf"row 14 holds {VOCAB} .*in \[0, {VOCAB}\)") as problem:
@@ -160,8 +165,9 @@ def _train(model: Any, out: str) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-def test_loss_and_gradients_are_those_of_transformers(tmp_path: Path) -> None:
-    outcomes = run_fresh(compared, 2, (str(tiny(tmp_path)),), timeout=120)
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused head"])
+def test_loss_and_gradients_are_those_of_transformers(fused: bool, tmp_path: Path) -> None:
+    outcomes = run_fresh(compared, 2, (str(tiny(tmp_path)), fused), timeout=120)
     for outcome in outcomes:
         assert not outcome.kind, outcome.trace
         assert outcome.value.keys() == CALLS.keys()
@@ -190,6 +196,39 @@ def test_one_rank_needs_no_plan(tmp_path: Path) -> None:
     ours = model(**batch()).loss
     uninstall(model)
     torch.testing.assert_close(ours, model(**batch()).loss)
+
+
+def test_a_model_that_caps_its_logits_cannot_be_fused(tmp_path: Path) -> None:
+    model = whole(tiny(tmp_path)).train()
+    install(model, fused_head=True)
+    own = model.lm_head.forward
+    model.lm_head.forward = lambda x: 30 * torch.tanh(own(x) / 30)
+    with pytest.raises(ValueError, match="LlamaForCausalLM changes its logits between head and"):
+        model(**batch())
+    model.eval()
+    assert model(**batch()).logits.shape[-1] == VOCAB
+
+
+class _Adapter(torch.nn.Module):
+    """As LoRA wraps a head: weight and bias are those of the layer below."""
+
+    def __init__(self, base_layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.weight, self.bias = base_layer, base_layer.weight, base_layer.bias
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.base_layer(hidden)
+        return logits * 2
+
+
+def test_a_head_with_an_adapter_cannot_be_fused(tmp_path: Path) -> None:
+    model = whole(tiny(tmp_path)).train()
+    model.set_output_embeddings(_Adapter(model.lm_head))
+    want = model(**batch()).loss
+    with pytest.raises(ValueError, match=r"head of LlamaForCausalLM is a _Adapter.*without fused"):
+        install(model, fused_head=True)
+    install(model)
+    torch.testing.assert_close(model(**batch()).loss, want)
 
 
 def test_another_object_is_refused() -> None:

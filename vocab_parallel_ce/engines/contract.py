@@ -218,7 +218,7 @@ class Engine(Protocol):
         softcap: float,
         out: Tensor,
     ) -> None:
-        """Write dx [N, C_r] into ``out`` (the logits' dtype); ``out`` may be ``logits`` itself.
+        """Write dx [N, C_r] into ``out``, which may be ``logits`` itself, or narrower than they.
 
         Rows marked IGNORED, and rows whose coefficients are all 0, are written as zeros and their
         logits not read: 0 * NaN would be NaN. The value of the target's column is formed in the
@@ -241,11 +241,10 @@ class Engine(Protocol):
 
 def without_unused(local_target: Tensor, coefficients: Coefficients) -> Tensor:
     """``local_target`` with rows whose coefficients are all 0 marked IGNORED as well."""
-    unused = torch.ones_like(local_target, dtype=torch.bool)
-    for part in coefficients:
-        if part is not None:
-            unused &= part == 0
-    return local_target.masked_fill(unused, IGNORED)
+    first, *others = (part == 0 for part in coefficients if part is not None)
+    for zero in others:
+        first &= zero
+    return local_target.masked_fill(first, IGNORED)
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:

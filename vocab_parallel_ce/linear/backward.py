@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..engines.contract import ELSEWHERE, IGNORED
 from ..passes import RowResult, compute_gradient
-from .call import LinearCall, is_narrow
+from .call import LinearCall
 from .hidden import HiddenRows, HiddenSum
-from .kept import Portion, Rows, kept_rows, masked
+from .kept import Portion, Rows, is_narrow, kept_rows, masked
 from .sums import BiasSum, WeightSum
 
 
@@ -96,8 +96,8 @@ def _by_columns(
     for begin in range(0, size, columns):
         end = min(begin + columns, size)
         head, place = call.head.part(begin, end), slice(begin, end)
-        x = head.logits(hidden, scratch[: rows * (end - begin)].view(rows, end - begin))
-        _gradient_of_block(call, result, grad_stats, x, begin, end)
+        logits = head.logits(hidden, scratch[: rows * (end - begin)].view(rows, end - begin))
+        x = _gradient_of_block(call, result, grad_stats, logits, begin, end)
         if share is not None and total is not None:
             share.add(x, head.weight)
             if end == size:  # the sum over ranks runs beside the last product
@@ -114,16 +114,18 @@ def _by_columns(
 
 
 def _gradient_of_block(
-    call: LinearCall, result: RowResult, grad_stats: Tensor, x: Tensor, begin: int, end: int
-) -> None:
-    """Logits of ids [begin, end) of this shard -> their gradient, in place."""
+    call: LinearCall, result: RowResult, grad_stats: Tensor, logits: Tensor, begin: int, end: int
+) -> Tensor:
+    """Logits of ids [begin, end) of this shard -> their gradient, in place where it fits."""
     request = call.request
     of_block = replace(request, start=request.start + begin, stop=request.start + end)
     column = result.local_target
     here = (column >= begin) & (column < end)
     shifted = torch.where(here, column - begin, torch.where(column >= 0, ELSEWHERE, column))
     of_rows = replace(result, local_target=shifted)
-    compute_gradient(x, of_rows, call.weight, grad_stats, of_block, x)
+    x = call.room_for_gradient(logits)
+    compute_gradient(logits, of_rows, call.weight, grad_stats, of_block, x)
+    return x
 
 
 class _Share:
@@ -136,7 +138,7 @@ class _Share:
 
     def add(self, x: Tensor, weight: Tensor) -> None:
         if self.value.dtype == x.dtype:
-            self.value.addmm_(x, weight)
+            self.value.addmm_(x, weight)  # of zeros at first: small beside the products
         else:
             self.value += x @ weight
 
@@ -159,10 +161,9 @@ def by_rows(
         hidden, rows = source.take(portion), portion.rows
         if not call.leaves_out and needs.weight:
             hidden = masked(hidden, alive[rows])
-        x = call.head.logits(hidden, scratch[: portion.count])
-        compute_gradient(
-            x, rows_of(result, rows), call.weight, grad_stats[:, rows], call.request, x
-        )
+        logits = call.head.logits(hidden, scratch[: portion.count])
+        x, some = call.room_for_gradient(logits), rows_of(result, rows)
+        compute_gradient(logits, some, call.weight, grad_stats[:, rows], call.request, x)
         sums.add(portion, x, hidden)
     return sums.result()
 
@@ -211,6 +212,6 @@ def rows_of(result: RowResult, rows: Rows) -> RowResult:
 
 def _like(weight: Tensor, size: int) -> Tensor:
     """Room for its gradient: zeros in padding."""
-    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     out[size:] = 0
     return out

@@ -28,10 +28,14 @@ class Statics:
     """the gradient of the hidden states is left unsummed"""
     sequence_parallel: bool = False
     """each rank has its part of the hidden states"""
+    wide: bool = False
+    """logits are fp32, their gradient is not"""
+    sums_hidden: bool = False
+    """the gradient of the hidden states will be summed over ranks: they must agree on it"""
 
     def scalars(self) -> tuple[Any, ...]:
         """For a custom operator, behind those of the request."""
-        return self.chunk, self.scratch_mib, self.partial, self.sequence_parallel
+        return self.chunk, self.scratch_mib, self.partial, self.sequence_parallel, self.wide
 
 
 @dataclass(frozen=True)
@@ -71,20 +75,27 @@ class LinearCall:
 
     def scratch(self, rows: int, columns: int) -> Tensor:
         """Room for logits."""
-        return self.hidden.new_empty(rows, columns)
+        dtype = torch.float32 if self.statics.wide else self.hidden.dtype
+        return self.hidden.new_empty(rows, columns, dtype=dtype)
+
+    def room_for_gradient(self, logits: Tensor) -> Tensor:
+        """The logits' own memory, unless it is wider than what the products take."""
+        if logits.dtype == self.hidden.dtype:
+            return logits
+        return torch.empty_like(logits, dtype=self.hidden.dtype)
 
     def plan(self, like: Tensor, chunk: int) -> Plan:
         """What the preflight tells; ``like`` has the logits' dtype and device."""
         return Plan(
             self.request, like, self.target, self.normalizer, width=self.hidden.shape[1],
-            chunk=chunk,
+            chunk=chunk, sums_hidden=self.statics.sums_hidden,
         )  # fmt: skip
 
     def block_columns(self, rows: int) -> int | None:
         """Columns of logits that exist at a time in backward; None: go by rows."""
         if self.statics.sequence_parallel:  # all rows at once are what nobody holds
             return None
-        itemsize = self.hidden.element_size()
+        itemsize = bytes_of_a_logit(self.hidden.dtype, self.statics.wide)
         return columns_of_a_block(rows, itemsize, self.hidden.device.type, self.statics.scratch_mib)
 
 
@@ -114,6 +125,6 @@ def flat(hidden: Tensor) -> Tensor:
     return hidden.detach().reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
 
 
-def is_narrow(dtype: torch.dtype) -> bool:
-    """Whether sums of such numbers are carried in fp32."""
-    return dtype in (torch.float16, torch.bfloat16)
+def bytes_of_a_logit(dtype: torch.dtype, wide: bool) -> int:
+    """With its gradient, where that lies beside it."""
+    return dtype.itemsize + (4 if wide else 0)

@@ -17,8 +17,9 @@ from ..request import is_on
 from ..scales import number_of
 from ..shard import group_rank_and_size
 from ..transforms import check_transforms
-from .call import Statics
+from .call import Statics, bytes_of_a_logit
 from .chunks import rows_of_a_chunk
+from .wide import makes_wide_logits
 
 GRADIENTS = ("auto", "forward", "recompute")
 HIDDEN_GRADIENTS = ("summed", "partial")
@@ -90,9 +91,10 @@ def prepare_linear(
     logits = tensors.input.detach().new_empty(()).expand(*tensors.target.shape, columns)
     request = prepare(logits, tensors.target, tensors.weight, options, outputs, _HEAD)
     share = -(-request.vocab_size // world)
-    chunk = rows_of_a_chunk(
-        share, tensors.input.element_size(), tensors.input.device.type, linear.scratch_mib
-    )
+    device, dtype = tensors.input.device.type, tensors.input.dtype
+    wide = makes_wide_logits(device, dtype)
+    itemsize = bytes_of_a_logit(dtype, wide)
+    chunk = rows_of_a_chunk(share, itemsize, device, linear.scratch_mib)
     if linear.sequence_parallel and chunk < world:
         raise ValueError(
             f"scratch_mib={linear.scratch_mib} has room for {chunk} rows of logits, but with "
@@ -104,6 +106,10 @@ def prepare_linear(
         linear.scratch_mib,
         linear.hidden_gradient == "partial",
         linear.sequence_parallel and world > 1,
+        wide,
+        sums_hidden=torch.is_grad_enabled()
+        and tensors.input.requires_grad
+        and linear.hidden_gradient == "summed",
     )
 
 

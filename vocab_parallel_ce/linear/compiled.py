@@ -30,17 +30,18 @@ _REQUEST = ", ".join(f"{_TYPES[str(field.type)]} {field.name}" for field in fiel
 _CALL = (
     "Tensor hidden, Tensor head_weight, Tensor? head_bias, Tensor target, Tensor? weight, "
     "Tensor? normalizer, Tensor? numbers, str group_name, SymInt chunk, float? scratch_mib, "
-    f"bool partial, bool sequence_parallel, {_REQUEST}"
+    f"bool partial, bool sequence_parallel, bool wide, {_REQUEST}"
 )
 _NEEDS = "bool of_hidden, bool of_weight, bool of_bias"
-_TENSORS, _CALLS = 7, 12 + len(fields(RowRequest))
+_TENSORS, _REQUESTS = 7, 13
+_CALLS = _REQUESTS + len(fields(RowRequest))
 
 
 def _restored(arguments: tuple[Any, ...]) -> LinearCall:
     """The call that ``_CALL`` took apart."""
     hidden, head, bias, target, weight, normalizer, numbers, name = arguments[:8]
-    request = opened(RowRequest(*arguments[12:_CALLS]), numbers)
-    statics = Statics(request, *arguments[8:12])
+    request = opened(_request_of(arguments), numbers)
+    statics = Statics(request, *arguments[8:_REQUESTS])
     return linear_call(hidden, head, bias, target, weight, normalizer, statics, group_named(name))
 
 
@@ -76,7 +77,7 @@ def _statistics(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _request_of(arguments: tuple[Any, ...]) -> RowRequest:
-    return RowRequest(*arguments[12:_CALLS])
+    return RowRequest(*arguments[_REQUESTS:_CALLS])
 
 
 def _fake_statistics(*arguments: Any) -> tuple[Tensor, ...]:

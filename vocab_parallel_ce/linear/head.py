@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .wide import wide_product
+
 
 @dataclass(frozen=True)
 class Head:
@@ -27,7 +29,10 @@ class Head:
         return Head(self.weight[begin:end], bias)
 
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """hidden [n, H] -> logits [n, size], in ``out``."""
+        """hidden [n, H] -> logits [n, size], in ``out``, which may be wider: see ``wide``."""
+        if out.dtype != hidden.dtype:
+            wide_product(hidden, self.weight.t(), out)
+            return out if self.bias is None else out.add_(self.bias)
         if self.bias is None:
             return torch.mm(hidden, self.weight.t(), out=out)
         return torch.addmm(self.bias, hidden, self.weight.t(), out=out)

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..collectives import backends_of
-from .call import LinearCall, is_narrow
-from .kept import Portion
+from ..collectives import all_gather_flat, backends_of, sum_and_scatter
+from .call import LinearCall
+from .kept import Portion, is_narrow
 
 
 class HiddenRows:
@@ -46,8 +46,7 @@ class HiddenRows:
         out = mine.new_empty(portion.count, mine.shape[1])
         # As bytes: not every backend carries every dtype.
         into, given = out.view(-1).view(torch.uint8), mine.view(-1).view(torch.uint8)
-        work = dist.all_gather_into_tensor(into, given, group=call.group, async_op=True)
-        return work, out
+        return all_gather_flat(into, given, call.group, async_op=True), out
 
 
 class HiddenSum:
@@ -73,8 +72,7 @@ class HiddenSum:
         values = values.to(self._carried_in(values)).contiguous()
         if portion.own is not None and not _is_gloo(values, self._group):
             mine = values.new_empty(values.shape[0] // self._group.size(), values.shape[1])
-            work = dist.reduce_scatter_tensor(mine, values, group=self._group, async_op=True)
-            values = mine
+            work, values = sum_and_scatter(mine, values, self._group), mine
         else:
             work = dist.all_reduce(values, group=self._group, async_op=True)
         self._under_way.append((work, values, portion))

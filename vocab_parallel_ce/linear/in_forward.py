@@ -1,8 +1,8 @@
 """A reduced loss and its gradients in one pass: three matrix products instead of four.
 
-Chunk by chunk: logits, their statistics (one exchange), the chunk's losses, what autograd says of
-the sum's derivative by the [n] statistics, the gradient of the logits in their own place, and the
-two products with it. Backward only multiplies by the gradient that comes in.
+Chunk by chunk: logits, their statistics (one exchange), the chunk's losses and their derivative by
+the [n] statistics, the gradient of the logits in their own place, and the two products with it.
+Backward only multiplies by the gradient that comes in.
 
 In fp16 the gradients are those of the sum, carried in fp32; the denominator comes in backward as
 well. Else 1 / N would make zeros of them before a loss scale arrives.
@@ -19,7 +19,14 @@ from torch import Tensor
 from ..engines.contract import Engine, arithmetic_dtype
 from ..passes import RowResult, compute_gradient, exchange_statistics, fill_partials
 from ..preflight import together
-from ..reduction import RowLosses, denominators, reduce_rows, row_losses, row_weights
+from ..reduction import (
+    RowLosses,
+    denominators,
+    reduce_rows,
+    row_coefficients,
+    row_losses,
+    row_weights,
+)
 from ..request import is_on
 from .backward import Gradients, Leaves, Needs, RowSums, rows_of
 from .call import LinearCall
@@ -104,9 +111,9 @@ class _InForward:
             with together(self._call.group, self._request.check):
                 self._one(portion, first=False)
         self._finish()
-        loss, zloss = reduce_rows(self._losses, self._request.reduction, self._agreed, self._total)
+        loss, of_z = reduce_rows(self._losses, self._request.reduction, self._agreed, self._total)
         factor = self._factor_of_loss if self._postponed else None
-        zloss = torch.zeros_like(loss) if zloss is None else zloss
+        zloss = torch.zeros_like(loss) if of_z is None else of_z
         return LossAndGradients(loss, zloss, self._sums.result(), factor)
 
     def _one(self, portion: Portion, first: bool) -> None:
@@ -164,25 +171,20 @@ class _InForward:
         of_loss, of_zloss = self._factor_of_loss, self._factor_of_zloss
         if self._postponed:
             of_loss, of_zloss = torch.ones_like(of_loss), of_zloss / of_loss
-        with torch.enable_grad():
-            leaf = stats.detach().requires_grad_()
-            losses = row_losses(leaf, call.target[rows], call.weight, self._request)
-            whole = losses.loss.sum() * of_loss
-            if losses.zloss is not None:
-                whole = whole + losses.zloss.sum() * of_zloss
-            (grad,) = torch.autograd.grad(whole, leaf)
-        into.loss[rows] = losses.loss.detach()
+        losses = row_losses(stats, call.target[rows], call.weight, self._request)
+        into.loss[rows] = losses.loss
         if into.zloss is not None and losses.zloss is not None:
-            into.zloss[rows] = losses.zloss.detach()
-        return grad
+            into.zloss[rows] = losses.zloss
+        weighted = call.weight is not None
+        return row_coefficients(stats, losses, weighted, self._request, of_loss, of_zloss)
 
     def _finish(self) -> None:
         """The gradients of the chunk that is pending."""
         if self._pending is None:
             return
         chunk, self._pending = self._pending, None
+        x = self._call.room_for_gradient(chunk.logits)
         compute_gradient(
-            chunk.logits, chunk.result, self._call.weight, chunk.coefficients, self._request,
-            chunk.logits,
-        )  # fmt: skip
-        self._sums.add(chunk.portion, chunk.logits, chunk.hidden)
+            chunk.logits, chunk.result, self._call.weight, chunk.coefficients, self._request, x
+        )
+        self._sums.add(chunk.portion, x, chunk.hidden)

@@ -61,6 +61,11 @@ def count(rows: Rows) -> int:
     return rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0]
 
 
+def is_narrow(dtype: torch.dtype) -> bool:
+    """Whether sums of such numbers are carried in fp32."""
+    return dtype in (torch.float16, torch.bfloat16)
+
+
 def masked(values: Tensor, keep: Tensor) -> Tensor:
     """[n, H] with zeros in the rows that are not kept: NaN there would reach a product."""
     return torch.where(keep[:, None], values, 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .call import is_narrow
+from .kept import is_narrow
 
 _BLOCK_BYTES = 4 << 20
 
@@ -22,23 +22,35 @@ class WeightSum:
         self._dtype = like.dtype
         wide = is_narrow(like.dtype) and (portions > 1 or keep_wide)
         dtype = torch.float32 if wide else like.dtype
-        self._total = torch.zeros(like.shape, dtype=dtype, device=like.device)
+        self._total = torch.empty(like.shape, dtype=dtype, device=like.device)
+        self._total[size:] = 0
         self._used = self._total[:size]
+        self._begun = False
         self._keep_wide = keep_wide
 
     def add(self, x: Tensor, hidden: Tensor) -> None:
         """One portion."""
+        begun, self._begun = self._begun, True
         if self._used.dtype == x.dtype:
-            self._used.addmm_(x.t(), hidden)
+            if begun:
+                self._used.addmm_(x.t(), hidden)
+            else:
+                torch.mm(x.t(), hidden, out=self._used)
             return
         # In blocks: what a narrow product returns before it is added stays small.
         step = max(1, _BLOCK_BYTES // (hidden.shape[1] * x.element_size() + 1))
         for begin in range(0, self._used.shape[0], step):
             columns = slice(begin, begin + step)
-            self._used[columns] += x[:, columns].t() @ hidden
+            product = x[:, columns].t() @ hidden
+            if begun:
+                self._used[columns] += product
+            else:
+                self._used[columns] = product
 
     def result(self) -> Tensor:
         """In the weight's dtype, unless it was to be kept wide."""
+        if not self._begun:
+            self._used.zero_()
         return self._total if self._keep_wide else self._total.to(self._dtype)
 
 

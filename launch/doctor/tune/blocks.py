@@ -198,7 +198,7 @@ def _fused(
         return
     table = (max_sum.NAMES[0], [x, ones, ones, ones], [wide, ones])
     yield _block(
-        device, "fused max_sum", shape, lambda: max_sum.fused(x, ones, ones, ones), repeats, table
+        device, "fused max_sum", shape, lambda: max_sum.fused(x, ones, ones), repeats, table
     )
 
 

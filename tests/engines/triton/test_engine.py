@@ -159,3 +159,16 @@ def test_fp64_is_left_to_eager() -> None:
     x = torch.randn(2, 3, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"engine='triton' does not serve torch\.float64 logits"):
         select("triton", x)
+
+
+@pytest.mark.parametrize("columns", [40, 999])
+@pytest.mark.usefixtures("small_programs")
+def test_a_gradient_narrower_than_the_logits(columns: int) -> None:
+    """What the fused head asks for where its logits are fp32. (The interpreter cuts bf16 off.)"""
+    logits, target = _batch(5, columns)
+    m, s = logits.amax(1), torch.full((5,), 3.0)
+    c = Coefficients(torch.full((5,), 1.1), torch.full((5,), 0.9))
+    wide, narrow = torch.empty_like(logits), torch.empty(5, columns, dtype=torch.float16)
+    for out in (wide, narrow):
+        triton.gradient(logits, m, s, target, c, None, 1.2, 0.0, out)
+    assert torch.equal(narrow, wide.half())

@@ -142,6 +142,29 @@ def test_one_rank_follows_the_same_curve(
     np.testing.assert_allclose(alone, _losses(straight[0]), rtol=0, atol=2e-5)
 
 
+def test_the_fused_head_follows_the_same_curve(
+    straight: tuple[Path, str], tmp_path: Path, cache: Path
+) -> None:
+    """Over 100 steps alone, and on two ranks, where the job also proves it at its end."""
+    apart, fused = (
+        _alone(tmp_path / str(on), cache, fused_head=on, steps=100) for on in (False, True)
+    )
+    np.testing.assert_allclose(fused, apart, rtol=0, atol=1e-5)
+    out = tmp_path / "ranks"
+    said = _succeed(_launch(out, cache, "--tp", 2, "--dropout", 0.1, "--fused-head"))
+    assert "fused head, beside head and loss apart: loss off by" in said
+    assert "Check passed." in said
+    np.testing.assert_allclose(_losses(out), _losses(straight[0]), rtol=0, atol=1e-5)
+
+
+def test_the_head_is_fused_where_logits_would_not_fit(tmp_path: Path, cache: Path) -> None:
+    with ParallelGroups.open("cpu") as groups:
+        corpus = load_corpus([cache / "text"], VOCAB_SIZE, cache)
+        for batch, fused in ((4, False), (4096, True)):
+            options = _options(tmp_path, batch=batch)
+            assert Trainer(options, groups, corpus).fused == fused
+
+
 def test_a_resumed_run_is_the_same_bit_for_bit(
     straight: tuple[Path, str], cut: Path, tmp_path: Path, cache: Path
 ) -> None:

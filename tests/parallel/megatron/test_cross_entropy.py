@@ -35,6 +35,7 @@ FUNCTIONS = (
     ours.vocab_parallel_cross_entropy,
     ours.fused_vocab_parallel_cross_entropy,
     ours.te_parallel_cross_entropy,
+    ours.cross_entropy_target,
 )
 
 

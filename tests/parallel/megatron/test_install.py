@@ -365,7 +365,8 @@ from megatron.core.models.common.language_module.language_module import Language
 import torch
 from types import SimpleNamespace
 config = SimpleNamespace(cross_entropy_loss_fusion=False)
-model = SimpleNamespace(config=config)
+groups = SimpleNamespace(tp=None)
+model = SimpleNamespace(config=config, tp_group=None, pg_collection=groups)  # what 0.19 reads
 logits, labels = torch.randn(3, 2, 8), torch.randint(0, 8, (2, 3))
 loss = LanguageModule.compute_language_model_loss(model, labels, logits)
 assert torch.equal(loss, megatron.vocab_parallel_cross_entropy(logits, labels.t()).t())

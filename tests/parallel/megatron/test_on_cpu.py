@@ -21,6 +21,7 @@ def test_everything_is_put_back() -> None:
         return [
             torch.cuda.current_device,
             torch.cuda.synchronize,
+            torch.cuda.current_stream,
             Tensor.cuda,
             Tensor.type,
             schedules.torch,

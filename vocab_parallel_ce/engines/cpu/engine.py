@@ -35,6 +35,7 @@ ROW_FUNCTIONS: RowFunctions | None = None
 LEAVES_LOG_PROB = False
 MINIMUM_NUMBA = (0, 60)
 SEQUENTIAL_BELOW = 1 << 16  # elements; a thread takes longer to wake up than to do the work
+NARROWED_ELEMENTS = 1 << 18  # of a gradient that is rounded on its way; they stay in cache
 RANGES_PER_THREAD = 8  # a thread that is held up leaves its share to the others
 _TOKENS: dict[torch.dtype, Any] = {
     torch.bfloat16: np.uint16(0),
@@ -110,6 +111,9 @@ def gradient(
     out: Tensor,
 ) -> None:
     """Gradient of the logits; see contract.Engine.gradient."""
+    if out.itemsize < logits.itemsize:
+        _narrowed(logits, m, s, local_target, coefficients, weight, scale, softcap, out)
+        return
     stored, arithmetic = logits.dtype, arithmetic_dtype(logits.dtype)
     token = _TOKENS[stored]
     scales, factor = _scales(scale, arithmetic)
@@ -129,6 +133,35 @@ def gradient(
         _vector(entropy, arithmetic), _vector(weight, arithmetic)[0], scales, factor,
         float(softcap), token, place,
     )  # fmt: skip
+
+
+def _narrowed(
+    logits: Tensor,
+    m: Tensor,
+    s: Tensor,
+    local_target: Tensor,
+    coefficients: Coefficients,
+    weight: Tensor | None,
+    scale: float | Tensor,
+    softcap: float,
+    out: Tensor,
+) -> None:
+    """``gradient`` of a few rows at a time beside the logits, and from there into ``out``."""
+    step = max(1, NARROWED_ELEMENTS // logits.shape[1])
+    for begin in range(0, logits.shape[0], step):
+        rows = slice(begin, begin + step)
+        softmax, target_part, smooth, entropy = coefficients
+        some = Coefficients(
+            softmax[rows],
+            target_part[rows],
+            None if smooth is None else smooth[rows],
+            None if entropy is None else entropy[rows],
+        )
+        beside = torch.empty_like(logits[rows], memory_format=torch.contiguous_format)
+        each = scale[rows] if isinstance(scale, Tensor) else scale
+        of_rows = (logits[rows], m[rows], s[rows], local_target[rows], some)
+        gradient(*of_rows, weight, each, softcap, beside)
+        out[rows] = beside
 
 
 def log_prob(

@@ -18,7 +18,7 @@ from importlib import import_module, metadata, util
 import torch
 from torch import Tensor
 
-from ..contract import Coefficients, RowFunctions, Wanted, without_unused
+from ..contract import Coefficients, RowFunctions, Wanted
 from . import choice, extra, operator
 from .chunks import scratch_bytes
 
@@ -79,12 +79,8 @@ def partials(
         if log_prob_out is not None:
             extra.log_prob(way, logits, out[0], out[1], more, log_prob_out)
         return
-    number = float(scale)
-    if log_prob_out is None:
-        way = choice.way_for(logits.dtype)
-        way.partials(logits, local_target, weight, number, wanted, out)
-    else:
-        operator.partials(logits, local_target, weight, number, wanted, out, log_prob_out)
+    way = choice.way_for(logits.dtype) if log_prob_out is None else operator
+    way.partials(logits, local_target, weight, float(scale), wanted, out, log_prob_out)
 
 
 def gradient(
@@ -99,7 +95,6 @@ def gradient(
     out: Tensor,
 ) -> None:
     """See ``contract.Engine``."""
-    local_target = without_unused(local_target, coefficients)
     more = extra.Extra(scale, softcap)
     if more.on:
         way = choice.way_for(torch.float32)

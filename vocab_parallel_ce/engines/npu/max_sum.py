@@ -10,7 +10,7 @@ Nothing asks for true statistics, so that one kernel serves both passes:
 
 It wants CANN 8.5.0, and a torch_npu that has it by either name: the wheels of 2.6.0.post5 to
 2.10.0 without ``npu_``, newer ones with it. It has no autograd and no shapes for fake tensors,
-which is no matter here. Its loss, log(sum) - predicted, is not read; ``predicted`` is zeros.
+which is no matter here. Its loss, log(sum) - predicted, is not read.
 
 ``FORWARD`` and ``BACKWARD`` are its kernels on [n, C_r] for plain cross-entropy; ``traffic`` says
 what they move. Label smoothing adds x - m and its sum forward, one sweep backward; entropy adds
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import IGNORED, Coefficients, Wanted
+from ..contract import IGNORED, Coefficients, Wanted, without_unused
 from .chunks import Scaling, first_column_of, lowest, minus, numbered, row_ranges
 from .finishing import finish_partials, subtract_smoothing, write_chunk
 from .log_prob import log_prob
@@ -58,9 +58,10 @@ def operator() -> Any:
     return None
 
 
-def fused(x: Tensor, top: Tensor, divisor: Tensor, zeros: Tensor) -> Tensor:
-    """e^(x - top) / divisor [n, C_r] in fp32; ``top``, ``divisor`` and ``zeros`` [n] in fp32."""
-    _, softmax = operator()(top, divisor, zeros, vocab_parallel_logits=x)
+def fused(x: Tensor, top: Tensor, divisor: Tensor) -> Tensor:
+    """e^(x - top) / divisor [n, C_r] in fp32; ``top`` and ``divisor`` [n] in fp32."""
+    predicted = divisor  # any vector will do
+    _, softmax = operator()(top, divisor, predicted, vocab_parallel_logits=x)
     return softmax  # type: ignore[no-any-return]
 
 
@@ -71,15 +72,15 @@ def partials(
     scale: float,
     wanted: Wanted,
     out: Tensor,
+    log_prob_out: Tensor | None = None,
 ) -> None:
-    """See ``contract.Engine``; log-probabilities are not left anywhere."""
+    """See ``contract.Engine``; nothing is left in ``log_prob_out``."""
     named = dict(zip(wanted.rows, out.unbind(0), strict=True))
     scaling = Scaling(scale, logits)
     at_target = TargetColumn(logits, scaling, local_target)
     wide = logits.dtype == torch.float32 or scaling.widens
     tops = named["m"] if wide else torch.empty_like(named["m"], dtype=logits.dtype)
-    zeros, floor = torch.zeros_like(named["s"]), lowest(logits)
-    ones = torch.ones_like(zeros)
+    ones, floor = torch.ones_like(named["s"]), lowest(logits)
     columns = numbered(logits) if wanted.argmax else None
 
     def chunk(logits: Tensor, named: dict[str, Tensor], rows: slice) -> None:
@@ -87,7 +88,7 @@ def partials(
         at_target.see(x, rows)
         top = torch.amax(x, 1, out=tops[rows])
         shift = torch.maximum(top, floor)
-        e = fused(x, shift, ones[rows], zeros[rows])
+        e = fused(x, shift, ones[rows])
         torch.sum(e, 1, out=named["s"])
         if wanted.smooth:
             z = torch.add(x, minus(shift))
@@ -126,9 +127,10 @@ def gradient(
     out: Tensor,
 ) -> None:
     """See ``contract.Engine``."""
+    local_target = without_unused(local_target, coefficients)
     scaling = Scaling(scale, logits)
     at_target = TargetColumn(logits, scaling, local_target)
-    zeros, ignored = torch.zeros_like(m), local_target == IGNORED
+    ignored = local_target == IGNORED
     softmax, _, smooth, entropy = coefficients
     divisor = s if entropy is not None else s / softmax
     if entropy is not None:
@@ -139,7 +141,7 @@ def gradient(
     def chunk(logits: Tensor, out: Tensor, rows: slice) -> None:
         x = scaling.chunk(logits)
         at_target.see(x, rows)
-        dx = fused(x, m[rows], divisor[rows], zeros[rows])
+        dx = fused(x, m[rows], divisor[rows])
         if entropy is not None:
             z = torch.add(x.clamp(min=_finite(x)), minus_m[rows])
             dx.mul_(torch.addcmul(constant[rows], z, minus_entropy[rows], out=z))

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import IGNORED, Coefficients, Wanted
+from ..contract import IGNORED, Coefficients, Wanted, without_unused
 from .chunks import Scaling, first_column_of, lowest, minus, numbered, row_ranges, shifted
 from .finishing import finish_partials, subtract_smoothing, write_chunk
 from .log_prob import log_prob
@@ -119,6 +119,7 @@ def gradient(
     out: Tensor,
 ) -> None:
     """See ``contract.Engine``."""
+    local_target = without_unused(local_target, coefficients)
     scaling = Scaling(scale, logits)
     at_target = TargetColumn(logits, scaling, local_target)
     minus_m, ignored = minus(m), local_target == IGNORED

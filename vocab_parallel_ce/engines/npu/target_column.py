@@ -7,9 +7,13 @@ elsewhere gets the value of its column 0 in the same way, since no index says "n
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
+from ...views import typed
 from ..contract import IGNORED, Coefficients
 from .chunks import Scaling
 
@@ -21,8 +25,7 @@ class TargetColumn:
 
     def __init__(self, logits: Tensor, scaling: Scaling, local_target: Tensor) -> None:
         self._local_target = local_target
-        self._owned = local_target >= 0
-        self._column = torch.where(self._owned, local_target, 0)
+        self._column = local_target.clamp(min=0)
         self._dense = logits.is_contiguous()
         if self._dense:
             self.x = scaling.elements(_read(logits, self._column))
@@ -50,11 +53,11 @@ class TargetColumn:
         p = e / s
         dx = p * softmax
         if entropy is not None:
-            dx = dx - torch.where(e == 0, 0.0, p * entropy * (d - s.log()))
+            dx = dx - (p * entropy * (d - s.log())).masked_fill_(e == 0, 0.0)
         if smooth is not None:
             dx = dx - (smooth if weight is None else smooth * weight[self._column])
-        dx = dx - torch.where(self._owned, target_part, 0.0)
-        return torch.where(self._local_target == IGNORED, 0.0, dx)
+        dx = dx - target_part.masked_fill(self._local_target < 0, 0.0)
+        return dx.masked_fill_(self._local_target == IGNORED, 0.0)
 
 
 def _read(matrix: Tensor, column: Tensor) -> Tensor:
@@ -68,7 +71,7 @@ def _write(out: Tensor, column: Tensor, values: Tensor) -> None:
     row_stride, column_stride = out.stride()
     values = values.to(out.dtype)
     if out.dtype == torch.bfloat16:  # older kernels of put_ know fp16 only; these are just bits
-        out, values = out.view(torch.float16), values.view(torch.float16)
+        out, values = typed(out, torch.float16), typed(values, torch.float16)
     width = (columns - 1) * column_stride + 1
     step = max(1, (_LONGEST_VIEW - width) // max(row_stride, 1) + 1)
     begin = torch.arange(min(rows, step), device=out.device) * row_stride
@@ -76,4 +79,19 @@ def _write(out: Tensor, column: Tensor, values: Tensor) -> None:
         part, at = out[start : start + step], slice(start, start + step)
         span = (len(part) - 1) * row_stride + width
         flat = part.as_strided((span,), (1,), part.storage_offset())
-        flat.put_(begin[: len(part)] + column[at] * column_stride, values[at])
+        with _in_any_order():
+            flat.put_(begin[: len(part)] + column[at] * column_stride, values[at])
+
+
+@contextmanager
+def _in_any_order() -> Iterator[None]:
+    """Without deterministic algorithms, which torch refuses for put_: no place is written twice."""
+    if not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...views import typed
 from ..contract import Coefficients, RowFunctions, Wanted
 from . import rows as triton_rows
 from .rows import on_device_of
@@ -106,7 +107,7 @@ def partials(
     with on_device_of(logits):
         _kernels().row_partials[(min(rows, _LARGEST_GRID),)](
             logits, _phase(logits), *logits.stride(), _vector(local_target, torch.int64), weight,
-            out, out.view(torch.int32), out.stride(0), rows, columns, *_numbers(scale, softcap),
+            out, typed(out, torch.int32), out.stride(0), rows, columns, *_numbers(scale, softcap),
             LANES=shape.block // shape.word, VEC=shape.word, APART=_apart(logits),
             WEIGHTED=weight is not None, SMOOTH=wanted.smooth, ENTROPY=wanted.entropy,
             SQUARES=wanted.squares, ARGMAX=wanted.argmax, IGNORED_ROWS=wanted.ignored_rows,
@@ -152,7 +153,8 @@ def _elementwise(
     shape = _shape(columns, logits.dtype, _WARPS_OF_A_PART)
     part = min(columns, shape.block * _PART_BLOCKS)
     apart = _apart(logits) or _apart(out)
-    aligned = not apart and _words_begin_together(logits, out, shape.word)
+    same = out.dtype == logits.dtype  # else their words do not hold as many elements
+    aligned = same and not apart and _words_begin_together(logits, out, shape.word)
     with on_device_of(logits):
         kernel[(min(rows, _LARGEST_GRID), -(-columns // part))](
             logits, _phase(logits), *logits.stride(), _vector(m, torch.float32),
