@@ -360,7 +360,8 @@ def test_no_rows(shape: tuple[int, ...], engine: str) -> None:
         )
         (grad,) = torch.autograd.grad(out, leaf)
         assert grad.shape == shape
-    stats = token_statistics(leaf, target, entropy=True, argmax=True, engine=engine)
+    asked: dict[str, Any] = {"entropy": True, "argmax": True, "sum_p_squared": True}
+    stats = token_statistics(leaf, target, **asked, engine=engine)
     assert all(value is not None and value.shape == target.shape for value in stats)
     assert cross_entropy_loss(leaf, target, engine=engine).log_prob.shape == shape
 

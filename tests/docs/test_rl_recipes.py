@@ -20,7 +20,7 @@ def _functions(group: Any) -> dict[str, Any]:
     """Every function of the page, by name."""
     space: dict[str, Any] = {"tp_group": group}
     for block in blocks():
-        if block.page == "docs/rl-recipes.md" and block.language == "python":
+        if block.page == "docs/rl-recipes.md" and block.language == "python" and block.runs:
             exec(compile(block.code, block.name, "exec"), space)
     return space
 

@@ -90,6 +90,7 @@ def _two_machines(folder: Path, *extra: str, restarts: int = 0) -> list[tuple[in
     return [first, second]
 
 
+@pytest.mark.full
 def test_one_machine_and_two_train_alike(tmp_path: Path) -> None:
     code, said, errors = _run(tmp_path, *_tiny(tmp_path), "--out", "one", NPROC=2)
     assert code == 0, errors

@@ -142,6 +142,7 @@ def test_one_rank_follows_the_same_curve(
     np.testing.assert_allclose(alone, _losses(straight[0]), rtol=0, atol=2e-5)
 
 
+@pytest.mark.full
 def test_the_fused_head_follows_the_same_curve(
     straight: tuple[Path, str], tmp_path: Path, cache: Path
 ) -> None:
@@ -208,6 +209,7 @@ def test_a_run_survives_the_loss_of_a_rank(
     assert _losses(tmp_path) == _losses(straight[0])
 
 
+@pytest.mark.full
 def test_data_parallel_and_accumulation_keep_the_curve(tmp_path: Path, cache: Path) -> None:
     whole = _alone(tmp_path / "whole", cache)
     micro = _alone(tmp_path / "micro", cache, accumulate=4)
