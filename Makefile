@@ -111,7 +111,7 @@ $(VENV_TRITON_ASCEND)/installed: pyproject.toml
 	echo "== install: $$(( $$(date +%s) - start )) s"
 	@touch $@
 
-# `make -j2 environments` builds two at a time, before a `make test` that then finds them.
+# `make -j3 environments` builds three at a time, before a `make test` that then finds them.
 ENVIRONMENTS := $(MEGATRON_FOLDER)/installed
 ifneq ($(NPU),no)
 ENVIRONMENTS += $(VENV_NPU)/installed
