@@ -62,6 +62,8 @@ class Variant:
         """Arguments that are fixed when the kernel is compiled; those that are not there too."""
         every: dict[str, Any] = {
             **dict.fromkeys(("WEIGHTED", "SMOOTH", "ENTROPY", "ARGMAX"), self.options),
+            # A cap, a scale for each row and sums of squares are not planned on chip here.
+            "CAPPED": False, "ROW_SCALE": False, "SQUARES": False,
             "APART": False, "IGNORED_ROWS": False, "HAS_TAIL": self.tail, "BLOCK": self.block,
             "LANES": 1, "VEC": 16, "OUT_ALIGNED": True,
         }  # fmt: skip
@@ -81,7 +83,8 @@ class Variant:
             "local_target": "*i64",
             "out": "*fp32" if self.kernel == "row_partials" else f"*{self.dtype}",
             "out_bits": "*i32",
-            "scale": "fp32",
+            **dict.fromkeys(("scale", "every_scale", "cap"), "fp32"),
+            "scales": "*fp32",
         }
         names = getattr(self.module, self.kernel).arg_names
         return {n: pointers.get(n, "i32") for n in names if n not in self.constants}
