@@ -5,12 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.profiler import profile
 
 from vocab_parallel_ce import testing
-from vocab_parallel_ce.engines.contract import arithmetic_dtype
 from vocab_parallel_ce.testing import Sharding, assert_close, naive_error, shardings
 
 from .device import DEVICE
@@ -54,23 +52,12 @@ class Findings:
 
 
 def check_gradient(
-    grad: Tensor,
-    wanted: tuple[Tensor, Tensor],
-    sharding: Sharding,
-    rank: int,
-    what: str,
-    summed: float = 0.0,
+    grad: Tensor, wanted: tuple[Tensor, Tensor], sharding: Sharding, rank: int, what: str
 ) -> None:
-    """A rank's gradient [.., C_r] against the (exact, naive) ones [.., V]; 0 in the padding.
-
-    ``summed``: the largest |g_nll + g_lse|, where both are there. The formula of the gradient,
-    p (g_nll + g_lse) - [c = y] g_nll, rounds it once, and that stays where p = 1 cancels the rest:
-    E is at least half a unit in its last place. Autograd's naive result sums two terms instead.
-    """
+    """A rank's gradient [.., C_r] against the (exact, naive) ones [.., V]; 0 in the padding."""
     size = sharding.bounds[rank][1] - sharding.bounds[rank][0]
     exact, plain = (sharding.columns(full, rank) for full in wanted)
     # E is that of the whole row's gradient: a shard without the target has no large elements.
-    rounded = summed * torch.finfo(arithmetic_dtype(grad.dtype)).eps / 2
-    error = max(naive_error(*wanted, grad.dtype), rounded)
+    error = naive_error(*wanted, grad.dtype)
     assert_close(grad[..., :size], exact, plain, f"gradient of {what}", rows_error=error)
     assert bool((grad[..., size:] == 0).all()), f"gradient of {what}: padding is not exactly 0"
