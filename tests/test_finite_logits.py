@@ -37,7 +37,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def _compiled(x: Tensor, y: Tensor, **options: Any) -> Tensor:
     def loss(x: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(x, y, **options)
+        out: Tensor = cross_entropy(x, y, **options)
+        return out
 
     out: Tensor = torch.compile(loss, backend="aot_eager", fullgraph=True)(x, y)
     return out
