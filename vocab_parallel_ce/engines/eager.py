@@ -140,6 +140,7 @@ def gradient(
     scale: float | Tensor,
     softcap: float,
     out: Tensor,
+    finite_logits: bool = False,
 ) -> None:
     """See ``contract.Engine``."""
     softmax, target_part, smooth, entropy = coefficients

@@ -109,6 +109,7 @@ def gradient(
     scale: float | Tensor,
     softcap: float,
     out: Tensor,
+    finite_logits: bool = False,
 ) -> None:
     """Gradient of the logits; see contract.Engine.gradient."""
     if out.itemsize < logits.itemsize:
