@@ -1,7 +1,8 @@
 """The engine of CPU tensors: Numba kernels over row ranges, run by a pool of threads.
 
 The kernels take rows [begin, end) (``kernels.py``), and threads draw such ranges from one list
-(``threads.py``). A row is never split, so results do not depend on the number of threads.
+(``threads.py``). Few long rows are cut into pieces (``pieces.py``) by their shape alone: results do
+not depend on the number of threads.
 
 A shard with contiguous columns takes a fast kernel; label smoothing, entropy, squares, argmax, a
 softcap or any other stride takes a general one. Each is compiled at the first use of a dtype and
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from vocab_parallel_ce.engines.contract import Coefficients, RowFunctions, Wanted, arithmetic_dtype
 from vocab_parallel_ce.engines.cpu import threads
+from vocab_parallel_ce.engines.cpu.pieces import piece_width
 
 ROW_FUNCTIONS: RowFunctions | None = None
 LEAVES_LOG_PROB = False
@@ -75,20 +77,39 @@ def partials(
     token = _TOKENS[stored]
     scales, factor = _scales(scale, arithmetic)
     rows = _matrix(logits, stored), _vector(local_target, torch.int64)
-    place = _vector(out, arithmetic)
+    weight = weight.contiguous() if wanted.smooth and weight is not None else None
+    width = piece_width(*logits.shape)
+    pieces = -(-logits.shape[1] // width)
+    parts = out if pieces == 1 else out.new_empty(out.shape[0], pieces * out.shape[1])
+    place = _vector(parts, arithmetic)
     plain = len(wanted.rows) == 3 and softcap == 0
     if plain and _contiguous(logits) and _positive(scale):
         _run(
             _kernels().partials_fast, logits, *rows, wanted.ignored_rows, scales, factor, token,
             place,
         )  # fmt: skip
-        return
-    weight = weight.contiguous() if wanted.smooth and weight is not None else None
-    _run(
-        _kernels().partials_general, logits, *rows, _vector(weight, arithmetic)[0],
-        wanted.smooth, wanted.entropy, wanted.squares, wanted.argmax, wanted.ignored_rows, scales,
-        factor, float(softcap), token, place,
-    )  # fmt: skip
+    else:
+        _run(
+            _kernels().partials_general, logits, *rows, _vector(weight, arithmetic)[0],
+            wanted.smooth, wanted.entropy, wanted.squares, wanted.argmax, wanted.ignored_rows,
+            scales, factor, float(softcap), token, place,
+        )  # fmt: skip
+    if pieces > 1:
+        weights = _weights_of_pieces(weight, logits.shape[1], width, arithmetic)
+        _kernels().merge(
+            0, logits.shape[0], pieces, place, _vector(weights, arithmetic)[0], wanted.smooth,
+            wanted.entropy, wanted.squares, wanted.argmax, _SCALARS[arithmetic](1.0),
+            _vector(out, arithmetic),
+        )  # fmt: skip
+
+
+def _weights_of_pieces(
+    weight: Tensor | None, columns: int, width: int, arithmetic: torch.dtype
+) -> Tensor:
+    """The sum of the class weights of each piece of a row."""
+    if weight is None:
+        weight = torch.ones((), dtype=arithmetic, device="cpu").expand(columns)
+    return torch.stack([piece.sum() for piece in weight.split(width)])
 
 
 def gradient(
@@ -210,6 +231,8 @@ def _matrix(tensor: Tensor, dtype: torch.dtype) -> tuple[int, int, int]:
 
 
 def _run(kernel: Any, logits: Tensor, *args: Any) -> None:
-    """Run ``kernel`` over all rows."""
+    """Run ``kernel`` over all pieces of all rows."""
     rows, columns = logits.shape
-    threads.run(kernel, rows, rows * columns, columns, *args)
+    width = piece_width(rows, columns)
+    pieces = -(-columns // width)
+    threads.run(kernel, rows * pieces, rows * columns, columns, width, *args)
