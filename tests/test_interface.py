@@ -64,6 +64,7 @@ KEYWORDS: dict[Callable[..., Any], dict[str, object]] = {
         "entropy": False,
         "argmax": False,
         "sum_p_squared": False,
+        "selected": None,
         "ignore_index": -100,
         **GROUPED,
         **RUN,
@@ -165,7 +166,7 @@ def test_linear_names_are_torchs() -> None:
 def test_result_fields() -> None:
     assert CrossEntropyLossOutput._fields == ("loss", "log_prob", "zloss", "lse_for_zloss")
     assert TokenStatistics._fields == (
-        "log_prob", "lse", "entropy", "argmax", "sum_p_squared",
+        "log_prob", "lse", "entropy", "argmax", "sum_p_squared", "selected_log_prob",
     )  # fmt: skip
 
 

@@ -139,6 +139,7 @@ class RowFunctions(Protocol):
         weight_checksum: Tensor | None,
         normalizer: Tensor | None,
         scale_checksum: Tensor | None,
+        selected_checksum: Tensor | None,
         size: int,
         ignore_index: int,
     ) -> Tensor:
