@@ -302,8 +302,9 @@ def compute_gradient(
             )  # fmt: skip
         place = source if out is logits else _flat(out, size, rows)
         engine.gradient(
-            source, m, s, column, coefficients, shard_weight, factor, request.softcap, place
-        )
+            source, m, s, column, coefficients, shard_weight, factor, request.softcap, place,
+            request.finite_logits,
+        )  # fmt: skip
         if touched is not None:
             touched.put(place)
 
