@@ -144,7 +144,8 @@ def linear_cross_entropy(
             label_smoothing, lse_square_scale=lse_square_scale, return_zloss=return_zloss,
             shard=shard, normalizer=normalizer, scale=scale, softcap=softcap, engine=engine,
         )  # fmt: skip
-    if in_forward(tensors, options, linear, return_zloss, rows_shared=layout.shares_rows):
+    shared = layout.shares_rows
+    if in_forward(tensors, options, linear, return_zloss, shared, statics.straight):
         layout.agree()  # sums over other rows stand between the chunks
         loss, zloss = linear_loss(
             tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target,

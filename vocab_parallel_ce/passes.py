@@ -228,26 +228,10 @@ def compute_gradient(
         return
     if weight is not None:
         require_memory(weight, "weight")
-
+    softmax, target_part, smooth, entropy = gradient_coefficients(
+        result, weight, grad_stats, request
+    )
     scale = result.scale
-
-    def scaled(g: Tensor) -> Tensor:
-        if scale is not None:
-            return g * scale
-        return g if request.scale == 1 else g * request.scale
-
-    g = dict(zip(stat_names(request.wanted), grad_stats.unbind(0), strict=True))
-    softmax = g["nll"] + g["lse"]
-    smooth = entropy = None
-    if request.smooth:
-        softmax = softmax + g["smooth"] * _total_weight(weight, request, softmax.dtype)
-        smooth = scaled(g["smooth"])
-    if request.entropy:
-        h = result.stats[stat_names(request.wanted).index("entropy")]
-        # Nothing where nothing depends on it: such a row may have no entropy (0 * NaN).
-        softmax = softmax - torch.where(g["entropy"] == 0, 0.0, g["entropy"] * h)
-        entropy = scaled(g["entropy"])
-    softmax, target_part = scaled(softmax), scaled(g["nll"])
     engine = select_to_read(request.engine, logits)
     shard_weight = _shard_weight(weight, request, softmax.dtype)
     for rows, source in _numbered(row_blocks(_columns(logits, size))):
@@ -267,6 +251,31 @@ def compute_gradient(
             request.softcap,
             source if out is logits else _flat(out, size, rows),
         )
+
+
+def gradient_coefficients(
+    result: RowResult, weight: Tensor | None, grad_stats: Tensor, request: RowRequest
+) -> Coefficients:
+    """What the gradient [j, N] of the statistics makes of the parts of a row's gradient."""
+    scale = result.scale
+
+    def scaled(g: Tensor) -> Tensor:
+        if scale is not None:
+            return g * scale
+        return g if request.scale == 1 else g * request.scale
+
+    g = dict(zip(stat_names(request.wanted), grad_stats.unbind(0), strict=True))
+    softmax = g["nll"] + g["lse"]
+    smooth = entropy = None
+    if request.smooth:
+        softmax = softmax + g["smooth"] * _total_weight(weight, request, softmax.dtype)
+        smooth = scaled(g["smooth"])
+    if request.entropy:
+        h = result.stats[stat_names(request.wanted).index("entropy")]
+        # Nothing where nothing depends on it: such a row may have no entropy (0 * NaN).
+        softmax = softmax - torch.where(g["entropy"] == 0, 0.0, g["entropy"] * h)
+        entropy = scaled(g["entropy"])
+    return Coefficients(scaled(softmax), scaled(g["nll"]), smooth, entropy)
 
 
 def _flat(fresh: Tensor, size: int, rows: slice | None) -> Tensor:

@@ -30,12 +30,17 @@ class Statics:
     """each rank has its part of the hidden states"""
     wide: bool = False
     """logits are fp32, their gradient is not"""
+    straight: bool = False
+    """no logits are made, see ``straight``"""
     sums_hidden: bool = False
     """the gradient of the hidden states will be summed over ranks: they must agree on it"""
 
     def scalars(self) -> tuple[Any, ...]:
         """For a custom operator, behind those of the request."""
-        return self.chunk, self.scratch_mib, self.partial, self.sequence_parallel, self.wide
+        return (
+            self.chunk, self.scratch_mib, self.partial, self.sequence_parallel, self.wide,
+            self.straight,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

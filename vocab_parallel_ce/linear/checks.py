@@ -19,6 +19,7 @@ from ..shard import group_rank_and_size
 from ..transforms import check_transforms
 from .call import Statics, bytes_of_a_logit
 from .chunks import rows_of_a_chunk
+from .straight import goes_straight
 from .wide import makes_wide_logits
 
 GRADIENTS = ("auto", "forward", "recompute")
@@ -100,6 +101,13 @@ def prepare_linear(
             f"scratch_mib={linear.scratch_mib} has room for {chunk} rows of logits, but with "
             f"sequence_parallel=True a portion has one of each of the {world} ranks; pass more"
         )
+    recording = torch.is_grad_enabled()
+    frozen = recording and tensors.input.requires_grad != tensors.linear_weight.requires_grad
+    straight = (
+        linear.gradient != "forward"
+        and tensors.linear_bias is None
+        and goes_straight(tensors.input, frozen, request, share)
+    )
     return Statics(
         request,
         chunk,
@@ -110,6 +118,7 @@ def prepare_linear(
         sums_hidden=torch.is_grad_enabled()
         and tensors.input.requires_grad
         and linear.hidden_gradient == "summed",
+        straight=straight,
     )
 
 
@@ -127,10 +136,12 @@ def in_forward(
     linear: LinearOptions,
     return_zloss: bool,
     rows_shared: bool,
+    straight: bool = False,
 ) -> bool:
     """Whether this call computes gradients together with the loss.
 
     ``rows_shared``: other ranks hold other rows, so that denominators are summed over them.
+    ``straight``: the engine makes no logits, in backward either.
 
     Raises ValueError where that is asked for and cannot be.
     """
@@ -144,6 +155,7 @@ def in_forward(
             "or 'recompute'"
         )
     auto = linear.gradient == "auto" and serves and tensors.input.dtype != torch.float16
+    auto &= not straight
     if rows_shared and torch.compiler.is_compiling():  # no operator sums in the middle of it
         return False
     leaves = (tensors.input, tensors.linear_weight, tensors.linear_bias)

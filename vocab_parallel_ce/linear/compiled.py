@@ -30,10 +30,10 @@ _REQUEST = ", ".join(f"{_TYPES[str(field.type)]} {field.name}" for field in fiel
 _CALL = (
     "Tensor hidden, Tensor head_weight, Tensor? head_bias, Tensor target, Tensor? weight, "
     "Tensor? normalizer, Tensor? numbers, str group_name, SymInt chunk, float? scratch_mib, "
-    f"bool partial, bool sequence_parallel, bool wide, {_REQUEST}"
+    f"bool partial, bool sequence_parallel, bool wide, bool straight, {_REQUEST}"
 )
 _NEEDS = "bool of_hidden, bool of_weight, bool of_bias"
-_TENSORS, _REQUESTS = 7, 13
+_TENSORS, _REQUESTS = 7, 14
 _CALLS = _REQUESTS + len(fields(RowRequest))
 
 

@@ -1,6 +1,12 @@
-"""Statistics of all rows: logits by chunks of rows, partials into one payload, one exchange."""
+"""Statistics of all rows: logits by chunks of rows, partials into one payload, one exchange.
+
+Where an engine has functions of its own that go straight from hidden states, there are no chunks.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,12 +17,15 @@ from ..passes import RowResult, exchange_statistics, fill_partials
 from .call import LinearCall
 from .hidden import HiddenRows
 from .kept import Rows, count, kept_rows, masked
+from .straight import class_weight, functions_of
 
 
 def linear_statistics(call: LinearCall) -> RowResult:
     """The forward pass. Nothing of the size of the logits outlives a chunk."""
-    chunk = min(call.statics.chunk, call.rows)
-    scratch = call.scratch(chunk, call.head.size)
+    functions = functions_of(call)
+    at_once = functions is not None and not call.statics.sequence_parallel
+    chunk = call.rows if at_once else min(call.statics.chunk, call.rows)
+    scratch = call.scratch(chunk if functions is None else 0, call.head.size)
 
     def fill(engine: Engine, parts: Tensor, local_target: Tensor) -> Tensor | None:
         keep = local_target != IGNORED
@@ -29,27 +38,29 @@ def linear_statistics(call: LinearCall) -> RowResult:
         for portion in portions:
             hidden = source.take(portion)
             told.add(hidden, keep[portion.rows])
-            logits = call.head.logits(hidden, scratch[: portion.count])
-            fill_rows(engine, parts, portion.rows, logits, local_target, call)
+            column = local_target[portion.rows]
+            with rows_of_parts(parts, portion.rows) as some:
+                if functions is not None:
+                    functions.partials(
+                        hidden, call.head.weight, column, class_weight(call), call.request.scale,
+                        call.request.wanted, some,
+                    )  # fmt: skip
+                    continue
+                logits = call.head.logits(hidden, scratch[: portion.count])
+                fill_partials(engine, some, logits, column, call.weight, call.request)
         return told.bits()
 
     return exchange_statistics(fill, call.plan(scratch, 0), call.target, call.weight, call.group)
 
 
-def fill_rows(
-    engine: Engine,
-    parts: Tensor,
-    rows: Rows,
-    logits: Tensor,
-    local_target: Tensor,
-    call: LinearCall,
-) -> None:
-    """The partials of some rows into their places in ``parts`` [k, N]."""
+@contextmanager
+def rows_of_parts(parts: Tensor, rows: Rows) -> Iterator[Tensor]:
+    """Some rows of ``parts`` [k, N], to be filled."""
     if isinstance(rows, slice):
-        fill_partials(engine, parts[:, rows], logits, local_target[rows], call.weight, call.request)
+        yield parts[:, rows]
         return
     some = parts.new_empty(parts.shape[0], count(rows))
-    fill_partials(engine, some, logits, local_target[rows], call.weight, call.request)
+    yield some
     parts[:, rows] = some
 
 

@@ -29,9 +29,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vocab_parallel_ce.engines.contract import Coefficients, RowFunctions, Wanted, arithmetic_dtype
+from vocab_parallel_ce.engines.contract import (
+    Coefficients,
+    LinearFunctions,
+    RowFunctions,
+    Wanted,
+    arithmetic_dtype,
+)
 
 ROW_FUNCTIONS: RowFunctions | None = None
+LINEAR_FUNCTIONS: LinearFunctions | None = None
 LEAVES_LOG_PROB = False
 MINIMUM_NUMBA = (0, 60)
 SEQUENTIAL_BELOW = 1 << 16  # elements; a thread takes longer to wake up than to do the work
