@@ -28,7 +28,7 @@ def asked() -> str:
 
 
 def why_not(dtype: torch.dtype, width: int, ids: int, scale: float) -> str | None:
-    """Why they do not serve such a call; None if they do.
+    """See ``contract.LinearFunctions``.
 
     RuntimeError where they are asked for by name and are not right here.
     """

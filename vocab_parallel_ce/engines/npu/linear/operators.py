@@ -70,7 +70,7 @@ def backward(
 def packed(mask: Tensor) -> Tensor:
     """[N] bool -> [ceil(N / 8)] uint8, the first row in the lowest bit; 1 behind the last row."""
     rows = mask.shape[0]
-    bits = torch.ones(-(-rows // 8) * 8, dtype=torch.int32, device=mask.device)
+    bits = torch.full((-(-rows // 8) * 8,), 1, dtype=torch.int32, device=mask.device)
     bits[:rows] = mask
     places = torch.arange(8, dtype=torch.int32, device=mask.device)
     shifted = torch.bitwise_left_shift(bits.view(-1, 8), places)

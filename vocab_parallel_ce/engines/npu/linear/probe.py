@@ -1,7 +1,7 @@
 """Whether the fused operators are right on this device, tried once in each dtype.
 
 First the forward alone: the end of a shard, rows that are no multiple of 8, the packed mask. Then
-the functions made of both, on what they ask of them and no document promises: negative and zero
+the two passes made of them, on what they ask of them and no document promises: negative and zero
 coefficients, targets elsewhere, NaN in an ignored row.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ...contract import ELSEWHERE, IGNORED, Coefficients, Wanted
-from . import functions, operators
+from . import operators, passes
 
 IDS, WIDTH, ROWS = 200, 32, 21
 _SUMS = 64  # epsilons of fp32 that sums over a row may be off
@@ -92,7 +92,7 @@ def _partials(dtype: torch.dtype) -> Found:
     hidden[3] = torch.nan
     wanted = Wanted(smooth=True)
     out = torch.full((4, ROWS), 5.0, device="npu")
-    functions.partials(hidden.to("npu"), weight.to("npu"), target.to("npu"), None, 1.0, wanted, out)
+    passes.partials(hidden.to("npu"), weight.to("npu"), target.to("npu"), None, 1.0, wanted, out)
     x = hidden.double() @ weight.double().t()
     m = x.amax(1)
     d = x - m[:, None]
@@ -125,7 +125,7 @@ def _gradients(dtype: torch.dtype) -> Found:
             dx -= c.smooth.double()[:, None]
         dx[target == IGNORED] = 0.0
         on_card = Coefficients(*(None if part is None else part.to("npu") for part in c))  # type: ignore[arg-type]
-        of_hidden, of_weight = functions.gradients(
+        of_hidden, of_weight = passes.gradients(
             hidden.to("npu"), weight.to("npu"), m.float().to("npu"), s.float().to("npu"),
             target.to("npu"), on_card, None, scale, one,
         )  # fmt: skip
