@@ -100,7 +100,7 @@ def _total_weight(weight: Tensor | None, request: RowRequest, dtype: torch.dtype
 
 def _on_host(logits: Tensor, request: RowRequest) -> bool:
     """Whether values of tensors may be looked at; on an accelerator that means to wait for it."""
-    return logits.device.type == "cpu" or request.checking
+    return logits.device.type == "cpu" or request.waits
 
 
 def compute_statistics(

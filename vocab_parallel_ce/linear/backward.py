@@ -70,7 +70,7 @@ def linear_gradient(
         return _straight(call, functions, leaves, result, grad_stats, needs, kept)
     rows = call.rows if kept is None else kept.shape[0]
     columns = call.block_columns(rows)
-    if call.statics.straight and not call.statics.sequence_parallel:
+    if call.statics.straight and not call.request.sequence_parallel:
         columns = max(1, call.head.size)  # few, and one sum of hidden gradients as on other ranks
     if columns is None:
         return by_rows(call, leaves, result, grad_stats, needs, alive, kept)
@@ -86,7 +86,7 @@ def _straight(
     needs: Needs,
     kept: Tensor | None,
 ) -> Gradients:
-    size = call.statics.chunk if call.statics.sequence_parallel else call.rows
+    size = call.statics.chunk if call.request.sequence_parallel else call.rows
     portions = call.portions(kept, max(1, size))
     source = HiddenRows(call, portions)
     total = HiddenSum(call) if needs.hidden else None

@@ -14,8 +14,9 @@ from torch import Tensor
 from ..engines.contract import IGNORED, Engine
 from ..header import fingerprint, fingerprint_bits
 from ..passes import RowResult, exchange_statistics, fill_partials
+from ..preflight import together
 from .call import LinearCall
-from .hidden import HiddenRows
+from .hidden import HiddenRows, preflight_before_gathers
 from .kept import Rows, count, kept_rows, masked
 from .straight import class_weight, functions_of
 
@@ -23,7 +24,7 @@ from .straight import class_weight, functions_of
 def linear_statistics(call: LinearCall) -> RowResult:
     """The forward pass. Nothing of the size of the logits outlives a chunk."""
     functions = functions_of(call)
-    at_once = functions is not None and not call.statics.sequence_parallel
+    at_once = functions is not None and not call.request.sequence_parallel
     chunk = call.rows if at_once else min(call.statics.chunk, call.rows)
     scratch = call.scratch(chunk if functions is None else 0, call.head.size)
 
@@ -50,7 +51,11 @@ def linear_statistics(call: LinearCall) -> RowResult:
                 fill_partials(engine, some, logits, column, call.weight, call.request)
         return told.bits()
 
-    return exchange_statistics(fill, call.plan(scratch, 0), call.target, call.weight, call.group)
+    preflight_before_gathers(call, scratch, 0)
+    with together(call.group, call.request.check):
+        return exchange_statistics(
+            fill, call.plan(scratch, 0), call.target, call.weight, call.group
+        )
 
 
 @contextmanager
@@ -72,7 +77,7 @@ class Told:
 
     def __init__(self, call: LinearCall) -> None:
         several = call.group is not None and call.group.size() > 1
-        several &= not call.statics.sequence_parallel  # what was gathered is the same
+        several &= not call.request.sequence_parallel  # what was gathered is the same
         on_host = call.hidden.device.type == "cpu" or call.request.checking
         self._sum = torch.zeros(2, device=call.hidden.device) if several and on_host else None
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..engines import select
 from ..engines.contract import LinearFunctions
-from ..request import RowRequest
+from ..request import LinearRequest
 from .call import LinearCall
 
 # What such functions, or the arithmetic on [N] around them, take care of. An option that is not
@@ -21,11 +21,11 @@ from .call import LinearCall
 _SERVED = {
     "start", "stop", "vocab_size", "implicit_shard", "smooth", "label_smoothing",
     "lse_square_scale", "normalized", "ignore_index", "scale", "reduction", "engine", "collective",
-    "check",
+    "check", "sequence_parallel", "drop_ignored",
 }  # fmt: skip
 
 
-def goes_straight(hidden: Tensor, frozen: bool, request: RowRequest, share: int) -> bool:
+def goes_straight(hidden: Tensor, frozen: bool, request: LinearRequest, share: int) -> bool:
     """Whether the engine's own functions serve this call.
 
     ``frozen``: one of hidden states and weight needs no gradient, and such functions would make it
