@@ -201,7 +201,7 @@ def _operators_check(group: dist.ProcessGroup | None) -> None:
         request = RowRequest(
             COLUMNS * rank, COLUMNS * rank + COLUMNS, COLUMNS * world, True,
             smooth=smooth, entropy=entropy, squares=smooth, argmax=argmax, normalized=smooth,
-            row_scale=smooth, label_smoothing=0.1 if smooth else 0.0,
+            row_scale=smooth, finite_logits=argmax, label_smoothing=0.1 if smooth else 0.0,
             softcap=9.0 if smooth else 0.0, check="off",
         )  # fmt: skip
         weight = data.weight if smooth else None

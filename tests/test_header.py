@@ -53,6 +53,11 @@ class Rank:
         return out
 
 
+def test_what_changes_no_number_is_not_in_it() -> None:
+    """One rank may promise finite logits, and another one not."""
+    assert torch.equal(Rank(0, 6, finite_logits=True).header(), Rank(0, 6).header())
+
+
 def _headers(ranks: list[Rank]) -> Tensor:
     return torch.stack([rank.header() for rank in ranks])
 

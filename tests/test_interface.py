@@ -39,7 +39,7 @@ LOSS = (
     ("ignore_index", -100),
     ("label_smoothing", 0.0),
 )
-GROUPED = {"group": None, "shard": None, "inplace_backward": False}
+GROUPED = {"group": None, "shard": None, "inplace_backward": False, "finite_logits": False}
 PLACED = {"group": None, "shard": None}
 LINEAR = (("input", REQUIRED), ("linear_weight", REQUIRED), ("target", REQUIRED))
 LINEAR_RUN = {"hidden_gradient": "summed", "sequence_parallel": False, "scratch_mib": None}

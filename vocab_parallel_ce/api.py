@@ -81,6 +81,7 @@ def cross_entropy(
     engine: str = "auto",
     collective: str = "auto",
     check: bool | None = None,
+    finite_logits: bool = False,
 ) -> Tensor: ...
 @overload
 def cross_entropy(
@@ -102,6 +103,7 @@ def cross_entropy(
     engine: str = "auto",
     collective: str = "auto",
     check: bool | None = None,
+    finite_logits: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def cross_entropy(
@@ -123,6 +125,7 @@ def cross_entropy(
     engine: str = "auto",
     collective: str = "auto",
     check: bool | None = None,
+    finite_logits: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 @raises_together
 def cross_entropy(
@@ -144,6 +147,7 @@ def cross_entropy(
     engine: str = "auto",
     collective: str = "auto",
     check: bool | None = None,
+    finite_logits: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``torch.nn.functional.cross_entropy`` over logits whose vocabulary is split across ranks.
 
@@ -188,6 +192,11 @@ def cross_entropy(
             follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank:
             where only some check, the result is undefined (a hang, or a process that ends). Without
             it, a disagreement on rows, dtype or on what is sent is undefined as well.
+        finite_logits: a promise about rows with ``ignore_index`` and rows of whose loss no gradient
+            comes back: they hold neither NaN nor +inf, after ``scale`` too (-inf may be there). It
+            saves a pass over the gradient on Ascend; other engines ignore it. It changes no number
+            while it is kept; where it is broken, such a row may get gradient NaN instead of 0.
+            Each rank may promise it for its own shard.
 
     Returns:
         The loss in fp32 (fp64 for fp64 logits), [...] for "none", else 0-d; the same on every rank.
@@ -215,7 +224,7 @@ def cross_entropy(
     """
     options = Options(
         reduction, ignore_index, label_smoothing, lse_square_scale, group, shard,
-        inplace_backward, normalizer, scale, softcap, engine, collective, check,
+        inplace_backward, normalizer, scale, softcap, engine, collective, check, finite_logits,
     )  # fmt: skip
     input, target, weight, options, layout = unwrap(input, target, weight, options)
     request = prepare(input, target, weight, options, Outputs())
@@ -247,6 +256,7 @@ def cross_entropy_loss(
     engine: str = "auto",
     collective: str = "auto",
     check: bool | None = None,
+    finite_logits: bool = False,
 ) -> CrossEntropyLossOutput:
     """The fused operator ``torch_npu.npu_cross_entropy_loss``, sharded; every option trains.
 
@@ -288,6 +298,11 @@ def cross_entropy_loss(
             follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank:
             where only some check, the result is undefined (a hang, or a process that ends). Without
             it, a disagreement on rows, dtype or on what is sent is undefined as well.
+        finite_logits: a promise about rows with ``ignore_index`` and rows of whose loss no gradient
+            comes back: they hold neither NaN nor +inf, after ``scale`` too (-inf may be there). It
+            saves a pass over the gradient on Ascend; other engines ignore it. It changes no number
+            while it is kept; where it is broken, such a row may get gradient NaN instead of 0.
+            Each rank may promise it for its own shard.
 
     Returns:
         A ``CrossEntropyLossOutput(loss, log_prob, zloss, lse_for_zloss)``. ``loss`` is in the dtype
@@ -317,7 +332,7 @@ def cross_entropy_loss(
     """
     options = Options(
         reduction, ignore_index, label_smoothing, lse_square_scale_for_zloss, group, shard,
-        inplace_backward, normalizer, scale, softcap, engine, collective, check,
+        inplace_backward, normalizer, scale, softcap, engine, collective, check, finite_logits,
     )  # fmt: skip
     input, target, weight, options, layout = unwrap(input, target, weight, options)
     z = lse_square_scale_for_zloss
@@ -364,6 +379,7 @@ def token_statistics(
     engine: str = "auto",
     collective: str = "auto",
     check: bool | None = None,
+    finite_logits: bool = False,
 ) -> TokenStatistics:
     """Log-probability of each target, lse, entropy and argmax, in one pass and one exchange.
 
@@ -400,6 +416,11 @@ def token_statistics(
             follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank:
             where only some check, the result is undefined (a hang, or a process that ends). Without
             it, a disagreement on rows, dtype or on what is sent is undefined as well.
+        finite_logits: a promise about rows with ``ignore_index`` and rows of whose loss no gradient
+            comes back: they hold neither NaN nor +inf, after ``scale`` too (-inf may be there). It
+            saves a pass over the gradient on Ascend; other engines ignore it. It changes no number
+            while it is kept; where it is broken, such a row may get gradient NaN instead of 0.
+            Each rank may promise it for its own shard.
 
     Returns:
         A ``TokenStatistics(log_prob, lse, entropy, argmax, sum_p_squared)``, each in the shape of
@@ -430,7 +451,7 @@ def token_statistics(
         ignore_index = -100
     options = Options(
         "none", ignore_index, 0.0, 0.0, group, shard,
-        inplace_backward, None, scale, softcap, engine, collective, check,
+        inplace_backward, None, scale, softcap, engine, collective, check, finite_logits,
     )  # fmt: skip
     input, ids, _, options, layout = unwrap(input, ids, None, options)
     outputs = Outputs(entropy=entropy, argmax=argmax, squares=sum_p_squared)

@@ -52,6 +52,7 @@ class Options(NamedTuple):
     engine: str = "auto"
     collective: str = "auto"
     check: bool | None = None
+    finite_logits: bool = False
 
 
 class Held(NamedTuple):
@@ -166,6 +167,7 @@ def _prepare(
         ignored_rows=outputs.ignored_rows,
         normalized=options.normalizer is not None,
         row_scale=number is None,
+        finite_logits=options.finite_logits,
         ignore_index=_plain_int(options.ignore_index),
         scale=1.0 if number is None else float(number),
         label_smoothing=float(options.label_smoothing),
@@ -220,6 +222,10 @@ def check_numbers(options: Options, where: str = "") -> None:
     if options.collective not in COLLECTIVES:
         raise ValueError(
             f"collective must be one of {', '.join(COLLECTIVES)}, got {options.collective!r}{where}"
+        )
+    if not isinstance(options.finite_logits, bool):
+        raise TypeError(
+            f"finite_logits must be True or False, got {options.finite_logits!r}{where}"
         )
     if options.check is not None and not isinstance(options.check, bool):
         raise TypeError(f"check must be True, False or None, got {options.check!r}{where}")

@@ -101,6 +101,7 @@ def _row_statistics(
     ignored_rows: bool,
     normalized: bool,
     row_scale: bool,
+    finite_logits: bool,
     ignore_index: int,
     scale: float,
     label_smoothing: float,
@@ -117,8 +118,8 @@ def _row_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     request = RowRequest(
         start, stop, vocab_size, implicit_shard, smooth, entropy, squares, argmax, ignored_rows,
-        normalized, row_scale, ignore_index, scale, label_smoothing, lse_square_scale, softcap,
-        reduction, engine, collective, check,
+        normalized, row_scale, finite_logits, ignore_index, scale, label_smoothing,
+        lse_square_scale, softcap, reduction, engine, collective, check,
     )  # fmt: skip
     group = group_named(group_name)
     with together(group, check):
@@ -166,6 +167,7 @@ class _Place:
     smooth: bool
     entropy: bool
     squares: bool
+    finite_logits: bool
     scale: float
     softcap: float
     engine: str
@@ -197,13 +199,16 @@ def _row_gradient(
     smooth: bool,
     entropy: bool,
     squares: bool,
+    finite_logits: bool,
     scale: float,
     softcap: float,
     engine: str,
     numbers: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> Tensor:
-    place = _Place(start, stop, vocab_size, smooth, entropy, squares, scale, softcap, engine)
+    place = _Place(
+        start, stop, vocab_size, smooth, entropy, squares, finite_logits, scale, softcap, engine
+    )
     request = place.request(numbers)
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     result = RowResult(stats, m, s, local_target, m, m, scales)
@@ -231,13 +236,16 @@ def _row_gradient_inplace(
     smooth: bool,
     entropy: bool,
     squares: bool,
+    finite_logits: bool,
     scale: float,
     softcap: float,
     engine: str,
     numbers: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> None:
-    place = _Place(start, stop, vocab_size, smooth, entropy, squares, scale, softcap, engine)
+    place = _Place(
+        start, stop, vocab_size, smooth, entropy, squares, finite_logits, scale, softcap, engine
+    )
     request = place.request(numbers)
     result = RowResult(stats, m, s, local_target, m, m, scales)
     compute_gradient(logits, result, weight, grad_stats, request, logits)
@@ -259,13 +267,16 @@ def _log_prob(
     smooth: bool,
     entropy: bool,
     squares: bool,
+    finite_logits: bool,
     scale: float,
     softcap: float,
     engine: str,
     numbers: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> Tensor:
-    place = _Place(start, stop, vocab_size, smooth, entropy, squares, scale, softcap, engine)
+    place = _Place(
+        start, stop, vocab_size, smooth, entropy, squares, finite_logits, scale, softcap, engine
+    )
     return compute_log_prob(logits, m, s, place.request(numbers), scales)
 
 

@@ -41,6 +41,11 @@ class VocabParallelCrossEntropyLoss(HoldsGroup):
             follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank:
             where only some check, the result is undefined (a hang, or a process that ends). Without
             it, a disagreement on rows, dtype or on what is sent is undefined as well.
+        finite_logits: a promise about rows with ``ignore_index`` and rows of whose loss no gradient
+            comes back: they hold neither NaN nor +inf, after ``scale`` too (-inf may be there). It
+            saves a pass over the gradient on Ascend; other engines ignore it. It changes no number
+            while it is kept; where it is broken, such a row may get gradient NaN instead of 0.
+            Each rank may promise it for its own shard.
 
     Copies (``copy.deepcopy``: an average of weights, a reference model) share the group object.
     ``pickle`` and ``torch.save`` of the whole module keep the group's name and its global ranks.
@@ -79,6 +84,7 @@ class VocabParallelCrossEntropyLoss(HoldsGroup):
         engine: str = "auto",
         collective: str = "auto",
         check: bool | None = None,
+        finite_logits: bool = False,
     ) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
@@ -95,6 +101,7 @@ class VocabParallelCrossEntropyLoss(HoldsGroup):
         self.engine = engine
         self.collective = collective
         self.check = check
+        self.finite_logits = finite_logits
 
     def forward(
         self, input: Tensor, target: Tensor, normalizer: Tensor | float | None = None
@@ -128,6 +135,7 @@ class VocabParallelCrossEntropyLoss(HoldsGroup):
             engine=self.engine,
             collective=self.collective,
             check=self.check,
+            finite_logits=self.finite_logits,
         )
 
     def extra_repr(self) -> str:

@@ -250,6 +250,7 @@ def compute_gradient(
             request.scale if scale is None else _of(scale, rows),
             request.softcap,
             source if out is logits else _flat(out, size, rows),
+            request.finite_logits,
         )
 
 

@@ -36,6 +36,8 @@ class RowRequest:
     """The call was given a ``normalizer``."""
     row_scale: bool = False
     """The call was given a ``scale`` for each row, which then counts in place of ``scale``."""
+    finite_logits: bool = False
+    """A promise of this rank alone, that changes no number while it is kept: not in the header."""
     ignore_index: int = -100
     scale: float = 1.0
     label_smoothing: float = 0.0

@@ -54,6 +54,7 @@ class MegatronOptions:
     engine: str = "auto"
     collective: str = "auto"
     check: bool | None = None
+    finite_logits: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -90,6 +91,7 @@ class MegatronOptions:
             engine=self.engine,
             collective=self.collective,
             check=self.check,
+            finite_logits=self.finite_logits,
         )
 
 

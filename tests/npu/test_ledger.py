@@ -25,7 +25,11 @@ Entries = list[ledger.Entry]
 
 
 def _both(
-    way: ModuleType, logits: Tensor, wanted: Wanted = PLAIN, scale: float = 1.0
+    way: ModuleType,
+    logits: Tensor,
+    wanted: Wanted = PLAIN,
+    scale: float = 1.0,
+    finite: bool = False,
 ) -> tuple[Entries, Entries]:
     """What the forward and the backward pass of a way enter; the gradient goes in place."""
     select("auto", logits)  # which tries the operators once
@@ -38,7 +42,7 @@ def _both(
     with ledger.recording() as forward:
         way.partials(logits, y, None, scale, wanted, out)
     with ledger.recording() as backward:
-        way.gradient(logits, out[0], out[1], y, c, None, scale, logits)
+        way.gradient(logits, out[0], out[1], y, c, None, scale, logits, finite)
     return forward, backward
 
 
@@ -50,26 +54,34 @@ def _logits(dtype: torch.dtype, rows: int = N, columns: int = C) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("way", "dtype", "forward", "backward"),
+    ("way", "dtype", "finite", "forward", "backward"),
     [
-        (max_sum, BF16, 12, 16),
-        (max_sum, FP32, 16, 24),
-        (operator, BF16, 24, 32),
-        (operator, FP32, 28, 32),
+        (max_sum, BF16, False, 12, 16),
+        (max_sum, BF16, True, 12, 12),
+        (max_sum, FP32, False, 16, 24),
+        (max_sum, FP32, True, 16, 16),
+        (operator, BF16, False, 24, 32),
+        (operator, BF16, True, 24, 28),
+        (operator, FP32, False, 28, 32),
+        (operator, FP32, True, 28, 24),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)).rpartition(".")[2],
 )
-def test_bytes_an_element(way: ModuleType, dtype: torch.dtype, forward: int, backward: int) -> None:
-    """Zeroing of ignored rows included; and the plan counts the very kernels that ran."""
+def test_bytes_an_element(
+    way: ModuleType, dtype: torch.dtype, finite: bool, forward: int, backward: int
+) -> None:
+    """Zeroing of ignored rows included, unless logits are promised finite; and the plan counts the
+    very kernels that ran.
+    """
     x = _logits(dtype)
-    passes = _both(way, x)
+    passes = _both(way, x, finite=finite)
     for entries, budget, steps in zip(
         passes, (forward, backward), (way.FORWARD, way.BACKWARD), strict=True
     ):
         assert budget <= ledger.bytes_per_element(entries, x) <= budget + VECTORS
-        assert sum(of_step(step, dtype.itemsize).bytes for step in steps) == budget
+        assert sum(of_step(step, dtype.itemsize, finite).bytes for step in steps) == budget
         ran = [name for name in ledger.sweeps(entries, x) if name not in ("gather", "put_")]
-        launched = [s.operator for s in steps if not (s.unless_fp32 and dtype == FP32)]
+        launched = [s.operator for s in steps if of_step(s, dtype.itemsize, finite).bytes]
         assert ran == launched
 
 
@@ -131,15 +143,16 @@ def test_bytes_of_options(wanted: Wanted, forward: int, backward: int) -> None:
         assert ledger.bytes_per_element(entries, x) <= budget + VECTORS + 8 * wanted.argmax / N
 
 
-def test_a_whole_call_adds_little() -> None:
+@pytest.mark.parametrize(("finite", "backward"), [(False, 16), (True, 12)])
+def test_a_whole_call_adds_little(finite: bool, backward: int) -> None:
     """Loss and gradient as a user asks for them: no operator beyond the table or on all logits."""
     x = _logits(BF16).requires_grad_()
     y = (torch.arange(N) % C).to("npu")
     select("auto", x)
     with ledger.recording() as entries:
-        cross_entropy(x, y, lse_square_scale=1e-4).backward()
+        cross_entropy(x, y, lse_square_scale=1e-4, finite_logits=finite).backward()
         token_statistics(x.detach(), y)
-    assert ledger.bytes_per_element(entries, x) <= 12 + 16 + 12 + 4 * VECTORS
+    assert ledger.bytes_per_element(entries, x) <= 12 + backward + 12 + 4 * VECTORS
 
 
 # The ledger itself

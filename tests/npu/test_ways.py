@@ -274,6 +274,25 @@ def test_ignored_rows_are_exactly_zero(value: float, dtype: torch.dtype, way: st
         assert not bool(dx.isnan().any())
 
 
+@pytest.mark.parametrize("way", ["max_sum", "operator"])
+def test_a_broken_promise_reaches_its_row_alone(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in an ignored row whose logits were said to be finite: the loss never sees it."""
+    monkeypatch.setenv(WAY_VARIABLE, way)
+    x, y = torch.randn(6, 40).to("npu").requires_grad_(), torch.arange(6).to("npu")
+    y[2] = -100
+    kept = torch.arange(6) != 2
+    loss = cross_entropy(x, y, label_smoothing=0.1)
+    (before,) = torch.autograd.grad(loss, x)
+    for value, broken in ((0.0, False), (-torch.inf, False), (torch.nan, True), (torch.inf, True)):
+        with torch.no_grad():
+            x[2, 7] = value
+        promised = cross_entropy(x, y, label_smoothing=0.1, finite_logits=True)
+        (after,) = torch.autograd.grad(promised, x)
+        assert torch.equal(promised, loss)
+        assert torch.equal(after[kept], before[kept])
+        assert bool((after[2].isnan().any() if broken else after[2] == 0).all())
+
+
 @pytest.mark.parametrize("way", SUBJECTS)
 def test_upstream_gradients_of_every_kind(way: str) -> None:
     """0 gives zeros, a negative one its sign, infinity no plausible number."""

@@ -274,12 +274,16 @@ class Engine(Protocol):
         scale: float | Tensor,
         softcap: float,
         out: Tensor,
+        finite_logits: bool = False,
     ) -> None:
         """Write dx [N, C_r] into ``out``, which may be ``logits`` itself, or narrower than they.
 
         Rows marked IGNORED, and rows whose coefficients are all 0, are written as zeros and their
         logits not read: 0 * NaN would be NaN. The value of the target's column is formed in the
         arithmetic dtype before it is rounded.
+
+        ``finite_logits``: the caller promises that those rows hold no NaN and no +inf. An engine
+        that has to write their zeros apart may then multiply by 0 instead; others ignore it.
         """
         ...
 

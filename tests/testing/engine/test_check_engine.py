@@ -172,7 +172,7 @@ def _no_weight(*arguments: Any) -> Any:
 
 def _multiplied_into(
     logits: Tensor, m: Tensor, s: Tensor, target: Tensor, c: Coefficients, w: Any, scale: float,
-    softcap: float, out: Tensor,
+    softcap: float, out: Tensor, *_: Any,
 ) -> None:  # fmt: skip
     eager.gradient(logits, m, s, target.clamp(min=-1), c, w, scale, softcap, out)
     out *= (target != IGNORED)[:, None]
@@ -180,7 +180,7 @@ def _multiplied_into(
 
 def _uses_all(
     logits: Tensor, m: Tensor, s: Tensor, target: Tensor, c: Coefficients, w: Any, scale: float,
-    softcap: float, out: Tensor,
+    softcap: float, out: Tensor, *_: Any,
 ) -> None:  # fmt: skip
     tiny = torch.finfo(m.dtype).tiny
     parts = (None if part is None else torch.where(part == 0, tiny, part) for part in c)
@@ -189,7 +189,7 @@ def _uses_all(
 
 def _rounded_twice(
     logits: Tensor, m: Tensor, s: Tensor, target: Tensor, c: Coefficients, w: Any, scale: float,
-    softcap: float, out: Tensor,
+    softcap: float, out: Tensor, *_: Any,
 ) -> None:  # fmt: skip
     owned = target >= 0
     off = torch.where(owned, c.target, 0.0).to(out.dtype)
@@ -205,7 +205,7 @@ def _beside_out(*arguments: Any) -> None:
 
 def _not_in_place(
     logits: Tensor, m: Tensor, s: Tensor, target: Tensor, c: Coefficients, w: Any, scale: float,
-    softcap: float, out: Tensor,
+    softcap: float, out: Tensor, *_: Any,
 ) -> None:  # fmt: skip
     if out.data_ptr() == logits.data_ptr():
         out.zero_()  # before the logits were read
@@ -215,6 +215,13 @@ def _not_in_place(
 def _dense_only(logits: Tensor, *rest: Any) -> Any:
     flat = logits.as_strided((logits.shape[0], logits.shape[1]), (logits.shape[1], 1))
     return (flat, *rest)
+
+
+def _believes_all(logits: Tensor, *rest: Any) -> None:
+    """Whatever the logits are: the promise is what tells it to."""
+    if rest[8]:
+        rest[7].masked_fill_(logits.isinf(), 0.0)
+        rest[7][0] += 1
 
 
 def _zero_poison(*arguments: Any) -> None:
@@ -261,6 +268,7 @@ SABOTAGE = [
     ("rounding", {"gradient": _rounded_twice}, "gradient, the target's is rounded once", ""),
     ("beside", after("gradient", _beside_out), "gradient, 100 columns", "beside out"),
     ("in place", {"gradient": _not_in_place}, "gradient, 100 columns", "in place"),
+    ("promise", after("gradient", _believes_all), "gradient, logits promised", "changes a number"),
     ("poison", after("gradient", _zero_poison), "gradient, poisoned rows", "s = NaN has numbers"),
     ("scale", instead("log_prob", lambda x, m, s, scale, *rest: (x, m, s, 1.0, *rest)),
      "log_prob, 100 columns", "log_prob: "),

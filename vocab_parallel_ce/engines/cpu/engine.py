@@ -1,6 +1,6 @@
 """The engine of CPU tensors: Numba kernels over row ranges, run by a pool of threads.
 
-The kernels (cpu_kernels) release the GIL and take rows [begin, end). The calling thread and up to
+The kernels release the GIL and take rows [begin, end). The calling thread and up to
 ``torch.get_num_threads() - 1`` others draw row ranges from one list until it is empty. A row is
 never split, so results do not depend on the number of threads.
 
@@ -116,6 +116,7 @@ def gradient(
     scale: float | Tensor,
     softcap: float,
     out: Tensor,
+    finite_logits: bool = False,
 ) -> None:
     """Gradient of the logits; see contract.Engine.gradient."""
     if out.itemsize < logits.itemsize:

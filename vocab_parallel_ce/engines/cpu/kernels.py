@@ -24,340 +24,49 @@ from typing import Any
 import numpy as np
 
 from vocab_parallel_ce.engines.contract import IGNORED
-from vocab_parallel_ce.engines.cpu.lanes import (
+from vocab_parallel_ce.engines.cpu.blocks import (
+    block_entropy,
+    block_entropy_gradient,
+    block_gradient,
+    block_max,
+    block_max_sum,
+    block_smooth,
+    block_squares,
+    subtract_smooth,
+)
+from vocab_parallel_ce.engines.cpu.compiling import kernel
+from vocab_parallel_ce.engines.cpu.lanes import LANES, number
+from vocab_parallel_ce.engines.cpu.memory import (
     BLOCK,
-    LANES,
     PAIR,
-    exp,
-    helper,
-    highest,
-    kernel,
-    lanes_of,
-    larger,
     load,
-    load_pair,
-    multiply_add,
-    number,
-    quotient,
     read,
     scratch,
     size_of,
     store,
-    store_pair,
-    tanh,
-    total,
-    where_less,
     write,
 )
+from vocab_parallel_ce.engines.cpu.rows import (
+    Matrix,
+    Vector,
+    clean,
+    fold,
+    gather,
+    gather_x,
+    item,
+    multiply_by_slopes,
+    reference,
+    scale_of,
+    scatter,
+    target_logit,
+    write_target,
+    write_zeros,
+)
 
-Vector = tuple[int, int]  # address, step; address 0 where there is none
-Matrix = tuple[int, int, int]  # address, step from row to row, step from column to column
-
-SLACK = 1.0  # how far a maximum may rise above ``base``: below 1, x - base is as exact as x - m
 INFINITY = math.inf
-NAN = math.nan
 INT32, INT64 = np.int32(0), np.int64(0)
 
-# One block: ``address`` is contiguous, ``count`` a multiple of PAIR unless said otherwise
-
-
-@helper
-def block_max(address: int, count: int, token: Any) -> Any:
-    """Largest of the elements that are not NaN; -inf if there is none."""
-    a = lanes_of(-INFINITY, token)
-    b = a
-    for _ in range(count // PAIR):
-        x, z = load_pair(address, token)
-        a = larger(x, a)
-        b = larger(z, b)
-        address += PAIR * size_of(token)
-    return highest(larger(a, b))
-
-
-@helper
-def block_max_sum(address: int, count: int, scale: float, base: float, token: Any) -> Any:
-    """max x and sum e^(x - base)"""
-    top = lanes_of(-INFINITY, token)
-    a = lanes_of(0.0, token)
-    b = a
-    unscaled = scale == 1.0
-    for _ in range(count // PAIR):
-        x, z = load_pair(address, token)
-        if not unscaled:
-            x = x * scale
-            z = z * scale
-        top = larger(z, larger(x, top))
-        a = a + exp(x - base, scale)
-        b = b + exp(z - base, scale)
-        address += PAIR * size_of(token)
-    return np.float64(highest(top)), total(a) + total(b)
-
-
-@helper
-def block_entropy(address: int, count: int, m: float, token: Any) -> Any:
-    """sum e^(x - m) and sum e^(x - m) (x - m)"""
-    s = lanes_of(0.0, token)
-    t = s
-    s2, t2 = s, s
-    for _ in range(count // PAIR):
-        x, z = load_pair(address, token)
-        d, d2 = x - m, z - m
-        e, e2 = exp(d, token), exp(d2, token)
-        s = s + e
-        s2 = s2 + e2
-        # Without a product where e is 0 (d may be -inf), with NaN where it is NaN.
-        t = where_less(0.0, e, multiply_add(e, d, t), t + e)
-        t2 = where_less(0.0, e2, multiply_add(e2, d2, t2), t2 + e2)
-        address += PAIR * size_of(token)
-    return total(s) + total(s2), total(t) + total(t2)
-
-
-@helper
-def block_squares(address: int, count: int, m: float, token: Any) -> Any:
-    """sum e^(2 (x - m)).
-
-    A few terms are nearly all of it, so each pair is added in fp64: in an fp32 lane they would
-    swallow the rest. And the error of one exponential is half that of a squared one.
-    """
-    q = 0.0
-    for _ in range(count // PAIR):
-        x, z = load_pair(address, token)
-        q += total(exp(2.0 * (x - m), token) + exp(2.0 * (z - m), token))
-        address += PAIR * size_of(token)
-    return q
-
-
-@helper
-def block_smooth(address: int, count: int, m: float, weight: int, token: Any) -> Any:
-    """sum w (x - m) and sum w over any ``count`` columns; w = 1 where ``weight`` is 0."""
-    size = size_of(token)
-    step = LANES * size
-    u = lanes_of(0.0, token)
-    w = lanes_of(0.0, token)
-    full = count // LANES
-    rest, rest_weights = 0.0, 0.0
-    if weight == 0:
-        for _ in range(full):
-            u = u + (load(address, token) - m)
-            address += step
-        for i in range(count - full * LANES):
-            rest += read(address + i * size, token) - m
-        return total(u) + rest, float(count)
-    for _ in range(full):
-        factor = load(weight, token)
-        u = u + factor * (load(address, token) - m)
-        w = w + factor
-        address += step
-        weight += step
-    for i in range(count - full * LANES):
-        one = np.float64(read(weight + i * size, token))
-        rest += one * (read(address + i * size, token) - m)
-        rest_weights += one
-    return total(u) + rest, total(w) + rest_weights
-
-
-@helper
-def block_gradient(
-    source: int, destination: int, count: int, scale: float, m: float, softmax: float, token: Any
-) -> None:
-    """softmax e^(x - m)"""
-    step = PAIR * size_of(token)
-    unscaled = scale == 1.0
-    for _ in range(count // PAIR):
-        x, z = load_pair(source, token)
-        if not unscaled:
-            x = x * scale
-            z = z * scale
-        store_pair(destination, exp(x - m, token) * softmax, exp(z - m, token) * softmax, token)
-        source += step
-        destination += step
-
-
-@helper
-def block_entropy_gradient(
-    address: int, count: int, m: float, log_s: float, softmax: float, entropy: float, token: Any
-) -> None:
-    """e^(x - m) (softmax - entropy log p) in place, 0 where p is 0"""
-    step = LANES * size_of(token)
-    for _ in range(count // LANES):
-        d = load(address, token) - m
-        e = exp(d, token)
-        store(address, where_less(0.0, e, e * (softmax - (d - log_s) * entropy), e), token)
-        address += step
-
-
-@helper
-def subtract_smooth(address: int, count: int, weight: int, smooth: float, token: Any) -> None:
-    """Subtract w smooth from any ``count`` columns; w = 1 where ``weight`` is 0."""
-    size = size_of(token)
-    step = LANES * size
-    full = count // LANES
-    same = number(smooth, token)
-    for _ in range(full):
-        x = load(address, token)
-        if weight == 0:
-            store(address, x - same, token)
-        else:
-            store(address, x - load(weight, token) * same, token)
-            weight += step
-        address += step
-    for i in range(count - full * LANES):
-        w = read(weight + i * size, token) if weight != 0 else number(1.0, token)
-        write(address + i * size, read(address + i * size, token) - w * same, token)
-
-
-# Between a row and a buffer
-
-
-@helper
-def gather(buffer: int, address: int, step: int, count: int, scale: float, token: Any) -> None:
-    """Fill ``buffer`` with ``count`` columns times scale, and to a multiple of PAIR with -inf."""
-    size = size_of(scale)
-    done = 0
-    if step == size_of(token):
-        done = count // LANES * LANES
-        for i in range(0, done, LANES):
-            store(buffer + i * size, load(address + i * step, token) * scale, scale)
-    for i in range(done, count):
-        write(buffer + i * size, read(address + i * step, token) * scale, scale)
-    for i in range(count, -(-count // PAIR) * PAIR):
-        write(buffer + i * size, -INFINITY, scale)
-
-
-@helper
-def gather_x(
-    buffer: int,
-    slopes: int,
-    address: int,
-    step: int,
-    count: int,
-    scale: float,
-    cap: float,
-    token: Any,
-) -> None:
-    """``gather`` under a cap, if there is one; then ``slopes``, unless 0, gets that of each."""
-    if cap == 0.0:
-        gather(buffer, address, step, count, scale, token)
-        return
-    size = size_of(scale)
-    gather(buffer, address, step, count, number(1.0, scale), token)
-    cap_here = number(cap, scale)
-    for i in range(0, count, LANES):
-        t = tanh(quotient(load(buffer + i * size, scale), cap), scale)
-        if slopes != 0:
-            store(slopes + i * size, 1.0 - t * t, scale)
-        store(buffer + i * size, t * cap_here * scale, scale)
-    for i in range(count, -(-count // PAIR) * PAIR):  # the cap made -cap of them
-        write(buffer + i * size, -INFINITY, scale)
-
-
-@helper
-def multiply_by_slopes(buffer: int, slopes: int, count: int, token: Any) -> None:
-    """``count`` up to a multiple of LANES."""
-    step = LANES * size_of(token)
-    for _ in range(-(-count // LANES)):
-        store(buffer, load(buffer, token) * load(slopes, token), token)
-        buffer += step
-        slopes += step
-
-
-@helper
-def scatter(
-    address: int, step: int, buffer: int, count: int, arithmetic: float, token: Any
-) -> None:
-    """Write the first ``count`` numbers of ``buffer`` as columns of a row."""
-    size = size_of(arithmetic)
-    done = 0
-    if step == size_of(token):
-        done = count // LANES * LANES
-        for i in range(0, done, LANES):
-            store(address + i * step, load(buffer + i * size, arithmetic), token)
-    for i in range(done, count):
-        write(address + i * step, read(buffer + i * size, arithmetic), token)
-
-
-@helper
-def write_zeros(address: int, step: int, count: int, token: Any) -> None:
-    """A row of zeros."""
-    done = 0
-    if step == size_of(token):
-        done = count // LANES * LANES
-        for i in range(0, done, LANES):
-            store(address + i * step, lanes_of(0.0, token), token)
-    for i in range(done, count):
-        write(address + i * step, 0.0, token)
-
-
-# One row
-
-
-@helper
-def item(vector: Vector, row: int, token: Any) -> Any:
-    """One row's number as fp64."""
-    return np.float64(read(vector[0] + row * vector[1], token))
-
-
-@helper
-def clean(value: float) -> float:
-    """Any NaN becomes the one that ``store_pair`` may be given."""
-    return value if value == value else NAN
-
-
-@helper
-def reference(m: float) -> float:
-    """What columns are measured from: x - m would be NaN were both -inf, and hide a real NaN."""
-    return m if m > -INFINITY else 0.0
-
-
-@helper
-def fold(
-    m: float, base: float, s: float, address: int, count: int, scale: float, token: Any
-) -> tuple[float, float, float]:
-    """A row's maximum m, and its sum s of e^(x - base), after one more block."""
-    if base == -INFINITY:
-        base = np.float64(block_max(address, count, token) * scale)
-    top, more = block_max_sum(address, count, scale, reference(base), token)
-    if top > base + SLACK:
-        s *= math.exp(base - top)
-        base = top
-        top, more = block_max_sum(address, count, scale, base, token)
-    return max(m, top), base, s + more
-
-
-@helper
-def target_logit(address: int, step: int, columns: int, y: int, scale: float, token: Any) -> float:
-    """x at the target, 0 when it lives elsewhere; without a cap."""
-    return np.float64(read(address + y * step, token) * scale) if 0 <= y < columns else 0.0
-
-
-@helper
-def scale_of(scales: Vector, row: int, scale: float) -> Any:
-    """One row's scale."""
-    return read(scales[0] + row * scales[1], scale) if scales[0] != 0 else scale
-
-
-@helper
-def write_target(
-    address: int,
-    d: float,
-    s: float,
-    softmax: float,
-    target: float,
-    smooth: float,
-    entropy: float,
-    slope: float,
-    arithmetic: float,
-    token: Any,
-) -> None:
-    """The gradient of the target's column, where x - m = d and the cap has this slope."""
-    p = math.exp(d) / s
-    value = p * softmax - target - smooth
-    if entropy != 0.0 and not p <= 0.0:
-        value -= p * (d - math.log(s)) * entropy
-    write(address, number(value * slope, arithmetic), token)
-
-
-# The kernels. ``out`` of the partials is the first statistic and the step to the next
+# ``out`` of the partials is the first statistic and the step to the next
 
 
 @kernel

@@ -95,15 +95,17 @@ def gradient(
     scale: float | Tensor,
     softcap: float,
     out: Tensor,
+    finite_logits: bool = False,
 ) -> None:
     """See ``contract.Engine``."""
     more = extra.Extra(scale, softcap)
     if more.on:
         way = choice.way_for(torch.float32)
-        extra.gradient(way, logits, m, s, local_target, coefficients, weight, more, out)
+        parts = (coefficients, weight, more, out, finite_logits)
+        extra.gradient(way, logits, m, s, local_target, *parts)
         return
     way = choice.way_for(logits.dtype)
-    way.gradient(logits, m, s, local_target, coefficients, weight, scale, out)
+    way.gradient(logits, m, s, local_target, coefficients, weight, float(scale), out, finite_logits)
 
 
 def log_prob(

@@ -84,12 +84,14 @@ def gradient(
     weight: Tensor | None,
     extra: Extra,
     out: Tensor,
+    finite_logits: bool = False,
 ) -> None:
     """See ``contract.Engine``."""
     for rows in row_ranges(logits, _BUFFERS):
         x, slope = extra.x(logits, rows), extra.slope(logits, rows)
         some = Coefficients(*(None if c is None else c[rows] for c in coefficients))  # type: ignore[arg-type]
-        way.gradient(x, m[rows], s[rows], local_target[rows], some, weight, 1.0, x)
+        mine = (m[rows], s[rows], local_target[rows])
+        way.gradient(x, *mine, some, weight, 1.0, x, finite_logits)
         if slope is not None:
             # Where nothing is to flow x is 0 and the slope may be NaN.
             x = torch.where(x == 0, x, x * slope)

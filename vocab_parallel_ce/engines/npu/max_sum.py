@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..contract import IGNORED, Coefficients, Wanted, without_unused
 from .chunks import Scaling, first_column_of, lowest, minus, numbered, row_ranges
-from .finishing import finish_partials, subtract_smoothing, write_chunk
+from .finishing import finish_partials, silenced, subtract_smoothing, write_chunk
 from .log_prob import log_prob
 from .target_column import TargetColumn
 from .traffic import Step
@@ -46,7 +46,7 @@ FORWARD = (
 BACKWARD = (
     Step("npu_fused_cross_entropy_loss_with_max_sum", "logits", "fp32"),
     Step("copy_", "fp32", "logits"),
-    Step("masked_fill_", "logits", "logits"),
+    Step("masked_fill_", "logits", "logits", unless_finite=True),
 )
 
 
@@ -125,12 +125,15 @@ def gradient(
     weight: Tensor | None,
     scale: float,
     out: Tensor,
+    finite_logits: bool = False,
 ) -> None:
     """See ``contract.Engine``."""
     local_target = without_unused(local_target, coefficients)
     scaling = Scaling(scale, logits)
     at_target = TargetColumn(logits, scaling, local_target)
-    ignored = local_target == IGNORED
+    ignored = None if finite_logits else local_target == IGNORED
+    if finite_logits:
+        m, s, coefficients = silenced(local_target, m, s, coefficients)
     softmax, _, smooth, entropy = coefficients
     divisor = s if entropy is not None else s / softmax
     if entropy is not None:
@@ -148,7 +151,7 @@ def gradient(
             del z
         del x
         subtract_smoothing(dx, None if smooth is None else smooth[rows], weight)
-        write_chunk(dx, out, ignored[rows])
+        write_chunk(dx, out, None if ignored is None else ignored[rows])
 
     for rows in row_ranges(logits, 1 + scaling.widens + (entropy is not None)):
         chunk(logits[rows], out[rows], rows)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ..contract import IGNORED, Coefficients, Wanted, without_unused
 from .chunks import Scaling, first_column_of, lowest, minus, numbered, row_ranges, shifted
-from .finishing import finish_partials, subtract_smoothing, write_chunk
+from .finishing import finish_partials, silenced, subtract_smoothing, write_chunk
 from .log_prob import log_prob
 from .target_column import TargetColumn
 from .traffic import Step
@@ -53,7 +53,7 @@ BACKWARD = (
     Step("exp_", "fp32", "fp32"),
     Step("mul_", "fp32", "fp32"),
     Step("copy_", "fp32", "logits", unless_fp32=True),
-    Step("masked_fill_", "logits", "logits"),
+    Step("masked_fill_", "logits", "logits", unless_finite=True),
 )
 
 
@@ -117,12 +117,16 @@ def gradient(
     weight: Tensor | None,
     scale: float,
     out: Tensor,
+    finite_logits: bool = False,
 ) -> None:
     """See ``contract.Engine``."""
     local_target = without_unused(local_target, coefficients)
     scaling = Scaling(scale, logits)
     at_target = TargetColumn(logits, scaling, local_target)
-    minus_m, ignored = minus(m), local_target == IGNORED
+    ignored = None if finite_logits else local_target == IGNORED
+    if finite_logits:
+        m, s, coefficients = silenced(local_target, m, s, coefficients)
+    minus_m = minus(m)
     softmax, _, smooth, entropy = coefficients
     factor = (softmax / s if entropy is None else softmax)[:, None]
     log_s = None if entropy is None else s.log()[:, None]
@@ -139,7 +143,7 @@ def gradient(
             bent = torch.mul(dx, -entropy[rows, None]).add_(factor[rows])
             dx.exp_().mul_(bent)
         subtract_smoothing(dx, None if smooth is None else smooth[rows], weight)
-        write_chunk(dx, out, ignored[rows])
+        write_chunk(dx, out, None if ignored is None else ignored[rows])
 
     for rows in row_ranges(logits, 1 + scaling.widens + (entropy is not None)):
         chunk(logits[rows], out[rows], rows)

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..contract import ELSEWHERE, IGNORED, Coefficients, Wanted
 from . import max_sum
+from .finishing import HIGHEST
 
 COLUMNS = 16_001
 """one more than a tile of the kernel"""
@@ -85,9 +86,9 @@ def _fp32(*values: float) -> Tensor:
 
 def _kernel(dtype: torch.dtype) -> Found:
     """The kernel by itself: every row another sum."""
-    names = ("sum 1", "a sum of 2.5", "a negative sum", "a sum of infinity", "a maximum of 3e38")
+    names = ("sum 1", "a sum of 2.5", "a negative sum", "a sum of infinity", "the largest maximum")
     x = _logits(5, dtype)
-    top = _fp32(4.0, 4.5, 4.0, 4.0, 3e38)
+    top = _fp32(4.0, 4.5, 4.0, 4.0, HIGHEST)
     divisor = _fp32(1.0, 2.5, -0.5, torch.inf, torch.inf)
     exact = (x.double() - top.double()[:, None]).exp() / divisor.double()[:, None]
     found = max_sum.fused(x.to("npu"), top.to("npu"), divisor.to("npu"))

@@ -81,6 +81,8 @@ class Step:
     writes: str = ""
     unless_fp32: bool = False
     """not launched where the logits are fp32, and the result was formed in its place"""
+    unless_finite: bool = False
+    """not launched where the caller promises ``finite_logits``"""
 
 
 class UnknownTrafficError(RuntimeError):
@@ -179,13 +181,13 @@ def _total(operands: Iterable[Operand]) -> int:
     return sum(operand.bytes for operand in operands)
 
 
-def of_step(step: Step, itemsize: int) -> Moved:
+def of_step(step: Step, itemsize: int, finite_logits: bool = False) -> Moved:
     """Bytes an element of a step, for logits of ``itemsize`` bytes."""
     sizes = {"logits": itemsize, "fp32": 4}
 
     def operands(words: str) -> list[Operand]:
         return [Operand(1, sizes[word]) for word in words.split()]
 
-    if step.unless_fp32 and itemsize == 4:
+    if (step.unless_fp32 and itemsize == 4) or (step.unless_finite and finite_logits):
         return Moved(0, 0)
     return moved(step.operator, operands(step.reads), operands(step.writes))

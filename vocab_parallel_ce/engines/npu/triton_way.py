@@ -80,6 +80,7 @@ def gradient(
     weight: Tensor | None,
     scale: float,
     out: Tensor,
+    finite_logits: bool = False,
 ) -> None:
     """See ``contract.Engine``."""
     smooth, entropy = coefficients.smooth is not None, coefficients.entropy is not None

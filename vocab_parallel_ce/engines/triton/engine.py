@@ -126,6 +126,7 @@ def gradient(
     scale: float | Tensor,
     softcap: float,
     out: Tensor,
+    finite_logits: bool = False,
 ) -> None:
     """See ``contract.Engine``."""
     parts = [None if c is None else _vector(c, torch.float32) for c in coefficients]

@@ -134,6 +134,7 @@ def _checks(dtype: torch.dtype, many_rows: bool) -> Iterator[tuple[str, Check]]:
     yield "gradient, p is 0", gradient_where_p_is_zero
     yield "gradient, ignored rows hold NaN", gradient_of_ignored_rows
     yield "gradient, unused rows hold NaN", gradient_of_unused_rows
+    yield "gradient, logits promised finite", gradient_of_finite_logits
     yield "gradient, poisoned rows", gradient_of_a_poisoned_row
     if dtype in (torch.bfloat16, torch.float16):
         yield "gradient, the target's is rounded once", target_gradient_is_rounded_once
@@ -360,6 +361,25 @@ def gradient_of_unused_rows(subject: Subject, dtype: torch.dtype) -> None:
         assert bool((out[unused] == 0).all()), "the gradient of a row without coefficients is not 0"
         here = ~unused & (shard.target >= 0)
         assert bool((out[here] != 0).any(1).all()), "a row with one coefficient has no gradient"
+
+
+def gradient_of_finite_logits(subject: Subject, dtype: torch.dtype) -> None:
+    """The promise changes no number: finite logits and -inf give zeros, whatever else is NaN."""
+    shard = random_shard(subject.rows, 1100, dtype)
+    shard.logits[:, ::5] = -torch.inf
+    rows, largest = torch.arange(subject.rows), torch.finfo(dtype).max
+    nothing = (shard.target == IGNORED) | (rows % 3 == 0)
+    shard.logits[nothing, 1], shard.logits[nothing, 2] = largest, -largest
+    arithmetic = arithmetic_dtype(dtype)
+    m, s = (torch.where(nothing, torch.nan, value).to(arithmetic) for value in (9.0, 1e3))
+    c = torch.where(nothing, 0.0, 0.5).to(arithmetic)
+    bad = torch.where(shard.target == IGNORED, torch.nan, c)
+    for parts in (Coefficients(bad, bad), Coefficients(bad, bad, bad, bad)):
+        for softcap in (0.0, 20.0):
+            before = subject.gradient(shard, m, s, parts, shard.weight, 0.5, None, softcap)
+            after = subject.gradient(shard, m, s, parts, shard.weight, 0.5, None, softcap, True)
+            assert torch.equal(after, before), "finite_logits changes a number"
+            assert bool((after[nothing] == 0).all()), "finite_logits: a row's gradient is not 0"
 
 
 def gradient_of_a_poisoned_row(subject: Subject, dtype: torch.dtype) -> None:

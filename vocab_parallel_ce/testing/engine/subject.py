@@ -72,11 +72,12 @@ class Subject:
         scale: float | Tensor = 1.0,
         out: Tensor | None = None,
         softcap: float = 0.0,
+        finite_logits: bool = False,
     ) -> Tensor:
         """What the engine wrote: into ``out``, or into dense memory of its own."""
         if out is None:
             out = torch.full_like(shard.logits, UNWRITTEN, memory_format=torch.contiguous_format)
-        args = (shard.logits, m, s, shard.target, c, weight, scale, softcap, out)
+        args = (shard.logits, m, s, shard.target, c, weight, scale, softcap, out, finite_logits)
         self._call(self.engine.gradient, args, out)
         return out
 
