@@ -278,6 +278,54 @@ def test_what_is_asked_for(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> Non
         _call()
 
 
+@pytest.mark.parametrize("way", ["fused", "recompute by chunks", "forward by chunks"])
+def test_ignored_rows_are_dropped_on_request(
+    way: str, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = head_batch(64, 300, BF16, ignored=0.7)
+    kept = int((data.target != -100).sum())
+    want = expected_head(data, reduction="mean")
+    mine = _on_npu(data, even(300, 1), 0)
+    monkeypatch.setenv(LINEAR_VARIABLE, "fused" if way == "fused" else "chunks")
+    rows = []
+    for drop in (False, True):
+        calls.clear()
+        loss = linear_cross_entropy(
+            mine.hidden, mine.head, data.target.to("npu"), drop_ignored=drop,
+            gradient="forward" if "forward" in way else "recompute",
+        )  # fmt: skip
+        assert isinstance(loss, Tensor)
+        got = torch.autograd.grad(loss, mine.leaves[:2])
+        rows.append({call.rows for call in calls if call.columns == 300})
+        close(loss.cpu(), want.losses[0].loss, want.losses[1].loss, way)
+        wanted = want.gradients(lambda r: r.loss)
+        check_head_gradients((*(g.cpu() for g in got), None), wanted, even(300, 1), 0, way)
+    assert rows == [{64}, {kept}]
+
+
+def _dropped(group: dist.ProcessGroup) -> str:
+    """Another number of kept rows would mean other chunks: told instead."""
+    data = head_batch(ROWS, 300, BF16)
+    mine = _on_npu(data, even(300, 2), dist.get_rank(group))
+    target = data.target.clone()
+    if dist.get_rank(group) == 1:
+        target[:9] = -100
+    try:
+        linear_cross_entropy(
+            mine.hidden, mine.head, target.to("npu"), group=group, drop_ignored=True,
+            gradient="forward", scratch_mib=4 * 150 * 2 / (1 << 20),
+        )  # fmt: skip
+    except ValueError as problem:
+        return str(problem)
+    return ""
+
+
+def test_other_targets_where_rows_are_dropped_raise_together(npu_pool: Pool) -> None:
+    first, second = npu_pool.run(_dropped, 2)
+    assert first == second
+    assert "ranks disagree on target" in first
+
+
 # The probe
 
 
