@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -45,12 +45,15 @@ _TELLS = f"{statically_known_true.__module__}.{statically_known_true.__name__}" 
 )
 
 
+Request = TypeVar("Request", bound=RowRequest)
+
+
 def group_named(name: str) -> dist.ProcessGroup | None:
     """The group that a schema names; None for ``NO_GROUP``."""
     return None if name == NO_GROUP else _resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def closed(request: RowRequest) -> tuple[RowRequest, Tensor | None]:
+def closed(request: Request) -> tuple[Request, Tensor | None]:
     """The float options as a tensor [4] on the host, and the request without them.
 
     A float in the schema would be a constant of the graph: each new value of a temperature would
@@ -66,7 +69,7 @@ def closed(request: RowRequest) -> tuple[RowRequest, Tensor | None]:
     return replace(request, **_FLOATS), torch.stack([one * value for value in floats])
 
 
-def opened(request: RowRequest, numbers: Tensor | None) -> RowRequest:
+def opened(request: Request, numbers: Tensor | None) -> Request:
     """The request whose floats ``numbers`` holds; ValueError where one is not finite.
 
     Looked at when it runs, for the compiler cannot.

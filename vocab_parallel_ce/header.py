@@ -57,7 +57,7 @@ _COMPARED = (
 
 _FLAGS = (
     "smooth", "entropy", "squares", "argmax", "ignored_rows", "normalized", "row_scale",
-    "implicit_shard",
+    "implicit_shard", "biased", "sequence_parallel", "drop_ignored",
 )  # fmt: skip
 NORMALIZER_TOLERANCE = 1e-5  # relative: ranks may have summed a count of tokens in another order
 # Of the norm: bf16 layers that sum in another order stay below, other hidden states are far beyond.
@@ -94,7 +94,7 @@ class ValueProblems:
 
 @functools.lru_cache(maxsize=256)
 def _static_ints(request: RowRequest) -> tuple[int, ...]:
-    flags = sum(getattr(request, name) << bit for bit, name in enumerate(_FLAGS))
+    flags = sum(getattr(request, name, False) << bit for bit, name in enumerate(_FLAGS))
     flags |= REDUCTIONS.index(request.reduction) << len(_FLAGS)
     packed = struct.pack(
         "<4i4dq",
@@ -360,6 +360,7 @@ _ARGUMENT = {
     "implicit_shard": "shard (given on one rank only)",
     "row_scale": "scale (one for each row on one rank only)",
     "squares": "sum_p_squared",
+    "biased": "linear_bias (given on one rank only)",
 }
 
 

@@ -52,6 +52,7 @@ def linear_cross_entropy(
     hidden_gradient: str = "summed",
     sequence_parallel: bool = False,
     scratch_mib: float | None = None,
+    drop_ignored: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``cross_entropy(F.linear(input, linear_weight, linear_bias), target)``; logits never whole.
 
@@ -72,7 +73,7 @@ def linear_cross_entropy(
         weight: [vocab_size] floating point class weights, the full vector on every rank.
         reduction: "none", "sum" or "mean" (over the weights of the kept rows, as in PyTorch).
         ignore_index: rows with this target have loss 0 and gradient 0, whatever their hidden states
-            hold. On a CPU they cost nothing.
+            hold. On a CPU they cost nothing, nor with ``drop_ignored``.
         label_smoothing: in [0, 1], PyTorch's formula over the whole vocabulary.
         lse_square_scale: adds this times lse^2 to every kept row (the z-loss of PaLM, Chowdhery et
             al. 2022, section 5). "mean" divides it by the number of kept rows.
@@ -103,6 +104,9 @@ def linear_cross_entropy(
             is returned. Rows are gathered, and their gradient scattered, a chunk at a time.
         scratch_mib: what logits may take at a time, in MiB, for an even share of the vocabulary.
             None: 128 on a CPU and 256 on accelerators, and at least 128 rows.
+        drop_ignored: leave ignored rows out of the matrix products on an accelerator too. They must
+            be counted for that, so the call waits for the device, and what is wrong with values
+            raises there as on a CPU. On a CPU they always are left out. Not for a split sequence.
 
     Returns:
         The loss in fp32 (fp64 for fp64), [...] for "none", else 0-d; the same on every rank. With
@@ -133,7 +137,7 @@ def linear_cross_entropy(
         reduction, ignore_index, label_smoothing, lse_square_scale, group, shard,
         False, normalizer, scale, softcap, engine, collective, check,
     )  # fmt: skip
-    linear = LinearOptions(gradient, hidden_gradient, sequence_parallel, scratch_mib)
+    linear = LinearOptions(gradient, hidden_gradient, sequence_parallel, scratch_mib, drop_ignored)
     tensors = LinearTensors(input, linear_weight, linear_bias, target, weight, normalizer)
     tensors, options, linear, layout = unwrap_linear(tensors, options, linear)
     tensors = _converted(admit_linear(tensors, options))
@@ -144,7 +148,8 @@ def linear_cross_entropy(
             label_smoothing, lse_square_scale=lse_square_scale, return_zloss=return_zloss,
             shard=shard, normalizer=normalizer, scale=scale, softcap=softcap, engine=engine,
         )  # fmt: skip
-    if in_forward(tensors, options, linear, return_zloss, rows_shared=layout.shares_rows):
+    shared = layout.shares_rows
+    if in_forward(tensors, options, linear, return_zloss, shared, statics.straight):
         layout.agree()  # sums over other rows stand between the chunks
         loss, zloss = linear_loss(
             tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target,
@@ -188,6 +193,7 @@ def linear_token_statistics(
     hidden_gradient: str = "summed",
     sequence_parallel: bool = False,
     scratch_mib: float | None = None,
+    drop_ignored: bool = False,
 ) -> TokenStatistics:
     """``token_statistics`` of ``F.linear(input, linear_weight, linear_bias)``; logits never whole.
 
@@ -225,6 +231,9 @@ def linear_token_statistics(
             is returned. Rows are gathered, and their gradient scattered, a chunk at a time.
         scratch_mib: what logits may take at a time, in MiB, for an even share of the vocabulary.
             None: 128 on a CPU and 256 on accelerators, and at least 128 rows.
+        drop_ignored: leave ignored rows out of the matrix products on an accelerator too. They must
+            be counted for that, so the call waits for the device, and what is wrong with values
+            raises there as on a CPU. On a CPU they always are left out. Not for a split sequence.
 
     Returns:
         A ``TokenStatistics(log_prob, lse, entropy, argmax)``, each in the shape of ``target``, the
@@ -253,7 +262,7 @@ def linear_token_statistics(
         "none", ignore_index, 0.0, 0.0, group, shard, False, None, scale, softcap, engine,
         collective, check,
     )  # fmt: skip
-    linear = LinearOptions("auto", hidden_gradient, sequence_parallel, scratch_mib)
+    linear = LinearOptions("auto", hidden_gradient, sequence_parallel, scratch_mib, drop_ignored)
     tensors = LinearTensors(input, linear_weight, linear_bias, target, None, None)
     tensors, options, linear, layout = unwrap_linear(tensors, options, linear)
     tensors = _converted(admit_linear(tensors, options))

@@ -103,7 +103,7 @@ def _total_weight(weight: Tensor | None, request: RowRequest, dtype: torch.dtype
 
 def _on_host(logits: Tensor, request: RowRequest) -> bool:
     """Whether values of tensors may be looked at; on an accelerator that means to wait for it."""
-    return logits.device.type == "cpu" or request.checking
+    return logits.device.type == "cpu" or request.waits
 
 
 def compute_statistics(
@@ -257,32 +257,14 @@ def compute_gradient(
         return
     if weight is not None:
         require_memory(weight, "weight")
-
+    softmax, target_part, smooth, entropy = gradient_coefficients(
+        result, weight, grad_stats, request
+    )
     scale = result.scale
-
-    def scaled(g: Tensor) -> Tensor:
-        if scale is not None:
-            return g * scale
-        return g if request.scale == 1 else g * request.scale
-
-    names, columns, of_selected = stat_names(request.wanted), None, None
-    if result.selected is not None:
-        grad_stats, of_selected = grad_stats[: len(names)], grad_stats[len(names) :]
-    g = dict(zip(names, grad_stats.unbind(0), strict=True))
-    softmax = g["nll"] + g["lse"]
-    smooth = entropy = None
-    if request.smooth:
-        softmax = softmax + g["smooth"] * _total_weight(weight, request, softmax.dtype)
-        smooth = scaled(g["smooth"])
-    if request.entropy:
-        h = result.stats[names.index("entropy")]
-        # Nothing where nothing depends on it: such a row may have no entropy (0 * NaN).
-        softmax = softmax - torch.where(g["entropy"] == 0, 0.0, g["entropy"] * h)
-        entropy = scaled(g["entropy"])
-    if result.selected is not None and of_selected is not None and of_selected.shape[0] > 0:
+    columns = of_selected = None
+    if result.selected is not None and result.selected.shape[1] > 0:
         columns = selecting.local_columns(result.selected, result.local_target, request)
-        softmax, of_selected = softmax - of_selected.sum(0), scaled(of_selected)
-    softmax, target_part = scaled(softmax), scaled(g["nll"])
+        of_selected = _scaled(grad_stats[-columns.shape[1] :], result, request)
     engine = select_to_read(request.engine, logits)
     shard_weight = _shard_weight(weight, request, softmax.dtype)
     for rows, source in _numbered(row_blocks(_columns(logits, size))):
@@ -307,6 +289,37 @@ def compute_gradient(
         )  # fmt: skip
         if touched is not None:
             touched.put(place)
+
+
+def gradient_coefficients(
+    result: RowResult, weight: Tensor | None, grad_stats: Tensor, request: RowRequest
+) -> Coefficients:
+    """What the gradient [j + K, N] of the statistics makes of the parts of a row's gradient."""
+    names, of_selected = stat_names(request.wanted), None
+    if result.selected is not None and result.selected.shape[1] > 0:
+        grad_stats, of_selected = grad_stats[: len(names)], grad_stats[len(names) :]
+    g = dict(zip(names, grad_stats.unbind(0), strict=True))
+    softmax = g["nll"] + g["lse"]
+    if of_selected is not None:
+        softmax = softmax - of_selected.sum(0)
+    smooth = entropy = None
+    if request.smooth:
+        softmax = softmax + g["smooth"] * _total_weight(weight, request, softmax.dtype)
+        smooth = _scaled(g["smooth"], result, request)
+    if request.entropy:
+        h = result.stats[names.index("entropy")]
+        # Nothing where nothing depends on it: such a row may have no entropy (0 * NaN).
+        softmax = softmax - torch.where(g["entropy"] == 0, 0.0, g["entropy"] * h)
+        entropy = _scaled(g["entropy"], result, request)
+    softmax, target = (_scaled(part, result, request) for part in (softmax, g["nll"]))
+    return Coefficients(softmax, target, smooth, entropy)
+
+
+def _scaled(g: Tensor, result: RowResult, request: RowRequest) -> Tensor:
+    """[..., N] times the scale of each row."""
+    if result.scale is not None:
+        return g * result.scale
+    return g if request.scale == 1 else g * request.scale
 
 
 def _flat(fresh: Tensor, size: int, rows: slice | None) -> Tensor:

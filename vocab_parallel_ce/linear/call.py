@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..preflight import Plan
-from ..request import RowRequest
+from ..request import LinearRequest, RowRequest
 from .chunks import columns_of_a_block
 from .head import Head
 from .kept import Portion, portions, portions_of_parts
@@ -20,22 +20,22 @@ from .kept import Portion, portions, portions_of_parts
 class Statics:
     """What autograd and the custom operators carry beside tensors."""
 
-    request: RowRequest
+    request: LinearRequest
     chunk: int
     """rows of logits that exist at a time"""
     scratch_mib: float | None = None
     partial: bool = False
     """the gradient of the hidden states is left unsummed"""
-    sequence_parallel: bool = False
-    """each rank has its part of the hidden states"""
     wide: bool = False
     """logits are fp32, their gradient is not"""
+    straight: bool = False
+    """no logits are made, see ``straight``"""
     sums_hidden: bool = False
     """the gradient of the hidden states will be summed over ranks: they must agree on it"""
 
     def scalars(self) -> tuple[Any, ...]:
         """For a custom operator, behind those of the request."""
-        return self.chunk, self.scratch_mib, self.partial, self.sequence_parallel, self.wide
+        return self.chunk, self.scratch_mib, self.partial, self.wide, self.straight
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class LinearCall:
     normalizer: Tensor | None = None
 
     @property
-    def request(self) -> RowRequest:
+    def request(self) -> LinearRequest:
         return self.statics.request
 
     @property
@@ -64,11 +64,12 @@ class LinearCall:
     @property
     def leaves_out(self) -> bool:
         """Whether ignored rows are left out of the products."""
-        return self.hidden.device.type == "cpu" and not self.statics.sequence_parallel
+        asked = self.hidden.device.type == "cpu" or self.request.drop_ignored
+        return asked and not self.request.sequence_parallel
 
     def portions(self, kept: Tensor | None, size: int) -> list[Portion]:
         """Of all rows, or of those that are kept, so many at a time."""
-        if not self.statics.sequence_parallel:
+        if not self.request.sequence_parallel:
             return portions(self.rows, kept, size)
         world = 1 if self.group is None else self.group.size()
         return portions_of_parts(self.rows, world, size, self.hidden.device)
@@ -93,7 +94,7 @@ class LinearCall:
 
     def block_columns(self, rows: int) -> int | None:
         """Columns of logits that exist at a time in backward; None: go by rows."""
-        if self.statics.sequence_parallel:  # all rows at once are what nobody holds
+        if self.request.sequence_parallel:  # all rows at once are what nobody holds
             return None
         itemsize = bytes_of_a_logit(self.hidden.dtype, self.statics.wide)
         return columns_of_a_block(rows, itemsize, self.hidden.device.type, self.statics.scratch_mib)

@@ -1,7 +1,7 @@
 """The fused head as custom operators, so that torch.compile(fullgraph=True) sees opaque nodes.
 
 As in ``compiled`` of the package: groups travel by name, a request as its scalars, its floats as a
-tensor. The schemas are made of the fields of ``RowRequest``: a new option needs no word here.
+tensor. The schemas are made of the fields of ``LinearRequest``: a new option needs no word here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..compiled import NO_GROUP, closed, group_named, opened
 from ..engines.contract import arithmetic_dtype
 from ..passes import RowResult
 from ..preflight import together
-from ..request import RowRequest
+from ..request import LinearRequest
 from ..statistics import stat_names
 from .backward import Gradients, Leaves, Needs, linear_gradient
 from .call import LinearCall, Statics, linear_call
@@ -26,15 +26,15 @@ from .forward import linear_statistics
 from .in_forward import loss_with_gradients
 
 _TYPES = {"int": "SymInt", "bool": "bool", "float": "float", "str": "str"}
-_REQUEST = ", ".join(f"{_TYPES[str(field.type)]} {field.name}" for field in fields(RowRequest))
+_REQUEST = ", ".join(f"{_TYPES[str(field.type)]} {field.name}" for field in fields(LinearRequest))
 _CALL = (
     "Tensor hidden, Tensor head_weight, Tensor? head_bias, Tensor target, Tensor? weight, "
     "Tensor? normalizer, Tensor? numbers, str group_name, SymInt chunk, float? scratch_mib, "
-    f"bool partial, bool sequence_parallel, bool wide, {_REQUEST}"
+    f"bool partial, bool wide, bool straight, {_REQUEST}"
 )
 _NEEDS = "bool of_hidden, bool of_weight, bool of_bias"
 _TENSORS, _REQUESTS = 7, 13
-_CALLS = _REQUESTS + len(fields(RowRequest))
+_CALLS = _REQUESTS + len(fields(LinearRequest))
 
 
 def _restored(arguments: tuple[Any, ...]) -> LinearCall:
@@ -71,13 +71,13 @@ def _fresh(value: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _statistics(*arguments: Any) -> tuple[Tensor, ...]:
-    with together(group_named(arguments[7]), arguments[_CALLS - 1]):
+    with together(group_named(arguments[7]), _request_of(arguments).check):
         r = linear_statistics(_restored(arguments))
     return r.stats, r.m, r.s, r.local_target, r.argmax, r.normalizer
 
 
-def _request_of(arguments: tuple[Any, ...]) -> RowRequest:
-    return RowRequest(*arguments[_REQUESTS:_CALLS])
+def _request_of(arguments: tuple[Any, ...]) -> LinearRequest:
+    return LinearRequest(*arguments[_REQUESTS:_CALLS])
 
 
 def _fake_statistics(*arguments: Any) -> tuple[Tensor, ...]:
@@ -127,7 +127,7 @@ def _fake_gradient(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _loss(*arguments: Any) -> tuple[Tensor, ...]:
-    with together(group_named(arguments[7]), arguments[_CALLS - 1]):
+    with together(group_named(arguments[7]), _request_of(arguments).check):
         call = _restored(arguments)
         leaves = Leaves(arguments[1], arguments[2])
         out = loss_with_gradients(call, leaves, Needs(*arguments[_CALLS:]))

@@ -31,7 +31,7 @@ from ..request import is_on
 from .backward import Gradients, Leaves, Needs, RowSums, rows_of
 from .call import LinearCall
 from .forward import Told
-from .hidden import HiddenRows
+from .hidden import HiddenRows, preflight_before_gathers
 from .kept import Portion, Rows, kept_rows, masked
 
 
@@ -106,10 +106,10 @@ class _InForward:
         self._pending: _Pending | None = None
 
     def run(self) -> LossAndGradients:
-        self._one(self._portions[0], first=True)
-        for portion in self._portions[1:]:
+        preflight_before_gathers(self._call, self._scratch, self._call.statics.chunk)
+        for number, portion in enumerate(self._portions):
             with together(self._call.group, self._request.check):
-                self._one(portion, first=False)
+                self._one(portion, first=number == 0)
         self._finish()
         loss, of_z = reduce_rows(self._losses, self._request.reduction, self._agreed, self._total)
         factor = self._factor_of_loss if self._postponed else None

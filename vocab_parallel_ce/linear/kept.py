@@ -1,8 +1,8 @@
 """Which rows take part in the matrix products, and in which portions.
 
 On a CPU ignored rows are left out before the products: often most of a batch. That takes a look at
-the values of targets, for which an accelerator would have to be waited for; there all rows are kept
-and those that do not count hold zeros.
+the values of targets, for which an accelerator has to be waited for; there, unless the caller asks
+for it, all rows are kept and those that do not count hold zeros.
 """
 
 from __future__ import annotations

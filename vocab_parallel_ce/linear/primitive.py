@@ -71,8 +71,7 @@ class _LinearRowStatistics(torch.autograd.Function):
                 Needs(*ctx.needs_input_grad[:3]),
             )
             grad = None if out.hidden is None else out.hidden.view(hidden.shape)
-        recording = torch.is_grad_enabled()
-        origins = (grad_stats, hidden[..., :0].sum(), head_weight[:0].sum()) if recording else ()
+        origins = (grad_stats, _origin(hidden, head_weight)) if torch.is_grad_enabled() else ()
         return (*_handed_out((grad, out.weight, out.bias), *origins), *(None,) * 5)
 
 
@@ -91,13 +90,16 @@ class _LinearLoss(torch.autograd.Function):
         statics: Statics,
         group: dist.ProcessGroup | None,
         total: Callable[[Tensor], Tensor],
+        origin: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        """``origin``: 0-d, of the tape of hidden states and weight, which are not kept for it."""
         call = linear_call(
             hidden, head_weight, head_bias, target, weight, normalizer, statics, group
         )
         needs = Needs(*ctx.needs_input_grad[:3])
         out = loss_with_gradients(call, Leaves(head_weight, head_bias), needs, total)
         ctx.gradients, ctx.factor = out.gradients, out.factor
+        ctx.save_for_backward(origin)
         ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
         ctx.mark_non_differentiable(out.zloss)
         ctx.set_materialize_grads(False)
@@ -106,7 +108,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 9
+            return (None,) * 10
         if ctx.gradients is None:
             raise RuntimeError(
                 "a second backward through a loss whose gradients were computed in forward "
@@ -123,7 +125,13 @@ class _LinearLoss(torch.autograd.Function):
                     scale_(grad, factor)
             grads = [None if g is None else g.to(ctx.dtype) for g in out.all()]
             hidden = None if grads[0] is None else grads[0].view(ctx.shape)
-        return (*_handed_out((hidden, *grads[1:]), grad_loss), *(None,) * 6)
+        origins = (grad_loss, *ctx.saved_tensors)
+        return (*_handed_out((hidden, *grads[1:]), *origins), *(None,) * 7)
+
+
+def _origin(hidden: Tensor, head_weight: Tensor) -> Tensor:
+    """0, on the tape of both: a gradient that leads there can refuse a second derivative."""
+    return hidden[..., :0].sum() + head_weight[:0].sum()
 
 
 def _one_gradient(grad: Tensor) -> Tensor:
@@ -197,6 +205,7 @@ def linear_loss(
             hidden, head_weight, head_bias, target, weight, normalizer, statics, group
         )
     out: tuple[Tensor, Tensor] = _LinearLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, head_weight, head_bias, target, weight, normalizer, statics, group, total
-    )
+        hidden, head_weight, head_bias, target, weight, normalizer, statics, group, total,
+        _origin(hidden, head_weight),
+    )  # fmt: skip
     return out
