@@ -293,7 +293,7 @@ def test_over_dtensors(pool: Pool) -> None:
 BAD: list[tuple[Any, type[Exception], str]] = [
     ([[1]], TypeError, "selected must be a tensor or None, got list"),
     (torch.zeros(3, 1), TypeError, "selected must hold class ids in int64 or int32"),
-    (torch.zeros(3, dtype=torch.int64), ValueError, r"selected has shape \(3,\), .* \(3, 'K'\)"),
+    (torch.zeros(3, dtype=torch.int64), ValueError, r"has shape \(3,\), but target \(3,\)"),
     (torch.zeros(2, 3, dtype=torch.int64), ValueError, r"selected has shape \(2, 3\)"),
     (torch.zeros(3, 1, dtype=torch.int64, device="meta"), ValueError, "selected on meta|on meta"),
     (torch.tensor([[1], [V], [2]]), ValueError, f"row 1 holds {V}, which is no class in"),

@@ -479,23 +479,33 @@ def token_statistics(
         scale=of_rows(options.scale, input, ids), selected=flat_ids(options.selected),
     )  # fmt: skip
     layout.agree()
-    shape = ids.shape
+    log_prob, further = target is not None, selected is not None
+    return named_statistics(stats, best, ids.shape, layout, outputs, log_prob, further)
+
+
+def named_statistics(
+    stats: Tensor,
+    argmax: Tensor,
+    shape: torch.Size,
+    layout: Layout,
+    outputs: Outputs,
+    log_prob: bool,
+    selected: bool,
+) -> TokenStatistics:
+    """What ``row_statistics`` returned, in the ``shape`` of the targets."""
 
     def row(place: int) -> Tensor:
         return layout.rows(stats.select(0, place).reshape(shape))
 
-    log_prob = None if target is None else layout.rows(0.0 - stats.select(0, 0).reshape(shape))
+    of_target = layout.rows(0.0 - stats.select(0, 0).reshape(shape)) if log_prob else None
+    named = 2 + outputs.entropy + outputs.squares
     return TokenStatistics(
-        log_prob=cast(Tensor, log_prob),
+        log_prob=cast(Tensor, of_target),
         lse=row(1),
-        entropy=row(2) if entropy else None,
-        argmax=layout.rows(best.reshape(shape)) if argmax else None,
-        sum_p_squared=row(2 + entropy).detach() if sum_p_squared else None,
-        selected_log_prob=(
-            None
-            if selected is None
-            else layout.selected(by_row(stats[2 + entropy + sum_p_squared :], shape))
-        ),
+        entropy=row(2) if outputs.entropy else None,
+        argmax=layout.rows(argmax.reshape(shape)) if outputs.argmax else None,
+        sum_p_squared=row(2 + outputs.entropy).detach() if outputs.squares else None,
+        selected_log_prob=layout.selected(by_row(stats[named:], shape)) if selected else None,
     )
 
 

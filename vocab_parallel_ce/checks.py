@@ -270,8 +270,8 @@ def _check_selected(selected: Any, input: Tensor, target: Tensor, where: str) ->
         )
     if selected.dim() != target.dim() + 1 or selected.shape[:-1] != target.shape:
         raise ValueError(
-            f"selected has shape {tuple(selected.shape)}, but input {tuple(input.shape)} needs "
-            f"{(*target.shape, 'K')}{where}: K ids for each row of logits"
+            f"selected has shape {tuple(selected.shape)}, but target {tuple(target.shape)}{where}: "
+            "K ids for each row, in a last dimension of their own"
         )
     if selected.device != input.device:
         raise ValueError(f"selected is on {selected.device}, input on {input.device}{where}")

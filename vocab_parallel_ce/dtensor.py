@@ -150,23 +150,13 @@ def unwrap(
     options = options._replace(group=group, shard=shard)
     rows_here = tuple(local.shape[:-1])
     check_target(target, rows_here, layout)
-    scale = options.scale
-    if isinstance(scale, Tensor) and scale.dim() > 0:
-        check_target(scale, rows_here, layout, "scale")
-    selected = options.selected
-    if selected is not None:
-        check_target(selected, rows_here, layout, "selected", more=1)
+    check_row_options(options, rows_here, layout)
     weight_here = local_weight(weight)
     if telling:
         play_before(mesh)
     if isinstance(options.normalizer, DTensor):
         options = options._replace(normalizer=options.normalizer.full_tensor())
-    if isinstance(scale, DTensor) and scale.dim() == 0:
-        options = options._replace(scale=scale.full_tensor())
-    elif isinstance(scale, Tensor) and scale.dim() > 0:
-        options = options._replace(scale=local_target(scale, rows_here, layout, offset))
-    if selected is not None:
-        options = options._replace(selected=local_target(selected, rows_here, layout, offset))
+    options = local_row_options(options, rows_here, layout, offset)
     here = local_target(target, rows_here, layout, offset)
     return *admit(local, here, weight_here, options), layout
 
@@ -252,6 +242,28 @@ def local_target(
         return target
     cut = tuple(slice(o, o + n) for o, n in zip(offset, rows, strict=False))
     return target[cut]
+
+
+def check_row_options(options: Options, rows: tuple[int, ...], layout: Layout) -> None:
+    """``check_target`` of ``scale`` and ``selected``, where they have numbers for each row."""
+    if isinstance(options.scale, Tensor) and options.scale.dim() > 0:
+        check_target(options.scale, rows, layout, "scale")
+    if options.selected is not None:
+        check_target(options.selected, rows, layout, "selected", more=1)
+
+
+def local_row_options(
+    options: Options, rows: tuple[int, ...], layout: Layout, offset: tuple[int, ...]
+) -> Options:
+    """``scale`` and ``selected`` of this rank's ``rows``, as ``local_target`` does."""
+    scale, selected = options.scale, options.selected
+    if isinstance(scale, DTensor) and scale.dim() == 0:
+        scale = scale.full_tensor()
+    elif isinstance(scale, Tensor) and scale.dim() > 0:
+        scale = local_target(scale, rows, layout, offset)
+    if selected is not None:
+        selected = local_target(selected, rows, layout, offset)
+    return options._replace(scale=scale, selected=selected)
 
 
 def local_weight(weight: Tensor | None) -> Tensor | None:
