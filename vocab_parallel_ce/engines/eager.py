@@ -15,6 +15,7 @@ from torch import Tensor
 from .contract import (
     IGNORED,
     Coefficients,
+    LinearFunctions,
     RowFunctions,
     Wanted,
     arithmetic_dtype,
@@ -22,6 +23,7 @@ from .contract import (
 )
 
 ROW_FUNCTIONS: RowFunctions | None = None
+LINEAR_FUNCTIONS: LinearFunctions | None = None
 LEAVES_LOG_PROB = False
 _BLOCK_ELEMENTS = {"cpu": 1 << 18}
 _BLOCK_ELEMENTS_ACCELERATOR = 1 << 24

@@ -23,11 +23,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vocab_parallel_ce.engines.contract import Coefficients, RowFunctions, Wanted, arithmetic_dtype
+from vocab_parallel_ce.engines.contract import (
+    Coefficients,
+    LinearFunctions,
+    RowFunctions,
+    Wanted,
+    arithmetic_dtype,
+)
 from vocab_parallel_ce.engines.cpu import threads
 from vocab_parallel_ce.engines.cpu.pieces import piece_width
 
 ROW_FUNCTIONS: RowFunctions | None = None
+LINEAR_FUNCTIONS: LinearFunctions | None = None
 LEAVES_LOG_PROB = False
 MINIMUM_NUMBA = (0, 60)
 NARROWED_ELEMENTS = 1 << 18  # of a gradient that is rounded on its way; they stay in cache
