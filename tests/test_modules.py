@@ -144,3 +144,18 @@ def test_without_a_group() -> None:
         assert again.loss.group is None
         assert torch.equal(again(torch.arange(CLASSES)), model(torch.arange(CLASSES)))
     assert set(model.loss.state_dict()) == {"weight"}
+
+
+def test_the_text_of_a_module_tells_what_is_no_default() -> None:
+    assert "(reduction='mean')" in repr(VocabParallelCrossEntropyLoss())
+    told = repr(
+        VocabParallelLinearCrossEntropyLoss(
+            reduction="sum", hidden_gradient="partial", scratch_mib=3, softcap=30.0, check=True
+        )
+    )
+    for part in ("reduction='sum'", "hidden_gradient='partial'", "scratch_mib=3", "softcap=30.0"):
+        assert part in told
+    assert "check=True" in told
+    assert "engine" not in told
+    shard = VocabShard(0, 2, 4)
+    assert f"shard={shard}" in repr(VocabParallelCrossEntropyLoss(shard=shard))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -137,11 +139,7 @@ class VocabParallelCrossEntropyLoss(HoldsGroup):
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
-            f"label_smoothing={self.label_smoothing}, lse_square_scale={self.lse_square_scale}, "
-            f"scale={self.scale}, softcap={self.softcap}, shard={self.shard}"
-        )
+        return _told(self)
 
 
 class VocabParallelLinearCrossEntropyLoss(HoldsGroup):
@@ -173,6 +171,7 @@ class VocabParallelLinearCrossEntropyLoss(HoldsGroup):
         hidden_gradient: "summed" over the group, or "partial": this rank's share.
         sequence_parallel: dimension 0 of ``input`` is this rank's part of the sequence.
         scratch_mib: what logits may take at a time, in MiB; None: 128 on a CPU, 256 elsewhere.
+        drop_ignored: leave ignored rows out of the products on an accelerator too; waits for it.
 
     Copies (``copy.deepcopy``) share the group object. ``pickle`` and ``torch.save`` of the whole
     module keep the group's name and its global ranks.
@@ -212,6 +211,7 @@ class VocabParallelLinearCrossEntropyLoss(HoldsGroup):
         hidden_gradient: str = "summed",
         sequence_parallel: bool = False,
         scratch_mib: float | None = None,
+        drop_ignored: bool = False,
     ) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
@@ -231,6 +231,7 @@ class VocabParallelLinearCrossEntropyLoss(HoldsGroup):
         self.hidden_gradient = hidden_gradient
         self.sequence_parallel = sequence_parallel
         self.scratch_mib = scratch_mib
+        self.drop_ignored = drop_ignored
 
     def forward(
         self,
@@ -276,12 +277,20 @@ class VocabParallelLinearCrossEntropyLoss(HoldsGroup):
             hidden_gradient=self.hidden_gradient,
             sequence_parallel=self.sequence_parallel,
             scratch_mib=self.scratch_mib,
+            drop_ignored=self.drop_ignored,
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
-            f"label_smoothing={self.label_smoothing}, lse_square_scale={self.lse_square_scale}, "
-            f"scale={self.scale}, softcap={self.softcap}, shard={self.shard}, "
-            f"gradient={self.gradient!r}"
-        )
+        return _told(self)
+
+
+def _told(module: HoldsGroup) -> str:
+    """The reduction, and every option that is not its default, but for the group."""
+    told = []
+    for name, parameter in inspect.signature(type(module).__init__).parameters.items():
+        if name in ("self", "weight", "group"):
+            continue
+        value = getattr(module, name)
+        if name == "reduction" or value != parameter.default:
+            told.append(f"{name}={value!r}")
+    return ", ".join(told)

@@ -63,6 +63,27 @@ class RowRequest:
     def checking(self) -> bool:
         return check_is_on(self.check)
 
+    @property
+    def waits(self) -> bool:
+        """Whether values are looked at on an accelerator too."""
+        return self.checking
+
     def scalars(self) -> tuple[Any, ...]:
         """The fields in order, for a custom operator; ``RowRequest(*scalars)`` restores it."""
         return tuple(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class LinearRequest(RowRequest):
+    """A call of the fused head."""
+
+    biased: bool = False
+    """The call was given a bias."""
+    sequence_parallel: bool = False
+    """Each rank has its part of the hidden states."""
+    drop_ignored: bool = False
+    """Ignored rows are left out of the products, which an accelerator is waited for."""
+
+    @property
+    def waits(self) -> bool:
+        return self.checking or self.drop_ignored

@@ -11,6 +11,9 @@ SCRATCH_MIB = 88
 WAY_VARIABLE = "VOCAB_PARALLEL_CE_NPU_WAY"
 WAYS = ("auto", "max_sum", "operator", "triton")
 """words of WAY_VARIABLE; auto while it is unset"""
+LINEAR_VARIABLE = "VOCAB_PARALLEL_CE_NPU_LINEAR"
+LINEAR_WAYS = ("auto", "fused", "chunks")
+"""words of LINEAR_VARIABLE; auto while it is unset"""
 
 
 def check_word(check: object) -> str:

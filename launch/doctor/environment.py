@@ -19,6 +19,7 @@ from vocab_parallel_ce.checks import DEVICES_WITHOUT_FP64
 from vocab_parallel_ce.collectives import BACKEND_OF_DEVICE
 from vocab_parallel_ce.engines import engine_name, engine_of_device, select, why_not
 from vocab_parallel_ce.engines.npu import choice
+from vocab_parallel_ce.engines.npu.linear import choice as linear_choice
 from vocab_parallel_ce.launch.doctor.findings import Choice, Device, Environment
 from vocab_parallel_ce.launch.doctor.software import NOT_FOUND, without_torch
 from vocab_parallel_ce.launch.doctor.variables import judge
@@ -147,7 +148,7 @@ def _choice(device: torch.device, dtype: torch.dtype) -> Choice:
         return Choice("none", f"fp64 is refused: {device.type} devices do not compute in it")
     why = f"made for {device.type} tensors"
     if name == "npu":
-        why = f"way {choice.told(dtype)}"
+        why = f"way {choice.told(dtype)}; the fused head by {linear_choice.told(dtype)}"
     if name == "eager":
         why = _why_eager(device.type, dtype)
     if makes_wide_logits(device.type, dtype):

@@ -18,6 +18,8 @@ from typing import Literal
 
 from vocab_parallel_ce.switches import (
     CHECK_VARIABLE,
+    LINEAR_VARIABLE,
+    LINEAR_WAYS,
     SCRATCH_MIB,
     SCRATCH_VARIABLE,
     WAY_VARIABLE,
@@ -200,8 +202,8 @@ def _folder(value: str, setting: Setting) -> str:
     return "" if Path(value).is_dir() else "is no folder of this machine"
 
 
-def _way(value: str, setting: Setting) -> str:
-    return "" if value in WAYS else f"must be one of {', '.join(WAYS)}"
+def _word_of(words: tuple[str, ...]) -> Rule:
+    return lambda value, _: "" if value in words else f"must be one of {', '.join(words)}"
 
 
 def _checking(value: str, setting: Setting) -> str:
@@ -286,7 +288,8 @@ VARIABLES = (
         f"by the card's cache, else {SCRATCH_MIB} MiB",
         whole_number(1, unit=" of MiB"),
     ),
-    Variable(WAY_VARIABLE, ("npu",), "auto", _way),
+    Variable(WAY_VARIABLE, ("npu",), "auto", _word_of(WAYS)),
+    Variable(LINEAR_VARIABLE, ("npu",), "auto", _word_of(LINEAR_WAYS)),
     Variable("CUDA_VISIBLE_DEVICES", ("cuda",), "every card", _visible_devices("cuda")),
     Variable("CUDA_LAUNCH_BLOCKING", ("cuda",), "0", flagged("1", _SLOW_LAUNCH)),
     Variable("NCCL_SOCKET_IFNAME", ("cuda",), "chosen by NCCL", _interface_patterns),

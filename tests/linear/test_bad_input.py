@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,10 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no rows": ({"linear_weight": torch.zeros(0, H)}, ValueError, "linear_weight has no rows"),
     "budget below a row": (
         {"scratch_mib": 1e-5}, ValueError, "no room for one row of logits: 10 columns",
+    ),
+    "drop_ignored": ({"drop_ignored": 1}, TypeError, "drop_ignored must be True or False"),
+    "drop_ignored of a sequence": (
+        {"drop_ignored": True, "sequence_parallel": True}, ValueError, "use one of the two",
     ),
     "no budget": ({"scratch_mib": 0}, ValueError, "scratch_mib must be"),
     "endless budget": ({"scratch_mib": math.inf}, ValueError, "scratch_mib must be"),
@@ -139,12 +144,15 @@ def test_what_ignored_rows_hold_goes_nowhere(value: float, gradient: str) -> Non
     assert bool((of_hidden[::2] == 0).all())
 
 
-def test_fp16_logits_that_overflow_are_not_hidden() -> None:
+@pytest.mark.parametrize("gradient", ["forward", "recompute"])
+def test_fp16_logits_that_overflow_are_not_hidden(gradient: str) -> None:
     hidden = torch.full((2, H), 200.0, dtype=torch.float16, requires_grad=True)
     head = torch.full((V, H), 200.0, dtype=torch.float16)
-    loss = linear_cross_entropy(hidden, head, torch.tensor([0, 1]))
+    loss = linear_cross_entropy(hidden, head, torch.tensor([0, 1]), gradient=gradient)
     assert isinstance(loss, Tensor)
     assert not bool(loss.isfinite())
+    (grad,) = torch.autograd.grad(loss, hidden)
+    assert not bool(grad.isfinite().any())
 
 
 def test_torch_func_is_served_on_one_rank() -> None:
@@ -229,6 +237,10 @@ def _disagreement(group: dist.ProcessGroup, name: str, gradient: str) -> str:
         call["label_smoothing"] = 0.2
     if name == "option":
         call.setdefault("label_smoothing", 0.1)
+    if bad and name == "bias":
+        call["linear_bias"] = torch.zeros(V)
+    if bad and name == "drop_ignored":
+        call["drop_ignored"] = True
     first_try = _said(call)
     assert _said(_sharded(group, gradient=gradient)) == "", "the next call is not disturbed"
     return first_try
@@ -244,6 +256,8 @@ DISAGREEMENTS = {
     "value": "row 11 holds 20 on rank 1",
     "overlap": "vocabulary shards overlap",
     "option": "ranks disagree on label_smoothing",
+    "bias": "ranks disagree on linear_bias (given on one rank only)",
+    "drop_ignored": "ranks disagree on drop_ignored",
 }
 
 
@@ -288,6 +302,11 @@ def _checked(group: dist.ProcessGroup, name: str, gradient: str) -> str:
             call["hidden_gradient"] = "partial"
         elif name == "grad mode":
             call["input"], call["linear_weight"] = torch.zeros(N, H), torch.zeros(V, H)
+        elif name == "sequence":
+            call["input"] = call["input"][N // 2 :].detach().requires_grad_()
+            call["sequence_parallel"] = True
+        elif name == "bias":
+            call["linear_bias"] = torch.zeros(V)
         elif name == "argument":
             call["linear_weight"] = None
         elif name == "unknown":
@@ -322,6 +341,41 @@ def test_a_sum_that_only_some_would_join_in_backward_is_told_in_forward(
 ) -> None:
     for text in pool.run(_checked, 2, (name, "recompute")):
         assert "ranks disagree on the sum of the gradient of input" in text, text
+
+
+@pytest.mark.parametrize("gradient", ["forward", "recompute"])
+@pytest.mark.parametrize("name", ["sequence", "bias"])
+def test_what_one_rank_has_and_another_has_not(pool: Pool, name: str, gradient: str) -> None:
+    """A sequence that only one rank splits is told before that rank gathers the others' parts."""
+    said = {"sequence": "sequence_parallel", "bias": "linear_bias (given on one rank only)"}[name]
+    texts = pool.run(_checked, 2, (name, gradient))
+    assert texts[0] == texts[1]
+    assert f"ranks disagree on {said}: rank 0 of the group passed False, rank 1" in texts[0]
+
+
+def _own_mistake(group: dist.ProcessGroup, name: str) -> tuple[int, str]:
+    """Of every rank alike; what it says of itself, with the budget that it asks for."""
+    rank = dist.get_rank(group)
+    call = _sharded(group)
+    if name == "row":
+        call["scratch_mib"] = 1e-6
+    elif name == "sequence":
+        call |= {"input": call["input"][: N // 2], "sequence_parallel": True}
+        call["scratch_mib"] = scratch_for(1, V, torch.float32)
+    else:
+        call |= {"gradient": "forward", "reduction": "none"}
+    text = _said(call)
+    if name != "gradient":
+        (least,) = re.findall(r"pass at least ([0-9.e-]+)", text)
+        assert _said({**call, "scratch_mib": float(least)}) == ""
+    return rank, text
+
+
+@pytest.mark.parametrize("name", ["row", "sequence", "gradient"])
+def test_a_mistake_names_its_rank_and_the_way_out(pool: Pool, name: str) -> None:
+    for rank, text in pool.run(_own_mistake, 2, (name,)):
+        assert f"(rank {rank} of the group)" in text
+        assert "use gradient=" in text or "or None for the default" in text
 
 
 def _in_a_late_chunk(group: dist.ProcessGroup) -> str:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from vocab_parallel_ce import linear_cross_entropy, linear_token_statistics
 
@@ -139,3 +141,36 @@ def _on_ranks(group: dist.ProcessGroup) -> None:
 
 def test_on_ranks(pool: Pool) -> None:
     pool.run(_on_ranks, 2)
+
+
+def _as_dtensors(group: dist.ProcessGroup, split: bool) -> None:
+    """Hidden states and head as DTensors; the mesh is taken apart in the compiled function."""
+    torch._dynamo.reset()
+    mesh = DeviceMesh.from_group(group, "cpu")
+    hidden, head, _, target = _batch()
+    leaves = (
+        distribute_tensor(hidden.detach(), mesh, [Shard(0) if split else Replicate()]),
+        distribute_tensor(head.detach(), mesh, [Shard(0)]),
+    )
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def loss(hidden: Tensor, head: Tensor) -> Tensor:
+        out = linear_cross_entropy(hidden, head, target, label_smoothing=0.1)
+        assert isinstance(out, Tensor)
+        return out
+
+    want = loss(*leaves)
+    wanted = torch.autograd.grad(want, leaves)
+    got = torch.compile(loss, fullgraph=True, backend=BACKEND)(*leaves)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(torch.autograd.grad(got, leaves), wanted, strict=True):
+        assert isinstance(a, DTensor)
+        assert isinstance(b, DTensor)
+        assert a.placements == b.placements
+        torch.testing.assert_close(a.to_local(), b.to_local())
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_dtensors(pool: Pool, split: bool) -> None:
+    pool.run(_as_dtensors, 2, (split,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -122,6 +123,16 @@ def test_ignored_rows_are_left_out(gradient: str) -> None:
 
 
 @pytest.mark.parametrize("gradient", WAYS)
+def test_to_drop_ignored_rows_changes_nothing_here(gradient: str) -> None:
+    hidden, head, target = _batch()
+    target[::3] = -100
+    losses = [_loss(hidden, head, target, gradient=gradient, drop_ignored=d) for d in (True, False)]
+    assert torch.equal(losses[0], losses[1])
+    for a, b in zip(*(torch.autograd.grad(loss, (hidden, head)) for loss in losses), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("gradient", WAYS)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_all_rows_ignored(reduction: str, gradient: str) -> None:
     hidden, head, _ = _batch()
@@ -183,6 +194,29 @@ def test_a_second_derivative_is_refused(gradient: str) -> None:
     (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="twice"):
         (grad.square().sum() + hidden.square().sum()).backward()
+
+
+@pytest.mark.parametrize("gradient", WAYS)
+def test_a_second_derivative_by_one_side_is_refused(gradient: str) -> None:
+    """Not silently 0, as what lies on no path to the gradient would be."""
+    hidden, head, target = _batch()
+    for of, by in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        loss = _loss(hidden, head, target, gradient=gradient)
+        grad = torch.autograd.grad(loss, (hidden, head), create_graph=True)[of]
+        with pytest.raises(RuntimeError, match="twice"):
+            torch.autograd.grad(grad.square().sum(), (hidden, head)[by], allow_unused=True)
+
+
+def test_the_tape_holds_no_hidden_states() -> None:
+    """With gradients in forward: their gradient is kept, and they are not."""
+    hidden, head, target = _batch()
+    states = hidden * 1
+    gone = weakref.ref(states)
+    loss = _loss(states, head, target, gradient="forward")
+    del states
+    assert gone() is None
+    loss.backward()
+    assert hidden.grad is not None
 
 
 @pytest.mark.parametrize("options", [{"reduction": "none"}, {"return_zloss": True}])
@@ -253,14 +287,31 @@ def test_many_chunks_lose_nothing_in_bf16(gradient: str, rows: int) -> None:
     assert float((got - want).norm()) <= 1.5 * float((torchs - want).norm())
 
 
-def test_autocast_converts_as_linear_does() -> None:
+@pytest.mark.parametrize("gradient", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_converts_as_linear_does(dtype: torch.dtype, gradient: str) -> None:
+    """A bias too; hidden states that a layer before left in bf16 meet a head in fp32."""
     hidden, head, target = _batch()
+    hidden = hidden.detach().to(dtype).requires_grad_()
+    bias = torch.randn(V, requires_grad=True)
+    leaves = (hidden, head, bias)
     with torch.autocast("cpu", torch.bfloat16):
-        got = _loss(hidden, head, target)
-        want = F.cross_entropy(F.linear(hidden, head).float(), target)
+        got = _loss(hidden, head, target, linear_bias=bias, gradient=gradient)
+        want = F.cross_entropy(F.linear(*leaves).float(), target)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    gradients = torch.autograd.grad(got, (hidden, head))
-    assert [g.dtype for g in gradients] == [torch.float32, torch.float32]
+    for leaf, a, b in zip(
+        leaves, torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True
+    ):
+        assert a.dtype == leaf.dtype
+        assert float((a - b).norm() / b.norm()) < 2e-2
+
+
+def test_autocast_leaves_fp64_alone() -> None:
+    hidden, head, target = _batch(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        statistics = linear_token_statistics(hidden, head, target)
+    assert statistics.lse is not None
+    assert statistics.lse.dtype == torch.float64
 
 
 # Memory

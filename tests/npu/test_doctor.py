@@ -62,6 +62,7 @@ def test_the_doctor_names_the_way() -> None:
     done = _run(1, "--device", "npu", COLUMNS="200", VOCAB_PARALLEL_CE_NPU_WAY="operator")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "npu: way operator, by VOCAB_PARALLEL_CE_NPU_WAY" in done.stdout
+    assert done.stdout.count("the fused head by fused operators") == 2  # bf16, fp16
     done = _run(1, "--device", "npu", COLUMNS="300", NPU_SIM_CANN="8.3.0")
     assert "npu: way operator; not max_sum: bfloat16: " in done.stdout
     assert "is not in libopapi.so of CANN 8.3.0" in done.stdout

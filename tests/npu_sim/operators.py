@@ -6,46 +6,27 @@ its order, each output rounded once to the input's dtype.
 
 NPU_SIM_CANN chooses the version: 8.5.0 reads out of bounds at any negative target, ignore_index
 included; 9.0.0 ignores a row whose target equals ignore_index, whatever its sign. Before 8.5.0 the
-fused operator for sharded vocabularies, ``fused_max_sum``, is not there.
+fused operators for sharded vocabularies, ``fused_max_sum`` and those of ``linear``, are not there.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from . import linear
 from .device import on_cpu
+from .strict import OperatorCall, calls, require_sharded_operators
+from .strict import number as _number
+from .strict import require as _require
 
+__all__ = ["FUSED_NAMES", "FUSED_SCHEMA", "KERNELS", "OperatorCall", "backward", "calls", "forward"]
 MOST_ROWS = 200_000  # per-row buffers of the kernel
 LOWEST = -3.4e38  # where the kernel's maximum starts
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@dataclass(frozen=True)
-class OperatorCall:
-    """One call that the operator accepted."""
-
-    name: str
-    rows: int
-    columns: int
-    dtype: torch.dtype
-    reduction: str = "none"
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
-    weighted: bool = False
-
-
-calls: list[OperatorCall] = []
-"""What this process called, in order. ``calls.clear()`` starts over."""
-
-
-def _require(holds: bool, rule: str, name: str = "npu_cross_entropy_loss") -> None:
-    if not holds:
-        raise RuntimeError(f"{name}: {rule}")
 
 
 def forward(
@@ -182,11 +163,7 @@ def fused_max_sum(
     def require(holds: bool, rule: str) -> None:
         _require(holds, rule, name)
 
-    version = os.environ.get("NPU_SIM_CANN", "9.0.0")
-    require(
-        _number(version) >= (8, 5),
-        f"aclnnFusedCrossEntropyLossWithMaxSum is not in libopapi.so of CANN {version}",
-    )
+    require_sharded_operators("aclnnFusedCrossEntropyLossWithMaxSum", name)
     rows = logits_max.numel()
     vectors = {
         "logits_max": logits_max,
@@ -230,6 +207,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "npu_cross_entropy_loss": _forward_kernel,
     "npu_cross_entropy_loss_backward": on_cpu(backward),
     **dict.fromkeys(FUSED_NAMES, on_cpu(fused_max_sum)),
+    **dict.fromkeys(linear.FORWARD_NAMES, on_cpu(linear.online_max_sum)),
+    **dict.fromkeys(linear.BACKWARD_NAMES, on_cpu(linear.backward)),
     "npu_dtype_cast": on_cpu(cast),
     "_npu_dtype_cast": on_cpu(cast),
 }
@@ -282,10 +261,6 @@ def _kept_rows(target: torch.Tensor, columns: int, ignore_index: int) -> torch.T
     bad = kept & ((target < 0) | (target >= columns))
     _require(not bool(bad.any()), _bad_target(target, bad, f"it is not in [0, {columns})"))
     return kept
-
-
-def _number(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _bad_target(target: torch.Tensor, bad: torch.Tensor, why: str) -> str:

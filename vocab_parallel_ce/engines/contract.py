@@ -1,6 +1,7 @@
 """What an engine is: three functions on one device's 2-D tensors, and the words they share.
 
-It may have ``RowFunctions`` besides: its own versions of the arithmetic on [N] vectors.
+It may have ``RowFunctions`` besides, its own versions of the arithmetic on [N] vectors, and
+``LinearFunctions``, which start at hidden states.
 
 An engine knows nothing of groups, reductions, padding or options. It sees one rank's shard
 
@@ -139,6 +140,7 @@ class RowFunctions(Protocol):
         weight_checksum: Tensor | None,
         normalizer: Tensor | None,
         scale_checksum: Tensor | None,
+        selected_checksum: Tensor | None,
         size: int,
         ignore_index: int,
     ) -> Tensor:
@@ -168,6 +170,59 @@ class RowFunctions(Protocol):
         ...
 
 
+class LinearFunctions(Protocol):
+    """An engine's statistics and gradients straight from hidden states [N, H]; it makes the logits
+    that it needs, and nobody sees them.
+
+    They serve a loss with smoothing, class weights, z and one scale. What wants more (a bias, a
+    softcap, entropy, ...) goes by chunks of logits, through the engine's three functions.
+    """
+
+    LEAST_IDS: int
+    """rows of the weight, below which a shard goes by chunks, whatever ``why_not`` said"""
+
+    def why_not(self, dtype: torch.dtype, width: int, ids: int, scale: float) -> str | None:
+        """Why they do not serve such calls; None if they do.
+
+        All ranks must come to the same answer: ``ids`` is an even share of the vocabulary, and
+        ``width`` is H.
+        """
+        ...
+
+    def partials(
+        self,
+        hidden: Tensor,
+        head_weight: Tensor,
+        local_target: Tensor,
+        class_weight: Tensor | None,
+        scale: float,
+        wanted: Wanted,
+        out: Tensor,
+    ) -> None:
+        """``Engine.partials`` of hidden @ head_weight^T. Ignored rows may hold anything."""
+        ...
+
+    def gradients(
+        self,
+        hidden: Tensor,
+        head_weight: Tensor,
+        m: Tensor,
+        s: Tensor,
+        local_target: Tensor,
+        coefficients: Coefficients,
+        class_weight: Tensor | None,
+        scale: float,
+        one_coefficient: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's share of the gradients of ``hidden`` and ``head_weight``, in their dtype.
+
+        Of the logits' gradient dx that ``Engine.gradient`` would write: dx @ head_weight [N, H] and
+        dx^T @ hidden [ids, H]. ``one_coefficient``: in every row, softmax and target's are the same
+        number.
+        """
+        ...
+
+
 class Engine(Protocol):
     """The three functions of an engine module. All run without autograd.
 
@@ -179,6 +234,9 @@ class Engine(Protocol):
 
     ROW_FUNCTIONS: RowFunctions | None
     """None: plain torch does that"""
+
+    LINEAR_FUNCTIONS: LinearFunctions | None
+    """None: matrix products make logits, a chunk at a time"""
 
     LEAVES_LOG_PROB: bool
     """The kernel of ``partials`` writes log-probabilities anyway, and ``log_prob_out`` gets them"""

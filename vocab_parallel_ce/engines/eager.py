@@ -15,6 +15,7 @@ from torch import Tensor
 from .contract import (
     IGNORED,
     Coefficients,
+    LinearFunctions,
     RowFunctions,
     Wanted,
     arithmetic_dtype,
@@ -22,6 +23,7 @@ from .contract import (
 )
 
 ROW_FUNCTIONS: RowFunctions | None = None
+LINEAR_FUNCTIONS: LinearFunctions | None = None
 LEAVES_LOG_PROB = False
 _BLOCK_ELEMENTS = {"cpu": 1 << 18}
 _BLOCK_ELEMENTS_ACCELERATOR = 1 << 24
@@ -39,19 +41,44 @@ def _blocks(logits: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def _capped(logits: Tensor, softcap: float) -> Tensor:
-    """tanh(logits / softcap) in the arithmetic dtype."""
-    return logits.to(arithmetic_dtype(logits.dtype), copy=True).div_(softcap).tanh_()
+def _scratch(logits: Tensor, columns: int) -> Tensor:
+    """Memory in the arithmetic dtype for one block of rows."""
+    block = next(_blocks(logits), slice(0, 0))
+    dtype = arithmetic_dtype(logits.dtype)
+    return torch.empty(block.stop, columns, dtype=dtype, device=logits.device)
 
 
-def _scaled(logits: Tensor, rows: slice, scale: float | Tensor, softcap: float) -> Tensor:
-    """x of some rows in the arithmetic dtype, always fresh memory."""
+def _capped(logits: Tensor, softcap: float, scratch: Tensor) -> Tensor:
+    """tanh(logits / softcap), in ``scratch``."""
+    return scratch[: logits.shape[0]].copy_(logits).div_(softcap).tanh_()
+
+
+def _x(
+    logits: Tensor, rows: slice, scale: float | Tensor, softcap: float, scratch: Tensor
+) -> Tensor:
+    """x of some rows: the logits where they lie if x is just that, else in ``scratch``."""
     block = logits[rows]
+    same = not isinstance(scale, Tensor) and scale == 1
+    if same and softcap == 0 and block.dtype == scratch.dtype:
+        return block
     if softcap == 0:
-        x = block.to(arithmetic_dtype(block.dtype), copy=True)
+        x = scratch[: block.shape[0]].copy_(block)
     else:
-        x = _capped(block, softcap).mul_(softcap)
-    return x.mul_(scale[rows, None] if isinstance(scale, Tensor) else scale)
+        x = _capped(block, softcap, scratch).mul_(softcap)
+    return x if same else x.mul_(scale[rows, None] if isinstance(scale, Tensor) else scale)
+
+
+def _less(x: Tensor, m: Tensor, out: Tensor) -> Tensor:
+    """x - m in the first rows of ``out``, which may hold x."""
+    return torch.sub(x, m[:, None], out=out[: x.shape[0]])
+
+
+def _zero_ignored(dx: Tensor, target: Tensor) -> None:
+    """Written as zeros, never multiplied into them: 0 * NaN is NaN."""
+    ignored = target == IGNORED
+    # Only a CPU can look first, without waiting for a device.
+    if dx.device.type != "cpu" or bool(ignored.any()):
+        dx.masked_fill_(ignored[:, None], 0.0)
 
 
 def _select(values: Tensor, local_target: Tensor) -> Tensor:
@@ -73,12 +100,11 @@ def partials(
 ) -> None:
     """See ``contract.Engine``."""
     named = dict(zip(wanted.rows, out.unbind(0), strict=True))
+    scratch = _scratch(logits, logits.shape[1])
     for rows in _blocks(logits):
         target = local_target[rows]
-        x = _scaled(logits, rows, scale, softcap)
+        x = _x(logits, rows, scale, softcap, scratch)
         ignored = target == IGNORED
-        if not wanted.ignored_rows:
-            x.masked_fill_(ignored[:, None], 0.0)
         m = x.amax(1)
         x_y = _select(x, target)
         if wanted.argmax:
@@ -88,14 +114,14 @@ def partials(
             bits = named["argmax"].view(torch.int64 if x.dtype == torch.float64 else torch.int32)
             bits[rows] = first.to(bits.dtype).masked_fill_(ignored, 0)
         # An all -inf row is taken relative to 0: -inf - -inf would be NaN.
-        x -= torch.where(m == -torch.inf, 0.0, m)[:, None]
+        d = _less(x, torch.where(m == -torch.inf, 0.0, m), out=scratch)
         if wanted.smooth:
             # A matrix product sums in long chains and loses several times as much as torch.sum.
-            named["u"][rows] = (x if weight is None else x * weight).sum(1)
-        e = x.exp()
+            named["u"][rows] = (d if weight is None else d * weight).sum(1)
+        e = d.exp() if wanted.entropy else d.exp_()
         named["s"][rows] = e.sum(1)
         if wanted.entropy:
-            named["t"][rows] = torch.where(e == 0, 0.0, e * x).sum(1)
+            named["t"][rows] = torch.where(e == 0, 0.0, e * d).sum(1)
         if wanted.squares:
             named["q"][rows] = e.square_().sum(1)
         named["m"][rows] = m
@@ -121,17 +147,22 @@ def gradient(
     """See ``contract.Engine``."""
     softmax, target_part, smooth, entropy = coefficients
     local_target = without_unused(local_target, coefficients)
+    factor = softmax / s
+    scratch = _scratch(logits, logits.shape[1])
     for rows in _blocks(logits):
         target = local_target[rows]
-        x = _scaled(logits, rows, scale, softcap).sub_(m[rows, None])
+        # Read before the gradient may take the place of the logits.
+        slope = 1 - _capped(logits[rows], softcap, scratch).square_() if softcap != 0 else None
+        x = _x(logits, rows, scale, softcap, scratch)
+        # The target's gradient is added before anything is rounded.
+        dx = _less(x, m[rows], out=out[rows] if out.dtype == scratch.dtype else scratch)
         if entropy is None:
-            p = x.exp_().div_(s[rows, None])
-            dx = p.mul_(softmax[rows, None])
+            dx.exp_().mul_(factor[rows, None])
         else:
-            log_p = x.sub_(s[rows].log()[:, None])
+            log_p = dx.sub_(s[rows].log()[:, None])
             p = log_p.exp()
             bend = torch.where(p == 0, 0.0, log_p * entropy[rows, None])
-            dx = p.mul_(softmax[rows, None] - bend)
+            torch.mul(p, softmax[rows, None] - bend, out=dx)
         if smooth is not None:
             g = smooth[rows, None]
             dx -= g if weight is None else g * weight
@@ -139,17 +170,18 @@ def gradient(
         column = torch.where(owned, target, 0)[:, None]
         one_hot = torch.where(owned, target_part[rows], 0.0)[:, None]
         dx.scatter_add_(1, column, -one_hot)
-        if softcap != 0:
-            dx *= 1 - _capped(logits[rows], softcap).square_()
-        # Written as zeros, never multiplied into them: 0 * NaN is NaN.
-        dx.masked_fill_((target == IGNORED)[:, None], 0.0)
-        out[rows] = dx
+        if slope is not None:
+            dx *= slope
+        _zero_ignored(dx, target)
+        if out.dtype != dx.dtype:
+            out[rows] = dx
 
 
 def log_prob(
     logits: Tensor, m: Tensor, s: Tensor, scale: float | Tensor, softcap: float, out: Tensor
 ) -> None:
     """See ``contract.Engine``."""
+    scratch = _scratch(logits, logits.shape[1])
     for rows in _blocks(logits):
-        x = _scaled(logits, rows, scale, softcap)
-        out[rows] = x.sub_(m[rows, None]).sub_(s[rows].log()[:, None])
+        x = _x(logits, rows, scale, softcap, scratch)
+        out[rows] = _less(x, m[rows], out=scratch).sub_(s[rows].log()[:, None])

@@ -5,6 +5,7 @@
     call.py        one call: its tensors, its request, its chunk
     wide.py        whether logits are made in fp32
     kept.py        which rows take part in the products, and in which portions
+    straight.py    whether an engine's own functions do it all, without logits
     forward.py     partials by chunks of rows, one exchange
     backward.py    gradients from logits that are computed again: by blocks of columns, or of rows
     in_forward.py  a reduced loss and its gradients in one pass, chunk by chunk

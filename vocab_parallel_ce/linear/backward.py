@@ -1,8 +1,9 @@
 """Gradients of the fused head from logits that are computed again.
 
-By blocks of columns: every row at once, so a block's rows of the weight's gradient are one exact
-product, and only the gradient of the hidden states is added up. Where a budget would leave few
-columns (very many rows), by portions of rows.
+Straight from hidden states where the engine has functions for that, which make the logits
+themselves. Else by blocks of columns: every row at once, so a block's rows of the weight's gradient
+are one exact product, and only the gradient of the hidden states is added up. Where a budget would
+leave few columns (very many rows), by portions of rows.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..engines.contract import ELSEWHERE, IGNORED
-from ..passes import RowResult, compute_gradient
+from ..engines.contract import ELSEWHERE, IGNORED, LinearFunctions
+from ..passes import RowResult, compute_gradient, gradient_coefficients
+from ..request import RowRequest, is_on
 from .call import LinearCall
 from .hidden import HiddenRows, HiddenSum
-from .kept import Portion, Rows, is_narrow, kept_rows, masked
+from .kept import Portion, Rows, is_narrow, kept_rows, masked, some_of
+from .straight import class_weight, functions_of
 from .sums import BiasSum, WeightSum
 
 
@@ -62,11 +65,54 @@ def linear_gradient(
     # A row that nothing depends on is left out as an ignored one is.
     alive = (result.local_target != IGNORED) & (grad_stats != 0).any(0)
     kept = kept_rows(alive) if call.leaves_out else None
+    functions = functions_of(call)
+    if functions is not None:
+        return _straight(call, functions, leaves, result, grad_stats, needs, kept)
     rows = call.rows if kept is None else kept.shape[0]
     columns = call.block_columns(rows)
+    if call.statics.straight and not call.request.sequence_parallel:
+        columns = max(1, call.head.size)  # few, and one sum of hidden gradients as on other ranks
     if columns is None:
         return by_rows(call, leaves, result, grad_stats, needs, alive, kept)
     return _by_columns(call, leaves, result, grad_stats, needs, alive, kept, columns)
+
+
+def _straight(
+    call: LinearCall,
+    functions: LinearFunctions,
+    leaves: Leaves,
+    result: RowResult,
+    grad_stats: Tensor,
+    needs: Needs,
+    kept: Tensor | None,
+) -> Gradients:
+    size = call.statics.chunk if call.request.sequence_parallel else call.rows
+    portions = call.portions(kept, max(1, size))
+    source = HiddenRows(call, portions)
+    total = HiddenSum(call) if needs.hidden else None
+    weight = WeightSum(leaves.weight, call.head.size, len(portions)) if needs.weight else None
+    for portion in portions:
+        some = rows_of(result, portion.rows)
+        coefficients = gradient_coefficients(
+            some, call.weight, grad_stats[:, portion.rows], call.request
+        )
+        of_hidden, of_weight = functions.gradients(
+            source.take(portion), call.head.weight, some.m, some.s, some.local_target, coefficients,
+            class_weight(call), call.request.scale, _has_one_coefficient(call.request),
+        )  # fmt: skip
+        if total is not None:
+            total.put(portion, of_hidden)
+        if weight is not None:
+            weight.add_product(of_weight)
+    return Gradients(
+        None if total is None else total.result(), None if weight is None else weight.result()
+    )
+
+
+def _has_one_coefficient(request: RowRequest) -> bool:
+    """Whether the gradient of every row is a number times (p - [target])."""
+    reduced = request.reduction != "none"  # else whoever gets lse may give it a gradient
+    return reduced and not request.smooth and not is_on(request.lse_square_scale)
 
 
 def _by_columns(
@@ -206,7 +252,8 @@ def rows_of(result: RowResult, rows: Rows) -> RowResult:
     """Some rows of it, as a gradient needs them."""
     return RowResult(
         result.stats[:, rows], result.m[rows], result.s[rows], result.local_target[rows],
-        result.argmax, result.normalizer,
+        result.argmax, result.normalizer, some_of(result.scale, rows),
+        some_of(result.selected, rows),
     )  # fmt: skip
 
 

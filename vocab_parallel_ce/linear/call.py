@@ -9,33 +9,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..engines.contract import Engine
+from ..passes import fill_partials
 from ..preflight import Plan
-from ..request import RowRequest
+from ..request import LinearRequest, RowRequest
 from .chunks import columns_of_a_block
 from .head import Head
-from .kept import Portion, portions, portions_of_parts
+from .kept import Portion, Rows, portions, portions_of_parts, some_of
 
 
 @dataclass(frozen=True)
 class Statics:
     """What autograd and the custom operators carry beside tensors."""
 
-    request: RowRequest
+    request: LinearRequest
     chunk: int
     """rows of logits that exist at a time"""
     scratch_mib: float | None = None
     partial: bool = False
     """the gradient of the hidden states is left unsummed"""
-    sequence_parallel: bool = False
-    """each rank has its part of the hidden states"""
     wide: bool = False
     """logits are fp32, their gradient is not"""
+    straight: bool = False
+    """no logits are made, see ``straight``"""
     sums_hidden: bool = False
     """the gradient of the hidden states will be summed over ranks: they must agree on it"""
 
     def scalars(self) -> tuple[Any, ...]:
         """For a custom operator, behind those of the request."""
-        return self.chunk, self.scratch_mib, self.partial, self.sequence_parallel, self.wide
+        return self.chunk, self.scratch_mib, self.partial, self.wide, self.straight
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,13 @@ class LinearCall:
     statics: Statics
     group: dist.ProcessGroup | None
     normalizer: Tensor | None = None
+    scale: Tensor | None = None
+    """[N] where each row has its own; counts in place of the request's"""
+    selected: Tensor | None = None
+    """[N, K] int64 ids whose log-probabilities are asked for"""
 
     @property
-    def request(self) -> RowRequest:
+    def request(self) -> LinearRequest:
         return self.statics.request
 
     @property
@@ -64,11 +70,12 @@ class LinearCall:
     @property
     def leaves_out(self) -> bool:
         """Whether ignored rows are left out of the products."""
-        return self.hidden.device.type == "cpu" and not self.statics.sequence_parallel
+        asked = self.hidden.device.type == "cpu" or self.request.drop_ignored
+        return asked and not self.request.sequence_parallel
 
     def portions(self, kept: Tensor | None, size: int) -> list[Portion]:
         """Of all rows, or of those that are kept, so many at a time."""
-        if not self.statics.sequence_parallel:
+        if not self.request.sequence_parallel:
             return portions(self.rows, kept, size)
         world = 1 if self.group is None else self.group.size()
         return portions_of_parts(self.rows, world, size, self.hidden.device)
@@ -88,12 +95,20 @@ class LinearCall:
         """What the preflight tells; ``like`` has the logits' dtype and device."""
         return Plan(
             self.request, like, self.target, self.normalizer, width=self.hidden.shape[1],
-            chunk=chunk, sums_hidden=self.statics.sums_hidden,
+            chunk=chunk, scale=self.scale, sums_hidden=self.statics.sums_hidden,
+            selected=self.selected,
+        )  # fmt: skip
+
+    def fill(self, engine: Engine, parts: Tensor, rows: Rows, logits: Tensor, at: Tensor) -> None:
+        """The partials of ``rows`` from their logits; ``at`` [n] are columns of their targets."""
+        fill_partials(
+            engine, parts, logits, at, self.weight, self.request, scale=some_of(self.scale, rows),
+            selected=some_of(self.selected, rows),
         )  # fmt: skip
 
     def block_columns(self, rows: int) -> int | None:
         """Columns of logits that exist at a time in backward; None: go by rows."""
-        if self.statics.sequence_parallel:  # all rows at once are what nobody holds
+        if self.request.sequence_parallel:  # all rows at once are what nobody holds
             return None
         itemsize = bytes_of_a_logit(self.hidden.dtype, self.statics.wide)
         return columns_of_a_block(rows, itemsize, self.hidden.device.type, self.statics.scratch_mib)
@@ -106,12 +121,16 @@ def linear_call(
     target: Tensor,
     weight: Tensor | None,
     normalizer: Tensor | None,
+    scale: Tensor | None,
+    selected: Tensor | None,
     statics: Statics,
     group: dist.ProcessGroup | None,
 ) -> LinearCall:
-    """From tensors as a caller has them: [..., H], [V_r, H], [V_r], [...]."""
+    """From tensors as a caller has them: [..., H], [V_r, H], [V_r], [...]; scale is [N]."""
     head = plain_head(head_weight, head_bias, statics.request)
-    return LinearCall(flat(hidden), head, target.reshape(-1), weight, statics, group, normalizer)
+    return LinearCall(
+        flat(hidden), head, target.reshape(-1), weight, statics, group, normalizer, scale, selected
+    )
 
 
 def plain_head(weight: Tensor, bias: Tensor | None, request: RowRequest) -> Head:

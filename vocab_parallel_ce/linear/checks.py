@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..checks import LOGITS_DTYPES, Held, Options, Outputs, check_group, is_number, prepare
 from ..kinds import Kind, check_kinds, kind_of, settled
-from ..request import is_on
-from ..scales import number_of
+from ..request import LinearRequest, is_on
 from ..shard import group_rank_and_size
 from ..transforms import check_transforms
 from .call import Statics, bytes_of_a_logit
-from .chunks import rows_of_a_chunk
+from .chunks import least_mib, rows_of_a_chunk
+from .straight import goes_straight
 from .wide import makes_wide_logits
 
 GRADIENTS = ("auto", "forward", "recompute")
@@ -33,6 +33,7 @@ class LinearOptions(NamedTuple):
     hidden_gradient: str = "summed"
     sequence_parallel: bool = False
     scratch_mib: float | None = None
+    drop_ignored: bool = False
 
 
 class LinearTensors(NamedTuple):
@@ -46,21 +47,24 @@ class LinearTensors(NamedTuple):
     normalizer: Tensor | float | None
 
 
-def admit_linear(tensors: LinearTensors, options: Options) -> LinearTensors:
+def admit_linear(tensors: LinearTensors, options: Options) -> tuple[LinearTensors, Options]:
     """The same with memory of their own, where they only wait to get some.
 
     Raises as ``kinds.check_kinds`` and ``transforms.check_transforms`` do.
     """
     if torch.compiler.is_compiling():
-        return tensors
+        return tensors, options
     check_group(options.group)
     rank, world = group_rank_and_size(options.group)
     where = f" (rank {rank} of the group)" if world > 1 else ""
-    named = {n: v for n, v in tensors._asdict().items() if isinstance(v, Tensor)}
+    of_options = {"scale": options.scale, "selected": options.selected}
+    given = {**tensors._asdict(), **of_options}
+    named = {n: v for n, v in given.items() if isinstance(v, Tensor)}
     check_kinds(named, where)
     check_transforms(named, world == 1, where)
     memory: dict[str, Any] = {name: settled(value) for name, value in named.items()}
-    return tensors._replace(**memory)
+    options = options._replace(**{n: memory.pop(n) for n in of_options if n in memory})
+    return tensors._replace(**memory), options
 
 
 def prepare_linear(
@@ -75,11 +79,6 @@ def prepare_linear(
     rank, world = group_rank_and_size(options.group)
     where = f" (rank {rank} of the group)" if world > 1 else ""
     _check_words(linear, where)
-    if number_of(options.scale) is None:
-        raise ValueError(
-            f"scale must be one number for all rows of a fused head{where}; divide the hidden "
-            "states by the temperature of each row instead"
-        )
     _check_tensors(tensors, where)
     _check_target(tensors.input, tensors.target, linear, world, where)
     if linear.sequence_parallel and linear.hidden_gradient == "partial":
@@ -89,27 +88,34 @@ def prepare_linear(
         )
     columns = tensors.linear_weight.shape[0]
     logits = tensors.input.detach().new_empty(()).expand(*tensors.target.shape, columns)
-    request = prepare(logits, tensors.target, tensors.weight, options, outputs, _HEAD)
+    shared = prepare(logits, tensors.target, tensors.weight, options, outputs, _HEAD)
+    biased, split = tensors.linear_bias is not None, linear.sequence_parallel and world > 1
+    request = LinearRequest(*(*shared.scalars(), biased, split, linear.drop_ignored))
     share = -(-request.vocab_size // world)
     device, dtype = tensors.input.device.type, tensors.input.dtype
     wide = makes_wide_logits(device, dtype)
     itemsize = bytes_of_a_logit(dtype, wide)
-    chunk = rows_of_a_chunk(share, itemsize, device, linear.scratch_mib)
+    chunk = rows_of_a_chunk(share, itemsize, device, linear.scratch_mib, where)
     if linear.sequence_parallel and chunk < world:
         raise ValueError(
             f"scratch_mib={linear.scratch_mib} has room for {chunk} rows of logits, but with "
-            f"sequence_parallel=True a portion has one of each of the {world} ranks; pass more"
+            f"sequence_parallel=True a portion has one of each of the {world} ranks{where}; pass "
+            f"at least {least_mib(world * share * itemsize)}, or None for the default"
         )
+    recording = torch.is_grad_enabled()
+    frozen = recording and tensors.input.requires_grad != tensors.linear_weight.requires_grad
+    straight = linear.gradient != "forward" and options.selected is None
+    straight = straight and goes_straight(tensors.input, frozen, request, share)
     return Statics(
         request,
         chunk,
         linear.scratch_mib,
         linear.hidden_gradient == "partial",
-        linear.sequence_parallel and world > 1,
         wide,
         sums_hidden=torch.is_grad_enabled()
         and tensors.input.requires_grad
         and linear.hidden_gradient == "summed",
+        straight=straight,
     )
 
 
@@ -127,10 +133,12 @@ def in_forward(
     linear: LinearOptions,
     return_zloss: bool,
     rows_shared: bool,
+    straight: bool = False,
 ) -> bool:
     """Whether this call computes gradients together with the loss.
 
     ``rows_shared``: other ranks hold other rows, so that denominators are summed over them.
+    ``straight``: the engine makes no logits, in backward either.
 
     Raises ValueError where that is asked for and cannot be.
     """
@@ -138,12 +146,15 @@ def in_forward(
     serves = options.reduction != "none" and not z_apart
     if linear.gradient == "forward" and not serves:
         why = "the z-loss has a gradient of its own" if z_apart else "every row has one of its own"
+        rank, world = group_rank_and_size(options.group)
+        where = f" (rank {rank} of the group)" if world > 1 else ""
         raise ValueError(
             f"gradient='forward' needs one incoming gradient, but with "
-            f"{'return_zloss=True' if z_apart else 'reduction=none'} {why}; use gradient='auto' "
-            "or 'recompute'"
+            f"{'return_zloss=True' if z_apart else 'reduction=none'} {why}{where}; use "
+            "gradient='auto' or 'recompute'"
         )
     auto = linear.gradient == "auto" and serves and tensors.input.dtype != torch.float16
+    auto &= not straight
     if rows_shared and torch.compiler.is_compiling():  # no operator sums in the middle of it
         return False
     leaves = (tensors.input, tensors.linear_weight, tensors.linear_bias)
@@ -157,9 +168,13 @@ def _check_words(linear: LinearOptions, where: str) -> None:
         value = getattr(linear, name)
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{where}")
-    if not isinstance(linear.sequence_parallel, bool):
-        raise TypeError(
-            f"sequence_parallel must be True or False, got {linear.sequence_parallel!r}{where}"
+    for name in ("sequence_parallel", "drop_ignored"):
+        if not isinstance(getattr(linear, name), bool):
+            raise TypeError(f"{name} must be True or False, got {getattr(linear, name)!r}{where}")
+    if linear.drop_ignored and linear.sequence_parallel:
+        raise ValueError(
+            "drop_ignored=True leaves rows out that each rank holds whole, but with "
+            f"sequence_parallel=True each has a part of them{where}; use one of the two"
         )
     scratch = linear.scratch_mib
     if scratch is not None and (not is_number(scratch) or not 0 < scratch < float("inf")):

@@ -8,6 +8,8 @@ vocabulary; a rank that holds more takes more in proportion.
 
 from __future__ import annotations
 
+import math
+
 LEAST = 128
 """rows, or columns, below which a default budget does not go"""
 MIB = 1 << 20
@@ -22,7 +24,7 @@ def budget_bytes(device_type: str, scratch_mib: float | None) -> int:
 
 
 def rows_of_a_chunk(
-    columns: int, itemsize: int, device_type: str, scratch_mib: float | None = None
+    columns: int, itemsize: int, device_type: str, scratch_mib: float | None = None, where: str = ""
 ) -> int:
     """At least 128, or what an explicit ``scratch_mib`` allows.
 
@@ -36,9 +38,14 @@ def rows_of_a_chunk(
     if rows < 1:
         raise ValueError(
             f"scratch_mib={scratch_mib} has no room for one row of logits: {columns} columns of "
-            f"{itemsize} bytes take {row / MIB:.3g} MiB; pass more, or None for the default"
+            f"{itemsize} bytes{where}; pass at least {least_mib(row)}, or None for the default"
         )
     return rows
+
+
+def least_mib(size: int) -> float:
+    """``scratch_mib`` with room for so many bytes, in few digits."""
+    return math.ceil(size / MIB * 1e6) / 1e6
 
 
 def columns_of_a_block(

@@ -1,22 +1,32 @@
-"""Statistics of all rows: logits by chunks of rows, partials into one payload, one exchange."""
+"""Statistics of all rows: logits by chunks of rows, partials into one payload, one exchange.
+
+Where an engine has functions of its own that go straight from hidden states, there are no chunks.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from ..engines.contract import IGNORED, Engine
 from ..header import fingerprint, fingerprint_bits
-from ..passes import RowResult, exchange_statistics, fill_partials
+from ..passes import RowResult, exchange_statistics
+from ..preflight import together
 from .call import LinearCall
-from .hidden import HiddenRows
+from .hidden import HiddenRows, preflight_before_gathers
 from .kept import Rows, count, kept_rows, masked
+from .straight import class_weight, functions_of
 
 
 def linear_statistics(call: LinearCall) -> RowResult:
     """The forward pass. Nothing of the size of the logits outlives a chunk."""
-    chunk = min(call.statics.chunk, call.rows)
-    scratch = call.scratch(chunk, call.head.size)
+    functions = functions_of(call)
+    at_once = functions is not None and not call.request.sequence_parallel
+    chunk = call.rows if at_once else min(call.statics.chunk, call.rows)
+    scratch = call.scratch(chunk if functions is None else 0, call.head.size)
 
     def fill(engine: Engine, parts: Tensor, local_target: Tensor) -> Tensor | None:
         keep = local_target != IGNORED
@@ -29,27 +39,33 @@ def linear_statistics(call: LinearCall) -> RowResult:
         for portion in portions:
             hidden = source.take(portion)
             told.add(hidden, keep[portion.rows])
-            logits = call.head.logits(hidden, scratch[: portion.count])
-            fill_rows(engine, parts, portion.rows, logits, local_target, call)
+            column = local_target[portion.rows]
+            with rows_of_parts(parts, portion.rows) as some:
+                if functions is not None:
+                    functions.partials(
+                        hidden, call.head.weight, column, class_weight(call), call.request.scale,
+                        call.request.wanted, some,
+                    )  # fmt: skip
+                    continue
+                logits = call.head.logits(hidden, scratch[: portion.count])
+                call.fill(engine, some, portion.rows, logits, column)
         return told.bits()
 
-    return exchange_statistics(fill, call.plan(scratch, 0), call.target, call.weight, call.group)
+    preflight_before_gathers(call, scratch, 0)
+    with together(call.group, call.request.check):
+        return exchange_statistics(
+            fill, call.plan(scratch, 0), call.target, call.weight, call.group
+        )
 
 
-def fill_rows(
-    engine: Engine,
-    parts: Tensor,
-    rows: Rows,
-    logits: Tensor,
-    local_target: Tensor,
-    call: LinearCall,
-) -> None:
-    """The partials of some rows into their places in ``parts`` [k, N]."""
+@contextmanager
+def rows_of_parts(parts: Tensor, rows: Rows) -> Iterator[Tensor]:
+    """Some rows of ``parts`` [k, N], to be filled."""
     if isinstance(rows, slice):
-        fill_partials(engine, parts[:, rows], logits, local_target[rows], call.weight, call.request)
+        yield parts[:, rows]
         return
     some = parts.new_empty(parts.shape[0], count(rows))
-    fill_partials(engine, some, logits, local_target[rows], call.weight, call.request)
+    yield some
     parts[:, rows] = some
 
 
@@ -61,7 +77,7 @@ class Told:
 
     def __init__(self, call: LinearCall) -> None:
         several = call.group is not None and call.group.size() > 1
-        several &= not call.statics.sequence_parallel  # what was gathered is the same
+        several &= not call.request.sequence_parallel  # what was gathered is the same
         on_host = call.hidden.device.type == "cpu" or call.request.checking
         self._sum = torch.zeros(2, device=call.hidden.device) if several and on_host else None
 

@@ -15,8 +15,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..collectives import all_gather_flat, backends_of, sum_and_scatter
+from ..preflight import preflight
 from .call import LinearCall
 from .kept import Portion, is_narrow
+
+
+def preflight_before_gathers(call: LinearCall, like: Tensor, chunk: int) -> None:
+    """With check, and parts of a sequence: ranks compare notes before the first of them is sent.
+
+    Else a rank that holds whole hidden states would meet a gather with its preflight.
+    """
+    group = call.group
+    if call.request.sequence_parallel and call.request.checking and group is not None:
+        preflight(call.plan(like, chunk), group)
 
 
 class HiddenRows:

@@ -1,8 +1,8 @@
 """Which rows take part in the matrix products, and in which portions.
 
 On a CPU ignored rows are left out before the products: often most of a batch. That takes a look at
-the values of targets, for which an accelerator would have to be waited for; there all rows are kept
-and those that do not count hold zeros.
+the values of targets, for which an accelerator has to be waited for; there, unless the caller asks
+for it, all rows are kept and those that do not count hold zeros.
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ def portions_of_parts(rows: int, parts: int, size: int, device: torch.device) ->
         numbers = (firsts + torch.arange(begin, end, device=device)).flatten()
         out.append(Portion(numbers, slice(begin, end)))
     return out
+
+
+def some_of(values: Tensor | None, rows: Rows) -> Tensor | None:
+    """Some rows of [N, ...], where there are any values."""
+    return None if values is None else values[rows]
 
 
 def count(rows: Rows) -> int:

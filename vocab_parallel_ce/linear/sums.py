@@ -47,6 +47,14 @@ class WeightSum:
             else:
                 self._used[columns] = product
 
+    def add_product(self, product: Tensor) -> None:
+        """One portion's x^T h [size, H], made elsewhere."""
+        begun, self._begun = self._begun, True
+        if begun:
+            self._used += product
+        else:
+            self._used.copy_(product)
+
     def result(self) -> Tensor:
         """In the weight's dtype, unless it was to be kept wide."""
         if not self._begun:

@@ -1,4 +1,4 @@
-"""What only the cpu engine has: vectors, conversions, its exponential, threads, the compiler.
+"""What only the cpu engine has: blocks, far addresses, threads, one compilation, availability.
 
 What the contract asks of every engine is in test_eager, which runs on this engine too.
 """
@@ -14,7 +14,6 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 import numba
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -27,20 +26,13 @@ from vocab_parallel_ce.engines.contract import (
     arithmetic_dtype,
 )
 from vocab_parallel_ce.engines.cpu import engine as cpu
-from vocab_parallel_ce.engines.cpu import lanes
-from vocab_parallel_ce.testing import ulp
+from vocab_parallel_ce.engines.cpu.threads import SEQUENTIAL_BELOW
 from vocab_parallel_ce.testing.engine import Shard, Subject
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
 # Around the vectors of 16, the pairs of 32 and the blocks of 1024
 COLUMNS = (1, 2, 15, 17, 31, 33, 1000, 1023, 1025, 1055, 5000)
-TOKENS = {
-    torch.bfloat16: np.uint16(0),
-    torch.float16: np.int16(0),
-    torch.float32: np.float32(0),
-    torch.float64: np.float64(0),
-}
 ALL = Wanted(smooth=True, entropy=True, argmax=True, squares=True)
 ENGINE = Subject(cpu)
 
@@ -144,7 +136,7 @@ def test_in_place_is_the_same_bits(parts: int, dtype: torch.dtype) -> None:
 @every_dtype
 def test_any_number_of_threads_is_the_same_bits(dtype: torch.dtype) -> None:
     c = case(301, 1055, dtype)
-    assert c.logits.numel() > 2 * cpu.SEQUENTIAL_BELOW
+    assert c.logits.numel() > 2 * SEQUENTIAL_BELOW
     answers = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
@@ -179,19 +171,6 @@ def test_several_threads_may_call_at_once() -> None:
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
     assert not wrong
-
-
-def test_an_error_in_a_thread_reaches_the_caller() -> None:
-    def kernel(begin: int, end: int, columns: int) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            raise ArithmeticError("from a thread")
-        event.wait(10)
-
-    event = threading.Event()
-    torch.set_num_threads(2)
-    threading.Timer(0.2, event.set).start()
-    with pytest.raises(ArithmeticError, match="from a thread"):
-        cpu._run(kernel, torch.empty(64, 1 << 13))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -248,73 +227,6 @@ def test_a_wrong_dtype_is_refused_not_read() -> None:
         run_gradient(c, m, s, torch.empty(4, 20))
 
 
-# Conversions
-
-
-@numba.njit
-def convert(source: int, result: int, count: int, stored: Any, wanted: Any) -> None:
-    for i in range(0, count, lanes.LANES):
-        x = lanes.load(source + i * lanes.size_of(stored), stored)
-        lanes.store(result + i * lanes.size_of(wanted), x, wanted)
-
-
-@numba.njit
-def convert_one_by_one(source: int, result: int, count: int, stored: Any, wanted: Any) -> None:
-    for i in range(count):
-        x = lanes.read(source + i * lanes.size_of(stored), stored)
-        lanes.write(result + i * lanes.size_of(wanted), x, wanted)
-
-
-@numba.njit
-def copy_in_pairs(source: int, result: int, count: int, stored: Any, _: Any) -> None:
-    for i in range(0, count, lanes.PAIR):
-        a, b = lanes.load_pair(source + i * lanes.size_of(stored), stored)
-        lanes.store_pair(result + i * lanes.size_of(stored), a, b, stored)
-
-
-def converted(function: Any, values: Tensor, dtype: torch.dtype) -> Tensor:
-    result = torch.empty(values.shape, dtype=dtype)
-    tokens = TOKENS[values.dtype], TOKENS[dtype]
-    function(values.data_ptr(), result.data_ptr(), values.numel(), *tokens)
-    return result
-
-
-def assert_same_bits(got: Tensor, want: Tensor) -> None:
-    """-0 is not 0; a NaN is a NaN."""
-    nan = want.isnan()
-    assert torch.equal(got.isnan(), nan)
-    integer = torch.int16 if got.element_size() == 2 else torch.int32
-    assert torch.equal(got.view(integer)[~nan], want.view(integer)[~nan])
-
-
-@every_half
-@pytest.mark.parametrize("function", [convert, convert_one_by_one], ids=["lanes", "scalar"])
-def test_every_16_bit_pattern_widens(function: Any, dtype: torch.dtype) -> None:
-    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
-    assert_same_bits(converted(function, patterns, torch.float32), patterns.float())
-
-
-@every_half
-def test_every_16_bit_pattern_survives_a_pair(dtype: torch.dtype) -> None:
-    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
-    assert_same_bits(converted(copy_in_pairs, patterns, dtype), patterns)
-
-
-@every_half
-@pytest.mark.parametrize("function", [convert, convert_one_by_one], ids=["lanes", "scalar"])
-def test_rounding_is_that_of_torch(function: Any, dtype: torch.dtype) -> None:
-    """Four million random patterns, and every 16-bit number with what lies halfway to the next."""
-    patterns = torch.randint(-(2**31), 2**31, (1 << 22,)).to(torch.int32).view(torch.float32)
-    halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype).float()
-    halves = halves.view(torch.int32)[:, None]
-    dropped = 16 if dtype == torch.bfloat16 else 13
-    near = torch.tensor([-1, 0, 1, *((1 << (dropped - 1)) + i for i in (-1, 0, 1))])
-    edges = (halves + near.to(torch.int32)).flatten().view(torch.float32)
-    tiny = torch.linspace(-7e-5, 7e-5, 1 << 16)  # subnormal fp16
-    for values in (patterns, edges, tiny):
-        assert_same_bits(converted(function, values, dtype), values.to(dtype))
-
-
 def test_a_nan_of_any_bits_stays_one_in_a_bf16_gradient() -> None:
     """Rounding 0x7fffffff as if it were a number would make -0 of it."""
     c = case(6, 64, torch.bfloat16)
@@ -335,58 +247,7 @@ def test_a_nan_of_any_bits_stays_one_in_a_bf16_gradient() -> None:
     assert torch.equal(dx.isnan(), c.logits.isnan())
 
 
-# The exponential
-
-
-@numba.njit
-def exponentials(source: int, result: int, count: int, stored: Any, precision: Any) -> None:
-    for i in range(0, count, lanes.LANES):
-        place = i * lanes.size_of(stored)
-        x = lanes.load(source + place, stored)
-        lanes.store(result + place, lanes.exp(x, precision), stored)
-
-
-def exponential(d: Tensor, precision: torch.dtype) -> Tensor:
-    e = torch.empty_like(d)
-    arguments = d.data_ptr(), e.data_ptr(), d.numel(), TOKENS[d.dtype], TOKENS[precision]
-    exponentials(*arguments)
-    return e
-
-
-@pytest.mark.parametrize(
-    ("precision", "largest"),
-    [(torch.float32, 1e-7), (torch.bfloat16, 1e-5), (torch.float16, 1e-5)],
-    ids=str,
-)
-def test_the_error_of_the_exponential(precision: torch.dtype, largest: float) -> None:
-    """Every 61st float from -2^-30 to -2^7."""
-    ends = torch.tensor([-(2.0**-30), -(2.0**7)]).view(torch.int32).tolist()
-    d = torch.arange(ends[0], ends[1], 61).to(torch.int32).view(torch.float32)
-    d = d[: d.numel() // 16 * 16]
-    e, exact = exponential(d, precision).double(), d.double().exp()
-    normal = exact >= 2.0**-126
-    assert float(((e - exact) / exact)[normal].abs().max()) < largest
-    # Either side of the smallest normal number, by the error that is allowed.
-    assert bool((e[exact < 2.0**-126 * (1 - 1e-4)] == 0).all())
-
-
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_special_exponentials(precision: torch.dtype) -> None:
-    d = torch.zeros(16, dtype=arithmetic_dtype(precision))
-    d[1], d[2], d[3], d[4] = -torch.inf, torch.nan, -1e30, -0.0
-    e = exponential(d, precision)
-    assert e[0] == e[4] == 1
-    assert e[1] == e[3] == 0
-    assert bool(e[2].isnan())
-
-
-def test_the_fp64_exponential_is_the_librarys() -> None:
-    d = -torch.rand(1 << 12, dtype=torch.float64) * 700
-    error = (exponential(d, torch.float64) - d.exp()).abs()
-    assert bool((error <= ulp(d.exp(), torch.float64)).all())
-
-
-# The compiler
+# The compiler and what may be missing
 
 
 def test_one_compilation_serves_every_layout() -> None:
@@ -408,19 +269,6 @@ def test_one_compilation_serves_every_layout() -> None:
     check(wide._replace(logits=c.logits[:, ::2], target=c.target.clamp(max=3)))
     check(wide._replace(logits=wide.logits.t().contiguous().t()))
     assert before == [len(kernel.signatures) for kernel in kernels]  # type: ignore[attr-defined]
-
-
-def test_a_kernel_is_compiled_without_a_place_to_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    def njit(cache: bool = False, **options: Any) -> Any:
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return numba.njit(**options)
-
-    def double(x: float) -> float:
-        return 2 * x
-
-    monkeypatch.setattr(lanes, "_njit", njit)
-    assert lanes.kernel(double)(4.0) == 8.0
 
 
 def test_importing_the_package_does_not_import_numba() -> None:

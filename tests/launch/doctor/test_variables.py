@@ -53,6 +53,7 @@ BAD: list[tuple[str, str, dict[str, str], str]] = [
     ("VOCAB_PARALLEL_CE_NPU_SCRATCH_MIB", "0", {}, "at least 1"),
     ("VOCAB_PARALLEL_CE_NPU_WAY", "fused", {}, "auto, max_sum, operator, triton"),
     ("VOCAB_PARALLEL_CE_NPU_WAY", "AUTO", {}, "auto, max_sum, operator, triton"),
+    ("VOCAB_PARALLEL_CE_NPU_LINEAR", "max_sum", {}, "auto, fused, chunks"),
     ("CUDA_VISIBLE_DEVICES", "-1", {}, "names no card"),
     ("CUDA_VISIBLE_DEVICES", "1,1", {}, "more than once"),
     ("CUDA_LAUNCH_BLOCKING", "1", {}, "slow"),

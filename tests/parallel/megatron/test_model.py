@@ -47,6 +47,8 @@ class Run(NamedTuple):
     gathered: bool = False
     vocab_size: int | None = None
     fused: bool = False
+    mtp: bool = False
+    """a layer that predicts one more token, with a loss of its own"""
 
 
 class Step(NamedTuple):
@@ -77,18 +79,25 @@ def _model(run: Run) -> Any:
         finalize_model_grads_func=finalize_model_grads,
         params_dtype=torch.float32,
         pipeline_dtype=torch.float32,
+        **({"mtp_num_layers": 1} if run.mtp else {}),
         **CPU_CONFIG,
     )
+    spec, further = get_gpt_layer_local_spec(), {}
+    if run.mtp:
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+        further["mtp_block_spec"] = get_gpt_mtp_block_spec(config, spec, False)
     torch.manual_seed(1234)
     model = GPTModel(
         config,
-        get_gpt_layer_local_spec(),
+        spec,
         vocab_size=VOCAB,
         max_sequence_length=SEQUENCE,
         share_embeddings_and_output_weights=run.tied,
         parallel_output=not run.gathered,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
+        **further,
     )
     model.model_type = ModelType.encoder_or_decoder
     return model
@@ -228,6 +237,22 @@ def test_the_fused_head_equals_one_rank(pair: Pool, tied: bool, sequence_paralle
         assert step.gradients.keys() == want.gradients.keys()
         assert _worst(step, want) < 1e-6
         assert step.calls == 2
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sp"])
+def test_the_fused_head_of_a_model_with_mtp(
+    pair: Pool, tied: bool, sequence_parallel: bool
+) -> None:
+    """Its head is called twice a micro-batch, and each time makes no logits."""
+    theirs = pair.run(_case, 2, (Run(tied=tied, mtp=True),))[0]
+    run = Run(tp=2, ours=True, tied=tied, mtp=True, sequence_parallel=sequence_parallel, fused=True)
+    for step in pair.run(_case, 2, (run,)):
+        assert step.loss == pytest.approx(theirs.loss, rel=2e-7)
+        assert any("mtp" in name for name in step.gradients)
+        assert step.gradients.keys() == theirs.gradients.keys()
+        assert _worst(step, theirs) < 1e-6
+        assert step.calls == 4
 
 
 def test_the_fused_head_on_pipeline_stages(pair: Pool) -> None:

@@ -18,11 +18,13 @@ from importlib import import_module, metadata, util
 import torch
 from torch import Tensor
 
-from ..contract import Coefficients, RowFunctions, Wanted
+from ..contract import Coefficients, LinearFunctions, RowFunctions, Wanted
 from . import choice, extra, operator, triton_way
 from .chunks import scratch_bytes
+from .linear import functions as npu_linear
 
 ROW_FUNCTIONS: RowFunctions | None = None
+LINEAR_FUNCTIONS: LinearFunctions | None = npu_linear
 LEAVES_LOG_PROB = True
 """by the operator, which then serves in place of max_sum"""
 

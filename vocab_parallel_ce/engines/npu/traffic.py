@@ -12,6 +12,9 @@ The rules, each beside the operators it holds for:
     CASTS_FIRST    the same for one dtype; other dtypes are cast by kernels of their own
     OPERATOR       npu_cross_entropy_loss: three reads and a write, however short the row
     ELEMENTS       as many elements as there are indices
+    ROWS           as many rows as there are indices
+    PRODUCTS       every operand once and the result once: neither what a matrix product reads again
+                   is counted, nor the tiles of logits that a fused one keeps in its workspace
     WHOLE_ROWS     whole rows are read and written, however few elements change
     NOTHING        memory only; no kernel reads or writes it
     None           unknown: several kernels may serve it, and which one does was not found out
@@ -38,6 +41,8 @@ class Rule(Enum):
     CASTS_FIRST = "casts first"
     OPERATOR = "operator"
     ELEMENTS = "elements"
+    ROWS = "rows"
+    PRODUCTS = "products"
     WHOLE_ROWS = "whole rows"
     NOTHING = "nothing"
 
@@ -88,12 +93,18 @@ _EACH_ONCE = """
     _npu_dtype_cast abs abs_ add addcmul all amax amin any arange argmax bitwise_and
     bitwise_and_ bitwise_left_shift bitwise_not bitwise_or bitwise_or_ bitwise_right_shift
     bitwise_xor bitwise_xor_ cat clamp clamp_ clamp_min clamp_min_ clone copy_ div eq exp exp_
-    fill_ floor_divide full fused_cross_entropy_loss_with_max_sum ge gt isfinite isnan le log
+    fill_ floor_divide full fused_cross_entropy_loss_with_max_sum ge gt index_add_
+    isfinite isnan le log
     log_ logical_and logical_not logical_or lt masked_fill masked_fill_ max maximum mean min
     minimum mul nan_to_num ne neg neg_ npu_dtype_cast npu_fused_cross_entropy_loss_with_max_sum
     ones_like pow reciprocal remainder sign square stack sum tanh_ where zero_ zeros_like
 """
 _CASTS_FIRST = "sub sub_ add_ mul_ div_ addcmul_ rsub"
+_PRODUCTS = """
+    addmm addmm_ mm npu_fused_linear_online_max_sum fused_linear_online_max_sum
+    npu_fused_linear_cross_entropy_loss_with_max_sum_backward
+    fused_linear_cross_entropy_loss_with_max_sum_grad
+"""
 _TABLE: dict[str, Rule | None] = {
     **dict.fromkeys(_EACH_ONCE.split(), Rule.EACH_ONCE),
     **dict.fromkeys(_CASTS_FIRST.split(), Rule.CASTS_FIRST),
@@ -102,6 +113,8 @@ _TABLE: dict[str, Rule | None] = {
     "index_select": Rule.ELEMENTS,
     "index": Rule.ELEMENTS,
     "put_": Rule.ELEMENTS,
+    "embedding": Rule.ROWS,
+    **dict.fromkeys(_PRODUCTS.split(), Rule.PRODUCTS),
     "scatter_": Rule.WHOLE_ROWS,
     "scatter_add_": Rule.WHOLE_ROWS,
     "empty": Rule.NOTHING,
@@ -139,6 +152,9 @@ def moved(operator: str, reads: Sequence[Operand], writes: Sequence[Operand]) ->
         sizes = [operand.itemsize * few for operand in (*reads, *writes)]
         return Moved(sum(sizes), max((operand.itemsize for operand in writes), default=0) * few)
     read, written = _total(reads), _total(writes)
+    if rule is Rule.ROWS:
+        few = min((operand.bytes for operand in reads), default=0)
+        return Moved(written + few, written)
     if operator in ("copy_", "clone") and _one_copy(reads, writes):
         return Moved(read, written)
     if rule is Rule.OPERATOR:

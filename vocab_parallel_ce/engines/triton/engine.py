@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from ...views import typed
-from ..contract import Coefficients, RowFunctions, Wanted
+from ..contract import Coefficients, LinearFunctions, RowFunctions, Wanted
 from . import rows as triton_rows
 from .rows import on_device_of
 
 ROW_FUNCTIONS: RowFunctions | None = triton_rows
+LINEAR_FUNCTIONS: LinearFunctions | None = None
 LEAVES_LOG_PROB = False
 MINIMUM_TRITON = (3, 1)
 MINIMUM_CAPABILITY = (8, 0)

@@ -1,0 +1,181 @@
+"""What is done to one block of a row: a short pass over each thing that is wanted of it.
+
+``address`` is contiguous; ``count`` is a multiple of PAIR unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from vocab_parallel_ce.engines.cpu.compiling import helper
+from vocab_parallel_ce.engines.cpu.exponential import exp
+from vocab_parallel_ce.engines.cpu.lanes import (
+    LANES,
+    highest,
+    lanes_of,
+    larger,
+    multiply_add,
+    number,
+    total,
+    where_less,
+)
+from vocab_parallel_ce.engines.cpu.memory import (
+    PAIR,
+    load,
+    load_pair,
+    read,
+    size_of,
+    store,
+    store_pair,
+    write,
+)
+
+INFINITY = math.inf
+
+
+@helper
+def block_max(address: int, count: int, token: Any) -> Any:
+    """Largest of the elements that are not NaN; -inf if there is none."""
+    a = lanes_of(-INFINITY, token)
+    b = a
+    for _ in range(count // PAIR):
+        x, z = load_pair(address, token)
+        a = larger(x, a)
+        b = larger(z, b)
+        address += PAIR * size_of(token)
+    return highest(larger(a, b))
+
+
+@helper
+def block_max_sum(address: int, count: int, scale: float, base: float, token: Any) -> Any:
+    """max x and sum e^(x - base)"""
+    top = lanes_of(-INFINITY, token)
+    a = lanes_of(0.0, token)
+    b = a
+    unscaled = scale == 1.0
+    for _ in range(count // PAIR):
+        x, z = load_pair(address, token)
+        if not unscaled:
+            x = x * scale
+            z = z * scale
+        top = larger(z, larger(x, top))
+        a = a + exp(x - base, scale)
+        b = b + exp(z - base, scale)
+        address += PAIR * size_of(token)
+    return np.float64(highest(top)), total(a) + total(b)
+
+
+@helper
+def block_entropy(address: int, count: int, m: float, token: Any) -> Any:
+    """sum e^(x - m) and sum e^(x - m) (x - m)"""
+    s = lanes_of(0.0, token)
+    t = s
+    s2, t2 = s, s
+    for _ in range(count // PAIR):
+        x, z = load_pair(address, token)
+        d, d2 = x - m, z - m
+        e, e2 = exp(d, token), exp(d2, token)
+        s = s + e
+        s2 = s2 + e2
+        # Without a product where e is 0 (d may be -inf), with NaN where it is NaN.
+        t = where_less(0.0, e, multiply_add(e, d, t), t + e)
+        t2 = where_less(0.0, e2, multiply_add(e2, d2, t2), t2 + e2)
+        address += PAIR * size_of(token)
+    return total(s) + total(s2), total(t) + total(t2)
+
+
+@helper
+def block_squares(address: int, count: int, m: float, token: Any) -> Any:
+    """sum e^(2 (x - m)).
+
+    A few terms are nearly all of it, so each pair is added in fp64: in an fp32 lane they would
+    swallow the rest. And the error of one exponential is half that of a squared one.
+    """
+    q = 0.0
+    for _ in range(count // PAIR):
+        x, z = load_pair(address, token)
+        q += total(exp(2.0 * (x - m), token) + exp(2.0 * (z - m), token))
+        address += PAIR * size_of(token)
+    return q
+
+
+@helper
+def block_smooth(address: int, count: int, m: float, weight: int, token: Any) -> Any:
+    """sum w (x - m) and sum w over any ``count`` columns; w = 1 where ``weight`` is 0."""
+    size = size_of(token)
+    step = LANES * size
+    u = lanes_of(0.0, token)
+    w = lanes_of(0.0, token)
+    full = count // LANES
+    rest, rest_weights = 0.0, 0.0
+    if weight == 0:
+        for _ in range(full):
+            u = u + (load(address, token) - m)
+            address += step
+        for i in range(count - full * LANES):
+            rest += read(address + i * size, token) - m
+        return total(u) + rest, float(count)
+    for _ in range(full):
+        factor = load(weight, token)
+        u = u + factor * (load(address, token) - m)
+        w = w + factor
+        address += step
+        weight += step
+    for i in range(count - full * LANES):
+        one = np.float64(read(weight + i * size, token))
+        rest += one * (read(address + i * size, token) - m)
+        rest_weights += one
+    return total(u) + rest, total(w) + rest_weights
+
+
+@helper
+def block_gradient(
+    source: int, destination: int, count: int, scale: float, m: float, softmax: float, token: Any
+) -> None:
+    """softmax e^(x - m)"""
+    step = PAIR * size_of(token)
+    unscaled = scale == 1.0
+    for _ in range(count // PAIR):
+        x, z = load_pair(source, token)
+        if not unscaled:
+            x = x * scale
+            z = z * scale
+        store_pair(destination, exp(x - m, token) * softmax, exp(z - m, token) * softmax, token)
+        source += step
+        destination += step
+
+
+@helper
+def block_entropy_gradient(
+    address: int, count: int, m: float, log_s: float, softmax: float, entropy: float, token: Any
+) -> None:
+    """e^(x - m) (softmax - entropy log p) in place, 0 where p is 0"""
+    step = LANES * size_of(token)
+    for _ in range(count // LANES):
+        d = load(address, token) - m
+        e = exp(d, token)
+        store(address, where_less(0.0, e, e * (softmax - (d - log_s) * entropy), e), token)
+        address += step
+
+
+@helper
+def subtract_smooth(address: int, count: int, weight: int, smooth: float, token: Any) -> None:
+    """Subtract w smooth from any ``count`` columns; w = 1 where ``weight`` is 0."""
+    size = size_of(token)
+    step = LANES * size
+    full = count // LANES
+    same = number(smooth, token)
+    for _ in range(full):
+        x = load(address, token)
+        if weight == 0:
+            store(address, x - same, token)
+        else:
+            store(address, x - load(weight, token) * same, token)
+            weight += step
+        address += step
+    for i in range(count - full * LANES):
+        w = read(weight + i * size, token) if weight != 0 else number(1.0, token)
+        write(address + i * size, read(address + i * size, token) - w * same, token)

@@ -1,0 +1,137 @@
+"""e^d and tanh of lanes, as polynomials that LLVM vectorises."""
+
+# Half of Numba's extension interface has no type hints.
+# mypy: disallow-untyped-calls=False
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import overload
+
+from vocab_parallel_ce.engines.cpu.compiling import operation
+from vocab_parallel_ce.engines.cpu.lanes import (
+    F64,
+    I32,
+    LANES,
+    call_llvm,
+    larger,
+    multiply_add,
+    quotient,
+    times_two_to,
+    where_less,
+)
+
+# The exponential
+
+_LOG2_E = 1.4426950408889634
+_LN2_HIGH = 0.693359375  # ten bits: its product with an exponent is exact
+_LN2_LOW = -2.1219444005469057e-4
+_LN2 = 0.6931471805599453
+_MAGIC = 1.5 * 2.0**23  # adding it rounds to an integer, left in the low bits of the sum
+_FLUSH = -87.33654  # just above -126 log 2: below it the result would be subnormal
+
+
+def exp(d: Any, precision: Any) -> Any:
+    """e^d of lanes with d <= 0, NaN kept, exactly 0 for -inf and below 2^-126.
+
+    d = k log 2 + f with k an integer and |f| <= log(2)/2; e^f is a minimax polynomial. For fp32
+    (``precision``) the relative error is below 1e-7, for 16-bit results below 1e-5. fp64 takes the
+    C library's exponential lane by lane.
+    """
+    raise NotImplementedError("compiled code only")
+
+
+@overload(exp, jit_options={"forceinline": True, "error_model": "numpy"})
+def _exp(d: Any, precision: Any) -> Any:
+    if precision == types.float64:
+        return _exp_double
+    return _exp_single if precision == types.float32 else _exp_half
+
+
+def _exp_double(d: Any, precision: Any) -> Any:
+    return _library_exp(d)
+
+
+def _exp_single(d: Any, precision: Any) -> Any:
+    shifted = multiply_add(d, _LOG2_E, _MAGIC)
+    k = shifted - _MAGIC
+    f = multiply_add(k, -_LN2_HIGH, d)
+    f = multiply_add(k, -_LN2_LOW, f)
+    p = multiply_add(f, 1.38145401034e-3, 8.36874513197e-3)
+    p = multiply_add(p, f, 4.16683907869e-2)
+    p = multiply_add(p, f, 1.66665203989e-1)
+    p = multiply_add(p, f, 4.99999934321e-1)
+    p = multiply_add(p, f, 1.0)
+    p = multiply_add(p, f, 1.0)
+    return where_less(_FLUSH, d, times_two_to(p, shifted), larger(0.0, d))
+
+
+def _exp_half(d: Any, precision: Any) -> Any:
+    # NaNs that come of 16-bit numbers have no low bits: times_two_to adds 0 to them.
+    shifted = multiply_add(d, _LOG2_E, _MAGIC)
+    f = multiply_add(shifted - _MAGIC, -_LN2, d)
+    p = multiply_add(f, 4.15136832331e-2, 1.67875917475e-1)
+    p = multiply_add(p, f, 5.00030197779e-1)
+    p = multiply_add(p, f, 9.99966772704e-1)
+    p = multiply_add(p, f, 1.0)
+    return where_less(d, _FLUSH, 0.0, times_two_to(p, shifted))
+
+
+@operation
+def _library_exp(typing: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return call_llvm(builder, "exp", args)
+
+    return value(value), codegen
+
+
+# The hyperbolic tangent
+
+
+def tanh(y: Any, precision: Any) -> Any:
+    """tanh of lanes, NaN kept; ``precision`` is their own type.
+
+    For fp32: y + y^3 P(y^2) below 0.625, as in Cephes (Moshier 1989), else 1 - 2 e / (1 + e) with
+    e = e^(-2 |y|); the relative error is below 2e-7. fp64 takes the C library's, lane by lane.
+    """
+    raise NotImplementedError("compiled code only")
+
+
+@overload(tanh, jit_options={"forceinline": True, "error_model": "numpy"})
+def _tanh(y: Any, precision: Any) -> Any:
+    return _tanh_double if precision == types.float64 else _tanh_single
+
+
+def _tanh_double(y: Any, precision: Any) -> Any:
+    return _library_tanh(y)
+
+
+def _tanh_single(y: Any, precision: Any) -> Any:
+    a = larger(y, 0.0 - y)
+    e = exp(-2.0 * a, precision)
+    far = 1.0 - quotient(2.0 * e, 1.0 + e)
+    far = where_less(y, 0.0, 0.0 - far, far)
+    z = y * y
+    p = multiply_add(z, -5.70498872745e-3, 2.06390887954e-2)
+    p = multiply_add(p, z, -5.37397155531e-2)
+    p = multiply_add(p, z, 1.33314422036e-1)
+    p = multiply_add(p, z, -3.33332819422e-1)
+    return where_less(0.625, a, far, multiply_add(p * z, y, y))
+
+
+@operation
+def _library_tanh(typing: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        prototype = ir.FunctionType(F64, [F64])
+        function = cgutils.get_or_insert_function(builder.module, prototype, "tanh")
+        out = args[0]
+        for lane in range(LANES):
+            place = ir.Constant(I32, lane)
+            one = builder.call(function, [builder.extract_element(args[0], place)])
+            out = builder.insert_element(out, one, place)
+        return out
+
+    return value(value), codegen
