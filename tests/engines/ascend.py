@@ -4,9 +4,8 @@
 
 triton-ascend lowers each kernel to the dialect that it hands to CANN's own compiler; of that the
 open part (bishengir-opt, in the package ascendnpu-ir) plans the buffers on chip: 192 KiB of an
-Ascend 910B, here with double buffers. What fits is printed; what was expected to and does not is
-an error. The npu engine's kernels are shaped for such a core, with the blocks that its way takes;
-the triton engine's are CUDA's, and are never given NPU tensors. None was ever run on a card.
+Ascend 910B, here with double buffers. What fits is printed; what does not is an error. These are
+the npu engine's kernels, with the blocks that its way takes. None was ever run on a card.
 """
 
 from __future__ import annotations
@@ -20,12 +19,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from vocab_parallel_ce.engines.npu import kernels as npu
+from vocab_parallel_ce.engines.npu import kernels
 from vocab_parallel_ce.engines.npu.triton_way import block_of
-from vocab_parallel_ce.engines.triton import kernels as cuda
 
 DEVICE = "Ascend910B2"
 PIPELINES = (
@@ -34,8 +31,7 @@ PIPELINES = (
     "--convert-to-hivm-pipeline=enable-triton-kernel-compile=true",
     "--optimize-hivm-pipeline=enable-triton-kernel-compile=true enable-auto-multi-buffer=true",
 )
-# Of CUDA's kernels, of which a program has one lane of that many elements.
-CUDA_BLOCKS = {"row_partials": (4096, 2048), "row_gradient": (4096, 2048)}
+OPTIONS = ("WEIGHTED", "SMOOTH", "ENTROPY", "ARGMAX", "SQUARES")
 KERNELS = ("row_partials", "row_gradient", "row_log_prob")
 FLOATS = ("m", "s", "softmax", "target_part", "smooth", "entropy", "weight")
 
@@ -44,34 +40,32 @@ FLOATS = ("m", "s", "softmax", "target_part", "smooth", "entropy", "weight")
 class Variant:
     """One kernel with its types and constants."""
 
-    module: ModuleType
     kernel: str
     dtype: str
     options: bool
     tail: bool = True
+    capped: bool = False
+    """under a softcap, and with a scale for each row"""
 
     @property
     def block(self) -> int:
         """Columns that a program has on chip at a time."""
-        if self.module is cuda:
-            return CUDA_BLOCKS[self.kernel][self.options]
-        return block_of(self.kernel, 4 if self.dtype == "fp32" else 2, self.options)
+        itemsize = 4 if self.dtype == "fp32" else 2
+        return block_of(self.kernel, itemsize, self.options, self.capped)
 
     @property
     def constants(self) -> dict[str, Any]:
         """Arguments that are fixed when the kernel is compiled; those that are not there too."""
         every: dict[str, Any] = {
-            **dict.fromkeys(("WEIGHTED", "SMOOTH", "ENTROPY", "ARGMAX"), self.options),
-            # A cap, a scale for each row and sums of squares are not planned on chip here.
-            "CAPPED": False, "ROW_SCALE": False, "SQUARES": False,
+            **dict.fromkeys(OPTIONS, self.options),
+            **dict.fromkeys(("CAPPED", "ROW_SCALE"), self.capped),
             "APART": False, "IGNORED_ROWS": False, "HAS_TAIL": self.tail, "BLOCK": self.block,
-            "LANES": 1, "VEC": 16, "OUT_ALIGNED": True,
         }  # fmt: skip
-        if self.module is cuda and self.kernel == "row_partials":
-            every["VEC"] = self.block
         if not self.options:
             every |= dict.fromkeys(("weight", "smooth", "entropy"))
-        names = getattr(self.module, self.kernel).arg_names
+        if not self.capped:
+            every["scales"] = None
+        names = getattr(kernels, self.kernel).arg_names
         return {name: every[name] for name in names if name in every}
 
     @property
@@ -83,32 +77,32 @@ class Variant:
             "local_target": "*i64",
             "out": "*fp32" if self.kernel == "row_partials" else f"*{self.dtype}",
             "out_bits": "*i32",
-            **dict.fromkeys(("scale", "every_scale", "cap"), "fp32"),
+            **dict.fromkeys(("every_scale", "cap"), "fp32"),
             "scales": "*fp32",
         }
-        names = getattr(self.module, self.kernel).arg_names
+        names = getattr(kernels, self.kernel).arg_names
         return {n: pointers.get(n, "i32") for n in names if n not in self.constants}
 
     def __str__(self) -> str:
-        engine = "triton" if self.module is cuda else "npu"
         options = "every option" if self.options else "no option"
+        options += ", softcap and a scale for each row" if self.capped else ""
         rest = "" if self.tail else ", no rest"
-        what = f"{engine} {self.kernel} {self.dtype} {options}{rest}"
+        what = f"{self.kernel} {self.dtype} {options}{rest}"
         return f"{what}, blocks of {self.block}"
 
 
 def variants() -> Iterator[Variant]:
-    """What is compiled: every kernel in two dtypes, with every option and with none."""
+    """What is compiled: every kernel in two dtypes, with every option and with none, and the same
+    under a softcap.
+    """
     for kernel in KERNELS:
         for dtype in ("bf16", "fp32"):
-            yield Variant(npu, kernel, dtype, False)
+            yield Variant(kernel, dtype, False)
+            yield Variant(kernel, dtype, False, capped=True)
             if kernel != "row_log_prob":
-                yield Variant(npu, kernel, dtype, True)
-        yield Variant(npu, kernel, "bf16", False, tail=False)
-    for kernel in CUDA_BLOCKS:
-        for dtype in ("bf16", "fp32"):
-            for options in (False, True):
-                yield Variant(cuda, kernel, dtype, options)
+                yield Variant(kernel, dtype, True)
+                yield Variant(kernel, dtype, True, capped=True)
+        yield Variant(kernel, "bf16", False, tail=False)
 
 
 def _lower(variant: Variant, cache: str) -> Path:
@@ -117,7 +111,7 @@ def _lower(variant: Variant, cache: str) -> Path:
     from triton.compiler import ASTSource, compile
 
     os.environ["TRITON_CACHE_DIR"] = cache
-    function = getattr(variant.module, variant.kernel)
+    function = getattr(kernels, variant.kernel)
     source = ASTSource(fn=function, signature=variant.types, constants=variant.constants)
     try:
         compile(source, target=GPUTarget("npu", DEVICE, 0))
@@ -134,8 +128,6 @@ def shape_problem(variant: Variant, lowered: str) -> str:
     A mask that is understood becomes a view of a part of the block. One that is not becomes a
     choice between what was loaded and something else: beyond the row, which is another core's.
     """
-    if variant.module is cuda:
-        return ""
     if re.search(r"arith\.cmpi .*tensor<", lowered):
         return "compares integers element by element"
     if variant.dtype == "bf16" and re.search(r"arith\.select .*xbf16>", lowered):

@@ -11,7 +11,7 @@ from torch import Tensor
 from vocab_parallel_ce import cross_entropy, token_statistics
 from vocab_parallel_ce.engines import select
 from vocab_parallel_ce.engines.contract import ELSEWHERE, IGNORED, Coefficients, Wanted
-from vocab_parallel_ce.engines.npu import max_sum, operator
+from vocab_parallel_ce.engines.npu import engine, max_sum, operator
 from vocab_parallel_ce.engines.npu.traffic import UnknownTrafficError, of_step
 
 from ..npu_sim import ledger
@@ -141,6 +141,47 @@ def test_bytes_of_options(wanted: Wanted, forward: int, backward: int) -> None:
     x = _logits(BF16)
     for entries, budget in zip(_both(max_sum, x, wanted), (forward, backward), strict=True):
         assert ledger.bytes_per_element(entries, x) <= budget + VECTORS + 8 * wanted.argmax / N
+
+
+ROWS = torch.linspace(0.5, 2, N)
+
+
+@pytest.mark.parametrize(
+    ("scale", "softcap", "squares", "bf16", "fp32"),
+    [
+        (ROWS, 0.0, False, (22, 32), (24, 40)),
+        (1.0, 20.0, False, (38, 72), (40, 80)),
+        (ROWS, 20.0, False, (38, 72), (40, 80)),
+        (1.0, 0.0, True, (38, 16), (44, 24)),
+        (0.5, 0.0, True, (50, 24), (52, 32)),
+    ],
+    ids=["a scale for each row", "softcap", "both", "squares", "squares, scaled"],
+)
+def test_bytes_of_what_no_way_has(
+    scale: float | Tensor,
+    softcap: float,
+    squares: bool,
+    bf16: tuple[int, int],
+    fp32: tuple[int, int],
+) -> None:
+    """As extra.py says, with max_sum; and a promise saves the last pass of it."""
+    scale = scale.to("npu") if isinstance(scale, Tensor) else scale
+    wanted = Wanted(squares=squares)
+    for dtype, (forward, backward) in ((BF16, bf16), (FP32, fp32)):
+        x = _logits(dtype)
+        y = torch.where(torch.arange(N) % 4 == 2, IGNORED, torch.arange(N)).to("npu")
+        select("auto", x)
+        engine.partials(x[:1], y[:1], None, 1.0, softcap, PLAIN, torch.empty(3, 1, device="npu"))
+        out, g = torch.empty(len(wanted.rows), N, device="npu"), torch.ones(N, device="npu")
+        with ledger.recording() as entries:
+            engine.partials(x, y, None, scale, softcap, wanted, out)
+        assert forward <= ledger.bytes_per_element(entries, x) <= forward + VECTORS
+        for finite in (False, True):
+            c = Coefficients(g, g)
+            with ledger.recording() as entries:
+                engine.gradient(x, out[0], out[1], y, c, None, scale, softcap, x, finite)
+            budget = backward - 2 * dtype.itemsize * finite
+            assert budget <= ledger.bytes_per_element(entries, x) <= budget + VECTORS
 
 
 @pytest.mark.parametrize(("finite", "backward"), [(False, 16), (True, 12)])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,35 +13,16 @@ from torch import Tensor
 
 from vocab_parallel_ce import cross_entropy
 from vocab_parallel_ce.engines import select
-from vocab_parallel_ce.engines.contract import ELSEWHERE, IGNORED, Coefficients, Wanted
+from vocab_parallel_ce.engines.contract import Coefficients
 from vocab_parallel_ce.engines.npu import choice, chunks, engine, max_sum, operator, probe
-from vocab_parallel_ce.switches import SCRATCH_VARIABLE, WAY_VARIABLE
-from vocab_parallel_ce.testing import assert_close
+from vocab_parallel_ce.switches import SCRATCH_MIB, SCRATCH_VARIABLE, WAY_VARIABLE
 from vocab_parallel_ce.testing.engine import Subject, random_shard
 
 from ..npu_sim.operators import FUSED_NAMES, OperatorCall
+from .ways import SUBJECTS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIB = 1 << 20
-
-
-def _by_the_operator(name: str) -> Callable[..., None]:
-    """A function of the engine while the variable asks for that way."""
-
-    def call(*arguments: Any) -> None:
-        with patch.dict(os.environ, {WAY_VARIABLE: "operator"}):
-            getattr(engine, name)(*arguments)
-
-    return call
-
-
-_FUNCTIONS = {name: _by_the_operator(name) for name in ("partials", "gradient", "log_prob")}
-SUBJECTS = {
-    "max_sum": Subject(engine, "npu"),
-    "operator": Subject(
-        SimpleNamespace(**{**vars(engine), **_FUNCTIONS}), "npu", sums_as_logs=True
-    ),
-}
 
 
 @pytest.fixture
@@ -177,6 +156,11 @@ def test_a_torch_npu_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None
     assert max_sum.operator() is None
     assert choice.way_for(torch.float32) is operator
     assert "has neither no_such_operator; 2.6.0.post5 is the first" in choice.told(torch.float32)
+    monkeypatch.setenv(WAY_VARIABLE, "max_sum")
+    x, y = torch.randn(2, 3).to("npu"), torch.zeros(2, dtype=torch.int64).to("npu")
+    with pytest.raises(RuntimeError, match="has neither no_such_operator") as caught:
+        cross_entropy(x, y)
+    assert "NPU_WAY='max_sum' cannot serve torch.float32 logits here" in str(caught.value)
 
 
 def test_either_name_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +186,10 @@ def test_versions_of_cann(cann: str, told: str, monkeypatch: pytest.MonkeyPatch)
     loss = cross_entropy(x, y)
     loss.backward()
     assert abs(loss.item() - 3 * 0.6931472) < 1e-6
+    monkeypatch.setenv(WAY_VARIABLE, "max_sum")
+    if cann == "8.3.0":
+        with pytest.raises(RuntimeError, match=r"bfloat16: .*WithMaxSum is not in libopapi.so"):
+            choice.way_for(torch.bfloat16)
 
 
 def test_the_probe_is_short(calls: list[OperatorCall]) -> None:
@@ -223,93 +211,13 @@ def test_a_card_whose_properties_tell_nothing(told: Any, monkeypatch: pytest.Mon
     monkeypatch.delenv(SCRATCH_VARIABLE, raising=False)
     monkeypatch.setattr(card, "get_device_properties", lambda index: _properties(told))
     assert chunks.cache_bytes() is None
+    chunks._scratch_of_card.cache_clear()
+    assert chunks.scratch_bytes() == SCRATCH_MIB * MIB
     monkeypatch.setattr(card, "get_device_properties", lambda index: _properties(192 * MIB))
     assert chunks.cache_bytes() == 192 * MIB
 
 
-# Bad input, both ways
-
-
-@pytest.mark.parametrize("way", SUBJECTS)
-@pytest.mark.parametrize("columns", [1, 127, 16_000, 16_001])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_widths_around_a_tile(dtype: torch.dtype, columns: int, way: str) -> None:
-    torch.manual_seed(columns)
-    shard = random_shard(8, columns, dtype)
-    subject = SUBJECTS[way]
-    subject = Subject(subject.engine, "npu", rows=8, sums_as_logs=subject.sums_as_logs)
-    subject.check_partials(shard)
-    subject.check_gradient(shard, smooth=True, entropy=True)
-    subject.check_gradient(shard)
-
-
-@pytest.mark.parametrize("way", SUBJECTS)
-def test_a_vocabulary_of_152064(way: str) -> None:
-    torch.manual_seed(1)
-    shard = random_shard(4, 152_064, torch.bfloat16)
-    got = SUBJECTS[way].partials(shard, wanted=Wanted())
-    x = shard.logits.double()
-    read = shard.target != IGNORED
-    s = (x - x.amax(1)[:, None]).exp().sum(1)
-    naive = (shard.logits.float() - shard.logits.float().amax(1)[:, None]).exp().sum(1)
-    assert torch.equal(got["m"][read].double(), x.amax(1)[read])
-    assert_close(got["s"][read], s[read], naive[read], "s", rows_error=1e-5 * float(s.max()))
-
-
-@pytest.mark.parametrize("way", SUBJECTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
-def test_ignored_rows_are_exactly_zero(value: float, dtype: torch.dtype, way: str) -> None:
-    """Whatever they hold, and wherever; all rows ignored included."""
-    shard = random_shard(12, 300, dtype)
-    shard.target[:] = IGNORED
-    for row in range(10):
-        shard.logits[row, :: 30 * row + 1] = value
-    got = SUBJECTS[way].partials(shard)
-    assert all(bool((statistic == 0).all()) for statistic in got.values())
-    ones = torch.ones(12)
-    for c in (Coefficients(ones, ones), Coefficients(ones, ones, ones, ones)):
-        dx = SUBJECTS[way].gradient(shard, ones, ones, c, shard.weight)
-        assert bool((dx == 0).all())
-        assert not bool(dx.isnan().any())
-
-
-@pytest.mark.parametrize("way", ["max_sum", "operator"])
-def test_a_broken_promise_reaches_its_row_alone(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN in an ignored row whose logits were said to be finite: the loss never sees it."""
-    monkeypatch.setenv(WAY_VARIABLE, way)
-    x, y = torch.randn(6, 40).to("npu").requires_grad_(), torch.arange(6).to("npu")
-    y[2] = -100
-    kept = torch.arange(6) != 2
-    loss = cross_entropy(x, y, label_smoothing=0.1)
-    (before,) = torch.autograd.grad(loss, x)
-    for value, broken in ((0.0, False), (-torch.inf, False), (torch.nan, True), (torch.inf, True)):
-        with torch.no_grad():
-            x[2, 7] = value
-        promised = cross_entropy(x, y, label_smoothing=0.1, finite_logits=True)
-        (after,) = torch.autograd.grad(promised, x)
-        assert torch.equal(promised, loss)
-        assert torch.equal(after[kept], before[kept])
-        assert bool((after[2].isnan().any() if broken else after[2] == 0).all())
-
-
-@pytest.mark.parametrize("way", SUBJECTS)
-def test_upstream_gradients_of_every_kind(way: str) -> None:
-    """0 gives zeros, a negative one its sign, infinity no plausible number."""
-    shard = random_shard(5, 200, torch.float32)
-    shard.logits[:, 7] = -torch.inf
-    shard.target[:] = torch.tensor([3, 4, ELSEWHERE, 6, ELSEWHERE])
-    m = shard.logits.amax(1)
-    s = (shard.logits - m[:, None]).exp().sum(1)
-    g = torch.tensor([0.0, -2.0, 0.5, torch.inf, torch.nan])
-    dx = SUBJECTS[way].gradient(shard, m, s, Coefficients(g, g))
-    p = (shard.logits.double() - m[:, None]).exp() / s[:, None]
-    hot = torch.arange(200) == shard.target[:, None]
-    exact = g.double()[:, None] * (p - hot.double())
-    assert bool((dx[0] == 0).all())
-    torch.testing.assert_close(dx[1:3].double(), exact[1:3], rtol=1e-6, atol=1e-8)
-    assert bool((~dx[3].isfinite()).all())
-    assert bool(dx[4].isnan().all())
+# The target's column
 
 
 def test_a_stride_that_no_view_can_span(monkeypatch: pytest.MonkeyPatch) -> None:

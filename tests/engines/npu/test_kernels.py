@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 
 from vocab_parallel_ce.engines.contract import IGNORED, Coefficients, Wanted
-from vocab_parallel_ce.engines.npu import choice, engine, kernels, triton_way
+from vocab_parallel_ce.engines.npu import choice, engine, triton_way
 from vocab_parallel_ce.testing.engine import EngineCheck, Subject, engine_checks, random_shard
 
 from ..ascend import Variant, shape_problem
 
-# The engine that would take this way on a card, with what no way has in its kernels.
+# The engine that would take this way on a card.
 WAY: Any = SimpleNamespace(
-    partials=lambda *given: engine.partials(*given[:7]),  # log_prob is left by the operator alone
+    partials=engine.partials,
     gradient=engine.gradient,
     log_prob=engine.log_prob,
     ROW_FUNCTIONS=None,
-    LEAVES_LOG_PROB=False,
+    LEAVES_LOG_PROB=True,
     supports=lambda logits: logits.dtype != torch.float64,
 )
 SUBJECT = Subject(WAY, rows=8)
 FP32, BF16 = torch.float32, torch.bfloat16
-ALL = Wanted(smooth=True, entropy=True, argmax=True)
+ALL = Wanted(smooth=True, entropy=True, argmax=True, squares=True)
 
 
 def _is_quick(check: EngineCheck) -> bool:
@@ -50,7 +50,7 @@ def takes_this_way(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 64 columns and 3 cores: many blocks a row and several rows a program."""
-    monkeypatch.setattr(triton_way, "block_of", lambda kernel, itemsize, options: 64)
+    monkeypatch.setattr(triton_way, "block_of", lambda kernel, itemsize, options, capped: 64)
     monkeypatch.setattr(triton_way, "vector_cores", lambda: 3)
 
 
@@ -110,20 +110,20 @@ def test_offsets_beyond_32_bits(far: bool) -> None:
     outs: list[Tensor] = []
     for x in (logits, logits.clone()):
         out = torch.empty(3, len(x))
-        triton_way.partials(x, target, None, 1.0, Wanted(), out)
+        triton_way.partials(x, target, None, 1.0, 0.0, Wanted(), out)
         outs.append(out)
     assert torch.equal(*outs)
     ones = torch.ones(len(logits))
     dense = torch.empty(logits.shape, dtype=BF16)
     c = Coefficients(ones, ones)
-    triton_way.gradient(logits.clone(), ones, ones, target, c, None, 1.0, dense)
-    triton_way.gradient(logits, ones, ones, target, c, None, 1.0, logits)
+    triton_way.gradient(logits.clone(), ones, ones, target, c, None, 1.0, 0.0, dense)
+    triton_way.gradient(logits, ones, ones, target, c, None, 1.0, 0.0, logits)
     assert torch.equal(logits, dense)
 
 
 def test_what_would_be_slow_or_wrong_on_a_core_is_found_in_the_lowered_kernel() -> None:
     """Lines of kernels whose mask was a comparison of fp32, and that compared columns as ints."""
-    kernel = Variant(kernels, "row_gradient", "bf16", False)
+    kernel = Variant("row_gradient", "bf16", False)
     beyond = "%44 = arith.select %20, %42, %43 : tensor<8192xi1>, tensor<8192xbf16>"
     slow = "%31 = arith.cmpi eq, %3, %30 : tensor<8192xi32>"
     good = "%30 = arith.cmpi slt, %29, %c8192 : index"

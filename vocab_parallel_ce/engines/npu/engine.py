@@ -3,7 +3,7 @@
     operator.py     npu_cross_entropy_loss, the fused operator of every CANN
     max_sum.py      CANN 8.5.0's kernel for sharded vocabularies, a third of the traffic
     triton_way.py   Triton kernels for Ascend, for who asks for them
-    extra.py        a pass before any of them: softcap, a scale for each row, sums of squares
+    extra.py        passes around the first two: softcap, a scale for each row, sums of squares
 
 Every way works on chunks of rows and on [N] vectors around them; none writes a whole row to change
 one element of it (``target_column``), and none looks at a value on the host. None was ever run on a
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from ..contract import Coefficients, LinearFunctions, RowFunctions, Wanted
-from . import choice, extra, operator
+from . import choice, extra, operator, triton_way
 from .chunks import scratch_bytes
 from .linear import functions as npu_linear
 
 ROW_FUNCTIONS: RowFunctions | None = None
 LINEAR_FUNCTIONS: LinearFunctions | None = npu_linear
 LEAVES_LOG_PROB = True
-"""by the operator, which then serves whatever way was chosen"""
+"""by the operator, which then serves in place of max_sum"""
 
 
 @cache
@@ -74,14 +74,18 @@ def partials(
     log_prob_out: Tensor | None = None,
 ) -> None:
     """See ``contract.Engine``."""
-    more = extra.Extra(scale, softcap)
+    way = choice.way_for(logits.dtype)
+    if way is triton_way:
+        way.partials(logits, local_target, weight, scale, softcap, wanted, out, log_prob_out)
+        return
+    more = extra.Extra(scale, softcap, logits)
     if more.on or wanted.squares:
-        way = choice.way_for(torch.float32)
+        way = choice.way_for(torch.float32 if more.widens else logits.dtype)
         extra.partials(way, logits, local_target, weight, more, wanted, out)
         if log_prob_out is not None:
             extra.log_prob(way, logits, out[0], out[1], more, log_prob_out)
         return
-    way = choice.way_for(logits.dtype) if log_prob_out is None else operator
+    way = way if log_prob_out is None else operator
     way.partials(logits, local_target, weight, float(scale), wanted, out, log_prob_out)
 
 
@@ -98,7 +102,11 @@ def gradient(
     finite_logits: bool = False,
 ) -> None:
     """See ``contract.Engine``."""
-    more = extra.Extra(scale, softcap)
+    way = choice.way_for(logits.dtype)
+    if way is triton_way:
+        way.gradient(logits, m, s, local_target, coefficients, weight, scale, softcap, out)
+        return
+    more = extra.Extra(scale, softcap, logits)
     if more.on:
         way = choice.way_for(torch.float32)
         parts = (coefficients, weight, more, out, finite_logits)
@@ -112,8 +120,12 @@ def log_prob(
     logits: Tensor, m: Tensor, s: Tensor, scale: float | Tensor, softcap: float, out: Tensor
 ) -> None:
     """See ``contract.Engine``."""
-    more = extra.Extra(scale, softcap)
+    way = choice.way_for(logits.dtype)
+    if way is triton_way:
+        way.log_prob(logits, m, s, scale, softcap, out)
+        return
+    more = extra.Extra(scale, softcap, logits)
     if more.on:
         extra.log_prob(choice.way_for(torch.float32), logits, m, s, more, out)
         return
-    choice.way_for(logits.dtype).log_prob(logits, m, s, scale, out)
+    way.log_prob(logits, m, s, scale, out)

@@ -49,9 +49,42 @@ def _steps(begin, lanes, stride, APART: tl.constexpr):
 
 
 @triton.jit
+def _tanh(y):
+    """tanh: y + y^3 P(y^2) below 0.625, as in Cephes, else by the exponential; NaN stays NaN."""
+    e = tl.exp(tl.maximum(-2 * tl.abs(y), -60.0))
+    far = 1 - 2 * e / (1 + e)
+    far = tl.where(y < 0.0, -far, far)
+    z = y * y
+    p = (-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2
+    p = (p * z + 1.33314422036e-1) * z - 3.33332819422e-1
+    return tl.where(tl.abs(y) > 0.625, far, y + y * z * p)
+
+
+@triton.jit
+def _bent(logits, cap, CAPPED: tl.constexpr):
+    """tanh(logits / cap) in fp32, or the logits where there is no cap."""
+    x = logits.to(tl.float32)
+    if CAPPED:
+        x = _tanh(x / cap)
+    return x
+
+
+@triton.jit
+def _factor_of(scales, row, every_scale, cap, ROW_SCALE: tl.constexpr, CAPPED: tl.constexpr):
+    """What makes x of ``_bent``."""
+    factor = every_scale
+    if ROW_SCALE:
+        factor = tl.load(scales + row)
+    if CAPPED:
+        factor = factor * cap
+    return factor
+
+
+@triton.jit
 def _add(
-    m, s, u, t, w, best, x, inside, begin, weights,
-    TAIL: tl.constexpr, SMOOTH: tl.constexpr, ENTROPY: tl.constexpr, ARGMAX: tl.constexpr,
+    m, s, u, t, w, q, best, x, inside, begin, weights,
+    TAIL: tl.constexpr, SMOOTH: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr,
+    ARGMAX: tl.constexpr,
 ):  # fmt: skip
     """Take a block x into a row's statistics; where it is the rest, what is not inside is -inf."""
     top = tl.maximum(m, tl.max(x, 0))
@@ -63,6 +96,8 @@ def _add(
     if ENTROPY:
         # After s: shift * s may overflow where keep is 0.
         t = t * keep + shift * s + tl.sum(tl.where(e == 0.0, 0.0, e * d), 0)
+    if SQUARES:
+        q = q * keep * keep + tl.sum(e * e, 0)
     s += tl.sum(e, 0)
     if SMOOTH:
         weighted = weights * d
@@ -74,16 +109,16 @@ def _add(
         lanes = tl.arange(0, x.shape[0]).to(tl.float32)
         first = begin + tl.min(tl.where(x == top, lanes, NO_COLUMN), 0)
         best = tl.where(top > m, first, tl.minimum(best, first))
-    return top, s, u, t, w, best
+    return top, s, u, t, w, q, best
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def row_partials(
     logits, row_stride, col_stride, local_target, weight, out, out_bits, out_stride,
-    n_rows, n_cols, scale,
+    n_rows, n_cols, scales, every_scale, cap,
     BLOCK: tl.constexpr, HAS_TAIL: tl.constexpr, APART: tl.constexpr, WEIGHTED: tl.constexpr,
-    SMOOTH: tl.constexpr, ENTROPY: tl.constexpr, ARGMAX: tl.constexpr,
-    IGNORED_ROWS: tl.constexpr,
+    SMOOTH: tl.constexpr, ENTROPY: tl.constexpr, SQUARES: tl.constexpr, ARGMAX: tl.constexpr,
+    IGNORED_ROWS: tl.constexpr, ROW_SCALE: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """``partials`` of the contract: out[i, row] = out + i * out_stride + row; grid (cores,)."""
     UNREAD: tl.constexpr = NOTHING if IGNORED_ROWS else IGNORED
@@ -92,39 +127,41 @@ def row_partials(
     first, end = _rows_of_program(n_rows)
     for row in range(first, end):
         target = tl.load(local_target + row)
-        x_y, m_row, s_row, u_row, t_row = 0.0, 0.0, 0.0, 0.0, 0.0
+        x_y, m_row, s_row, u_row, t_row, q_row = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
         best_row = 0
         if target != UNREAD:
             source = logits + tl.cast(row, tl.int64) * row_stride
+            factor = _factor_of(scales, row, every_scale, cap, ROW_SCALE, CAPPED)
             if target >= 0:
-                x_y = tl.load(source + target * col_stride).to(tl.float32) * scale
-            m, s, u, t, w = tl.cast(LOWEST, tl.float32), 0.0, 0.0, 0.0, 0.0
+                x_y = _bent(tl.load(source + target * col_stride), cap, CAPPED) * factor
+            m, s, u, t, w, q = tl.cast(LOWEST, tl.float32), 0.0, 0.0, 0.0, 0.0, 0.0
             best = tl.cast(NO_COLUMN, tl.float32)
             for begin in range(0, whole, BLOCK):
-                x = tl.load(source + _steps(begin, lanes, col_stride, APART)).to(tl.float32) * scale
+                z = tl.load(source + _steps(begin, lanes, col_stride, APART))
+                x = _bent(z, cap, CAPPED) * factor
                 if WEIGHTED:
                     weights = tl.load(weight + begin + lanes)
                 else:
                     weights = tl.full([BLOCK], 1.0, tl.float32)
-                m, s, u, t, w, best = _add(
-                    m, s, u, t, w, best, x, x, tl.cast(begin, tl.float32), weights,
-                    False, SMOOTH, ENTROPY, ARGMAX,
+                m, s, u, t, w, q, best = _add(
+                    m, s, u, t, w, q, best, x, x, tl.cast(begin, tl.float32), weights,
+                    False, SMOOTH, ENTROPY, SQUARES, ARGMAX,
                 )  # fmt: skip
             if HAS_TAIL:
                 inside = lanes < n_cols - whole
                 place = source + _steps(whole, lanes, col_stride, APART)
-                x = tl.load(place, mask=inside, other=0.0).to(tl.float32) * scale
+                x = _bent(tl.load(place, mask=inside, other=0.0), cap, CAPPED) * factor
                 here = lanes.to(tl.float32) < tl.cast(n_cols - whole, tl.float32)
                 x = tl.where(here, x, -float("inf"))
                 if WEIGHTED:
                     weights = tl.load(weight + whole + lanes, mask=inside, other=0.0)
                 else:
                     weights = tl.where(here, 1.0, 0.0)
-                m, s, u, t, w, best = _add(
-                    m, s, u, t, w, best, x, here, tl.cast(whole, tl.float32), weights,
-                    True, SMOOTH, ENTROPY, ARGMAX,
+                m, s, u, t, w, q, best = _add(
+                    m, s, u, t, w, q, best, x, here, tl.cast(whole, tl.float32), weights,
+                    True, SMOOTH, ENTROPY, SQUARES, ARGMAX,
                 )  # fmt: skip
-            s_row, u_row, t_row = s, u, t
+            s_row, u_row, t_row, q_row = s, u, t, q
             m_row = tl.where(s == 0.0, -float("inf"), m)
             if ARGMAX:
                 best_row = tl.where(best >= NO_COLUMN, 0.0, best).to(tl.int32)
@@ -136,18 +173,23 @@ def row_partials(
             tl.store(place + 3 * out_stride, u_row)
         if ENTROPY:
             tl.store(place + (3 + SMOOTH) * out_stride, t_row)
+        if SQUARES:
+            tl.store(place + (3 + SMOOTH + ENTROPY) * out_stride, q_row)
         if ARGMAX:
-            tl.store(out_bits + row + (3 + SMOOTH + ENTROPY) * out_stride, best_row)
+            tl.store(out_bits + row + (3 + SMOOTH + ENTROPY + SQUARES) * out_stride, best_row)
 
 
 @triton.jit
 def _gradient(
-    d, weights, log_s, softmax, smooth, entropy, SMOOTH: tl.constexpr, ENTROPY: tl.constexpr
-):
-    """dx of columns, or of one, without the target's part; d = x - m.
+    z, factor, cap, m, weights, log_s, softmax, target_part, smooth, entropy,
+    SMOOTH: tl.constexpr, ENTROPY: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """dx of columns that hold the logits z, or of one, of which ``target_part`` goes off.
 
     ``softmax`` and ``entropy`` come divided by s.
     """
+    bent = _bent(z, cap, CAPPED)
+    d = bent * factor - m
     e = tl.exp(d)
     if ENTROPY:
         # A column without probability adds 0, never 0 * -inf.
@@ -155,15 +197,18 @@ def _gradient(
     dx = e * softmax
     if SMOOTH:
         dx -= smooth * weights
+    dx -= target_part
+    if CAPPED:
+        dx *= 1 - bent * bent
     return dx
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def row_gradient(
     logits, row_stride, col_stride, m, s, local_target, softmax, target_part, smooth, entropy,
-    weight, out, out_row_stride, out_col_stride, n_rows, n_cols, scale,
+    weight, out, out_row_stride, out_col_stride, n_rows, n_cols, scales, every_scale, cap,
     BLOCK: tl.constexpr, HAS_TAIL: tl.constexpr, APART: tl.constexpr, WEIGHTED: tl.constexpr,
-    SMOOTH: tl.constexpr, ENTROPY: tl.constexpr,
+    SMOOTH: tl.constexpr, ENTROPY: tl.constexpr, ROW_SCALE: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """``gradient`` of the contract; grid (cores,). ``out`` may be the logits."""
     lanes = tl.arange(0, BLOCK)
@@ -189,38 +234,40 @@ def row_gradient(
                 inside = lanes < n_cols - whole
                 tl.store(goal + _steps(whole, lanes, out_col_stride, APART), zeros, mask=inside)
         else:
+            factor = _factor_of(scales, row, every_scale, cap, ROW_SCALE, CAPPED)
             s_row, m_row = tl.load(s + row), tl.load(m + row)
             log_s = tl.log(s_row)
             softmax_row, entropy_row = softmax_row / s_row, entropy_row / s_row
             dx_y = 0.0
             if target >= 0:
-                d = tl.load(source + target * col_stride).to(tl.float32) * scale - m_row
                 w = 1.0
                 if WEIGHTED:
                     w = tl.load(weight + target)
-                dx_y = _gradient(d, w, log_s, softmax_row, smooth_row, entropy_row, SMOOTH, ENTROPY)
-                dx_y -= target_row
+                dx_y = _gradient(
+                    tl.load(source + target * col_stride), factor, cap, m_row, w, log_s,
+                    softmax_row, target_row, smooth_row, entropy_row, SMOOTH, ENTROPY, CAPPED,
+                )  # fmt: skip
             for begin in range(0, whole, BLOCK):
-                x = tl.load(source + _steps(begin, lanes, col_stride, APART)).to(tl.float32)
+                z = tl.load(source + _steps(begin, lanes, col_stride, APART))
                 weights = 1.0
                 if WEIGHTED:
                     weights = tl.load(weight + begin + lanes)
                 dx = _gradient(
-                    x * scale - m_row, weights, log_s, softmax_row, smooth_row, entropy_row,
-                    SMOOTH, ENTROPY,
+                    z, factor, cap, m_row, weights, log_s, softmax_row, 0.0, smooth_row,
+                    entropy_row, SMOOTH, ENTROPY, CAPPED,
                 )  # fmt: skip
                 place = goal + _steps(begin, lanes, out_col_stride, APART)
                 tl.store(place, dx.to(goal.dtype.element_ty))
             if HAS_TAIL:
                 inside = lanes < n_cols - whole
                 place = source + _steps(whole, lanes, col_stride, APART)
-                x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+                z = tl.load(place, mask=inside, other=0.0)
                 weights = 1.0
                 if WEIGHTED:
                     weights = tl.load(weight + whole + lanes, mask=inside, other=0.0)
                 dx = _gradient(
-                    x * scale - m_row, weights, log_s, softmax_row, smooth_row, entropy_row,
-                    SMOOTH, ENTROPY,
+                    z, factor, cap, m_row, weights, log_s, softmax_row, 0.0, smooth_row,
+                    entropy_row, SMOOTH, ENTROPY, CAPPED,
                 )  # fmt: skip
                 place = goal + _steps(whole, lanes, out_col_stride, APART)
                 tl.store(place, dx.to(goal.dtype.element_ty), mask=inside)
@@ -231,8 +278,9 @@ def row_gradient(
 @triton.jit(do_not_specialize=_NUMBERS)
 def row_log_prob(
     logits, row_stride, col_stride, m, s, out, out_row_stride, out_col_stride,
-    n_rows, n_cols, scale,
-    BLOCK: tl.constexpr, HAS_TAIL: tl.constexpr, APART: tl.constexpr,
+    n_rows, n_cols, scales, every_scale, cap,
+    BLOCK: tl.constexpr, HAS_TAIL: tl.constexpr, APART: tl.constexpr, ROW_SCALE: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):  # fmt: skip
     """``log_prob`` of the contract; grid (cores,)."""
     lanes = tl.arange(0, BLOCK)
@@ -242,13 +290,15 @@ def row_log_prob(
         source = logits + tl.cast(row, tl.int64) * row_stride
         goal = out + tl.cast(row, tl.int64) * out_row_stride
         m_row, log_s = tl.load(m + row), tl.log(tl.load(s + row))
+        factor = _factor_of(scales, row, every_scale, cap, ROW_SCALE, CAPPED)
         for begin in range(0, whole, BLOCK):
-            x = tl.load(source + _steps(begin, lanes, col_stride, APART)).to(tl.float32) * scale
+            z = tl.load(source + _steps(begin, lanes, col_stride, APART))
+            x = _bent(z, cap, CAPPED) * factor
             place = goal + _steps(begin, lanes, out_col_stride, APART)
             tl.store(place, (x - m_row - log_s).to(goal.dtype.element_ty))
         if HAS_TAIL:
             inside = lanes < n_cols - whole
             place = source + _steps(whole, lanes, col_stride, APART)
-            x = tl.load(place, mask=inside, other=0.0).to(tl.float32) * scale
+            x = _bent(tl.load(place, mask=inside, other=0.0), cap, CAPPED) * factor
             place = goal + _steps(whole, lanes, out_col_stride, APART)
             tl.store(place, (x - m_row - log_s).to(goal.dtype.element_ty), mask=inside)

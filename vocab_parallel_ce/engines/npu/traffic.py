@@ -97,7 +97,7 @@ _EACH_ONCE = """
     isfinite isnan le log
     log_ logical_and logical_not logical_or lt masked_fill masked_fill_ max maximum mean min
     minimum mul nan_to_num ne neg neg_ npu_dtype_cast npu_fused_cross_entropy_loss_with_max_sum
-    ones_like pow reciprocal remainder sign square stack sum where zero_ zeros_like
+    ones_like pow reciprocal remainder sign square stack sum tanh_ where zero_ zeros_like
 """
 _CASTS_FIRST = "sub sub_ add_ mul_ div_ addcmul_ rsub"
 _PRODUCTS = """

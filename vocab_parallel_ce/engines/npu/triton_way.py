@@ -21,11 +21,11 @@ _CORES = 40  # of the smallest A2 and A3 cards, where neither Triton nor torch_n
 # Columns that a program has on chip at a time: the largest powers of 2 that triton-ascend's own
 # plan of buffers finds room for, two of each (192 KiB; `make ascend-triton`).
 _BLOCKS = {
-    "row_partials": {2: (8192, 2048), 4: (8192, 2048)},
-    "row_gradient": {2: (8192, 4096), 4: (4096, 4096)},
-    "row_log_prob": {2: (8192, 8192), 4: (4096, 4096)},
+    "row_partials": {2: (8192, 2048, 4096, 2048), 4: (8192, 2048, 4096, 2048)},
+    "row_gradient": {2: (8192, 4096, 4096, 4096), 4: (4096, 4096, 4096, 4096)},
+    "row_log_prob": {2: (8192, 8192, 4096, 4096), 4: (4096, 4096, 4096, 4096)},
 }
-"""of each kernel, by the bytes of a logit, without and with options"""
+"""of each kernel, by the bytes of a logit: without options, with them, and both under a softcap"""
 
 
 @cache
@@ -46,29 +46,34 @@ def unavailable(dtype: torch.dtype) -> str | None:
     return None
 
 
-def block_of(kernel: str, itemsize: int, options: bool) -> int:
+def block_of(kernel: str, itemsize: int, options: bool, capped: bool) -> int:
     """Columns of one block of a kernel, for logits of ``itemsize`` bytes."""
-    return _BLOCKS[kernel][itemsize][options]
+    return _BLOCKS[kernel][itemsize][options + 2 * capped]
 
 
 def partials(
     logits: Tensor,
     local_target: Tensor,
     weight: Tensor | None,
-    scale: float,
+    scale: float | Tensor,
+    softcap: float,
     wanted: Wanted,
     out: Tensor,
     log_prob_out: Tensor | None = None,
 ) -> None:
-    """See ``contract.Engine``; nothing is left in ``log_prob_out``."""
+    """See ``contract.Engine``."""
     weight = weight.contiguous() if wanted.smooth and weight is not None else None
+    options = wanted.smooth or wanted.entropy or wanted.argmax or wanted.squares
     _launch(
-        "row_partials", logits, wanted.smooth or wanted.entropy or wanted.argmax,
+        "row_partials", logits, scale, softcap, options,
         logits, *logits.stride(), local_target.contiguous(), weight, out, typed(out, torch.int32),
-        out.stride(0), *logits.shape, float(scale),
+        out.stride(0),
         APART=_apart(logits), WEIGHTED=weight is not None, SMOOTH=wanted.smooth,
-        ENTROPY=wanted.entropy, ARGMAX=wanted.argmax, IGNORED_ROWS=wanted.ignored_rows,
+        ENTROPY=wanted.entropy, SQUARES=wanted.squares, ARGMAX=wanted.argmax,
+        IGNORED_ROWS=wanted.ignored_rows,
     )  # fmt: skip
+    if log_prob_out is not None:
+        log_prob(logits, out[0], out[1], scale, softcap, log_prob_out)
 
 
 def gradient(
@@ -78,7 +83,8 @@ def gradient(
     local_target: Tensor,
     coefficients: Coefficients,
     weight: Tensor | None,
-    scale: float,
+    scale: float | Tensor,
+    softcap: float,
     out: Tensor,
     finite_logits: bool = False,
 ) -> None:
@@ -87,31 +93,45 @@ def gradient(
     weight = weight.contiguous() if smooth and weight is not None else None
     parts = [None if c is None else c.contiguous() for c in coefficients]
     _launch(
-        "row_gradient", logits, smooth or entropy,
+        "row_gradient", logits, scale, softcap, smooth or entropy,
         logits, *logits.stride(), m.contiguous(), s.contiguous(), local_target.contiguous(),
-        *parts, weight, out, *out.stride(), *logits.shape, float(scale),
+        *parts, weight, out, *out.stride(),
         APART=_apart(logits) or _apart(out), WEIGHTED=weight is not None, SMOOTH=smooth,
         ENTROPY=entropy,
     )  # fmt: skip
 
 
-def log_prob(logits: Tensor, m: Tensor, s: Tensor, scale: float, out: Tensor) -> None:
+def log_prob(
+    logits: Tensor, m: Tensor, s: Tensor, scale: float | Tensor, softcap: float, out: Tensor
+) -> None:
     """See ``contract.Engine``."""
     _launch(
-        "row_log_prob", logits, False,
+        "row_log_prob", logits, scale, softcap, False,
         logits, *logits.stride(), m.contiguous(), s.contiguous(), out, *out.stride(),
-        *logits.shape, float(scale), APART=_apart(logits) or _apart(out),
+        APART=_apart(logits) or _apart(out),
     )  # fmt: skip
 
 
-def _launch(kernel: str, logits: Tensor, options: bool, *arguments: Any, **flags: bool) -> None:
+def _launch(
+    kernel: str,
+    logits: Tensor,
+    scale: float | Tensor,
+    softcap: float,
+    options: bool,
+    *arguments: Any,
+    **flags: bool,
+) -> None:
     """A program for each vector core, or each row where there are fewer."""
     rows, columns = logits.shape
-    block = block_of(kernel, logits.itemsize, options)
+    block = block_of(kernel, logits.itemsize, options, softcap != 0)
+    of_rows = isinstance(scale, Tensor)
+    numbers = (scale.contiguous(), 1.0) if isinstance(scale, Tensor) else (None, float(scale))
     grid = (min(rows, vector_cores()),)
     getattr(_kernels(), kernel)[grid](
-        *arguments, BLOCK=block, HAS_TAIL=columns % block != 0, **flags
-    )
+        *arguments, rows, columns, *numbers, float(softcap),
+        BLOCK=block, HAS_TAIL=columns % block != 0, ROW_SCALE=of_rows, CAPPED=softcap != 0,
+        **flags,
+    )  # fmt: skip
 
 
 @cache
