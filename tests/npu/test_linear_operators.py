@@ -303,6 +303,24 @@ def test_ignored_rows_are_dropped_on_request(
     assert rows == [{64}, {kept}]
 
 
+def _other_hidden(group: dist.ProcessGroup, check: bool) -> str:
+    data = head_batch(ROWS, 300, BF16, seed=0)
+    mine = _on_npu(data, even(300, 2), dist.get_rank(group))
+    hidden = (mine.hidden.detach() * (1 + dist.get_rank(group))).requires_grad_()
+    try:
+        linear_cross_entropy(hidden, mine.head, data.target.to("npu"), group=group, check=check)
+    except ValueError as problem:
+        return str(problem)
+    return ""
+
+
+def test_hidden_states_are_compared_with_check(npu_pool: Pool) -> None:
+    """Without it nobody would wait for the answer."""
+    for text in npu_pool.run(_other_hidden, 2, (True,)):
+        assert "ranks disagree on input: the hidden states of rank 0 and rank 1" in text
+    assert npu_pool.run(_other_hidden, 2, (False,)) == ["", ""]
+
+
 def _dropped(group: dist.ProcessGroup) -> str:
     """Another number of kept rows would mean other chunks: told instead."""
     data = head_batch(ROWS, 300, BF16)
