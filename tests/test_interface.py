@@ -42,7 +42,10 @@ LOSS = (
 GROUPED = {"group": None, "shard": None, "inplace_backward": False, "finite_logits": False}
 PLACED = {"group": None, "shard": None}
 LINEAR = (("input", REQUIRED), ("linear_weight", REQUIRED), ("target", REQUIRED))
-LINEAR_RUN = {"hidden_gradient": "summed", "sequence_parallel": False, "scratch_mib": None}
+LINEAR_RUN = {
+    "hidden_gradient": "summed", "sequence_parallel": False, "scratch_mib": None,
+    "drop_ignored": False,
+}  # fmt: skip
 RUN = {"scale": 1.0, "softcap": None, "engine": "auto", "collective": "auto", "check": None}
 POSITIONAL: dict[Callable[..., Any], tuple[tuple[str, object], ...]] = {
     cross_entropy: LOSS,
@@ -341,13 +344,13 @@ def test_module_passes_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_module_keeps_its_weight() -> None:
-    module = VocabParallelCrossEntropyLoss(torch.rand(4))
+    module = VocabParallelCrossEntropyLoss(torch.rand(4), label_smoothing=0.1)
     assert list(module.state_dict()) == ["weight"]
     assert module.double().weight is not None
     assert module.weight is not None
     assert module.weight.dtype == torch.float64
     assert not list(module.parameters())
-    assert "label_smoothing" in repr(module)
+    assert "label_smoothing=0.1" in repr(module)
 
 
 def test_module_takes_a_normalizer_with_every_call() -> None:
