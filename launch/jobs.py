@@ -59,6 +59,11 @@ JOBS = {
         f"{_LAUNCH}.bench.command",
         (*_SHELL, "matplotlib"),
     ),
+    "curve": Job(
+        "the time of a loss against rows and columns, as a picture",
+        f"{_LAUNCH}.bench.curve.command",
+        (*_SHELL, "matplotlib"),
+    ),
     "call-cost": Job(
         "fixed cost of a call, and of the first call of a process",
         f"{_LAUNCH}.bench.call_cost.command",

@@ -210,15 +210,17 @@ def _operators_check(group: dist.ProcessGroup | None) -> None:
         normalizer = torch.tensor(3.0) if smooth else None
         scales = torch.linspace(0.5, 1.5, 5) if smooth else None
         options = (*request.scalars(), name, False, None, scales)
-        arguments = (leaf, data.target, weight, normalizer, *options)
+        selected = data.target[:, None].clamp(min=0).expand(5, 3) if smooth else None
+        arguments = (leaf, data.target, weight, normalizer, selected, *options)
         torch.library.opcheck(ops.row_statistics.default, arguments)
 
         stats, m, s, local_target, *_ = ops.row_statistics(logits, *arguments[1:])
-        place = (*compiled._Place.of(request), None, scales)
+        for_log_prob = (*compiled._Place.of(request), None, scales)
+        place = (*for_log_prob, selected)
         rows = (stats, m, s, local_target, weight, torch.ones_like(stats))
         torch.library.opcheck(ops.row_gradient.default, (logits, *rows, *place))
         torch.library.opcheck(ops.row_gradient_.default, (logits.clone(), *rows, *place))
-        torch.library.opcheck(ops.log_prob.default, (logits, m, s, *place))
+        torch.library.opcheck(ops.log_prob.default, (logits, m, s, *for_log_prob))
 
 
 def test_opcheck_on_one_rank() -> None:

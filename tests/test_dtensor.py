@@ -20,7 +20,7 @@ from torch.distributed.tensor import (
 )
 
 from vocab_parallel_ce import VocabShard, cross_entropy, cross_entropy_loss, token_statistics
-from vocab_parallel_ce.testing import assert_close, batch
+from vocab_parallel_ce.testing import ReferenceLoss, assert_close, batch
 
 from .cases import Findings, expected
 from .ranks import Pool
@@ -195,14 +195,17 @@ def test_cross_entropy_loss(
 def _statistics(group: dist.ProcessGroup, placements: Placements) -> None:
     mesh = _mesh(group, placements)
     data = batch(9, 11, torch.float32, ignore_index=1)
-    want = expected(data.logits, data.target, ignore_index=1, reduction="none")
+    selected = torch.stack([data.target, data.target.flip(0), torch.arange(9)], -1)
+    want = expected(data.logits, data.target, ignore_index=1, reduction="none", selected=selected)
     logits = distribute_tensor(data.logits, mesh, placements).requires_grad_()
     got = token_statistics(
-        logits, data.target, entropy=True, argmax=True, sum_p_squared=True, ignore_index=1
-    )
+        logits, data.target, entropy=True, argmax=True, sum_p_squared=True, selected=selected,
+        ignore_index=1,
+    )  # fmt: skip
     parts = {name: _as_dtensor(part) for name, part in got._asdict().items()}
     whole = {name: part.full_tensor() for name, part in parts.items()}
     total = parts["log_prob"] + parts["lse"] + parts["entropy"]
+    total = total + parts["selected_log_prob"].sum(-1)
     (grad,) = torch.autograd.grad(total.sum(), logits)
     whole_grad = _as_dtensor(grad).full_tensor()
     kept = data.target != 1
@@ -211,9 +214,15 @@ def _statistics(group: dist.ProcessGroup, placements: Placements) -> None:
     assert_close(
         whole["lse"], torch.where(kept, want.exact.lse, 0.0), torch.where(kept, want.naive.lse, 0.0)
     )
-    assert_close(whole["entropy"], want.exact.entropy, want.naive.entropy)
+    for name in ("entropy", "selected_log_prob"):
+        assert_close(whole[name], getattr(want.exact, name), getattr(want.naive, name), name)
     assert torch.equal(whole["argmax"], want.exact.argmax)
-    gradients = want.gradients(lambda r: (torch.where(kept, r.lse, 0.0) - r.loss + r.entropy).sum())
+
+    def total_of(r: ReferenceLoss) -> Tensor:
+        lse = torch.where(kept, r.lse, 0.0)
+        return (lse - r.loss + r.entropy).sum() + r.selected_log_prob.sum()
+
+    gradients = want.gradients(total_of)
     assert_close(whole_grad, *gradients, "gradient")
 
 

@@ -43,16 +43,18 @@ GROUPED = {"group": None, "shard": None, "inplace_backward": False, "finite_logi
 PLACED = {"group": None, "shard": None}
 LINEAR = (("input", REQUIRED), ("linear_weight", REQUIRED), ("target", REQUIRED))
 LINEAR_RUN = {
-    "hidden_gradient": "summed", "sequence_parallel": False, "scratch_mib": None,
+    "hidden_gradient": "summed",
+    "sequence_parallel": False,
+    "scratch_mib": None,
     "drop_ignored": False,
-}  # fmt: skip
+}
 RUN = {"scale": 1.0, "softcap": None, "engine": "auto", "collective": "auto", "check": None}
 POSITIONAL: dict[Callable[..., Any], tuple[tuple[str, object], ...]] = {
     cross_entropy: LOSS,
     cross_entropy_loss: (*LOSS, ("lse_square_scale_for_zloss", 0.0), ("return_zloss", False)),
     token_statistics: (LOSS[0], ("target", None)),
     linear_cross_entropy: LINEAR,
-    linear_token_statistics: LINEAR,
+    linear_token_statistics: (*LINEAR[:2], ("target", None)),
 }
 KEYWORDS: dict[Callable[..., Any], dict[str, object]] = {
     cross_entropy: {
@@ -67,6 +69,7 @@ KEYWORDS: dict[Callable[..., Any], dict[str, object]] = {
         "entropy": False,
         "argmax": False,
         "sum_p_squared": False,
+        "selected": None,
         "ignore_index": -100,
         **GROUPED,
         **RUN,
@@ -86,6 +89,8 @@ KEYWORDS: dict[Callable[..., Any], dict[str, object]] = {
         "linear_bias": None,
         "entropy": False,
         "argmax": False,
+        "sum_p_squared": False,
+        "selected": None,
         "ignore_index": -100,
         **PLACED,
         **RUN,
@@ -168,7 +173,7 @@ def test_linear_names_are_torchs() -> None:
 def test_result_fields() -> None:
     assert CrossEntropyLossOutput._fields == ("loss", "log_prob", "zloss", "lse_for_zloss")
     assert TokenStatistics._fields == (
-        "log_prob", "lse", "entropy", "argmax", "sum_p_squared",
+        "log_prob", "lse", "entropy", "argmax", "sum_p_squared", "selected_log_prob",
     )  # fmt: skip
 
 

@@ -361,8 +361,11 @@ def test_no_rows(shape: tuple[int, ...], engine: str) -> None:
         (grad,) = torch.autograd.grad(out, leaf)
         assert grad.shape == shape
     asked: dict[str, Any] = {"entropy": True, "argmax": True, "sum_p_squared": True}
-    stats = token_statistics(leaf, target, **asked, engine=engine)
+    selected = target[..., None].expand(*target.shape, 2)
+    *stats, found = token_statistics(leaf, target, **asked, selected=selected, engine=engine)
     assert all(value is not None and value.shape == target.shape for value in stats)
+    assert found is not None
+    assert found.shape == selected.shape
     assert cross_entropy_loss(leaf, target, engine=engine).log_prob.shape == shape
 
 

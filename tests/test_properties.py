@@ -216,14 +216,20 @@ def _statistics_hold(group: dist.ProcessGroup, config: Config, argmax: bool) -> 
     full, target, _ = config.batch()
     ignore_index, scale = config.options["ignore_index"], config.options["scale"]
     kept = target != ignore_index
-    want = expected(full, target, ignore_index=ignore_index, scale=scale, reduction="none")
+    g = torch.Generator().manual_seed(config.seed)
+    there = (full[0] != -torch.inf).nonzero().squeeze(1)
+    selected = there[torch.randint(len(there), (config.rows, config.seed % 4), generator=g)]
+    want = expected(
+        full, target, ignore_index=ignore_index, scale=scale, reduction="none", selected=selected
+    )
     x = move(config.sharding.local(full, rank)).requires_grad_()
     got = token_statistics(
-        x, move(target), entropy=True, argmax=argmax, ignore_index=ignore_index, scale=scale,
-        group=group, shard=config.sharding.shard(rank), engine=config.engine,
-        collective=config.collective,
+        x, move(target), entropy=True, argmax=argmax, selected=move(selected),
+        ignore_index=ignore_index, scale=scale, group=group, shard=config.sharding.shard(rank),
+        engine=config.engine, collective=config.collective,
     )  # fmt: skip
     assert got.entropy is not None
+    assert got.selected_log_prob is not None
     findings = Findings()
     exact, plain = want.exact, want.naive
     with findings:
@@ -232,20 +238,23 @@ def _statistics_hold(group: dist.ProcessGroup, config: Config, argmax: bool) -> 
             got.lse, torch.where(kept, exact.lse, 0.0), torch.where(kept, plain.lse, 0.0), "lse"
         )
         assert_close(got.entropy, exact.entropy, plain.entropy, "entropy")
+        found = got.selected_log_prob
+        assert_close(found, exact.selected_log_prob, plain.selected_log_prob, "selected")
     if got.argmax is not None:
         with findings:
             # In the arithmetic dtype: a scale may round two neighbours to one number.
             rounded = full.to(got.lse.dtype) * scale
             assert torch.equal(got.argmax.cpu(), torch.where(kept, rounded.argmax(-1), -1))
 
-    def total(log_prob: Tensor, lse: Tensor, entropy: Tensor) -> Tensor:
-        return (log_prob + 0.25 * lse - 2 * entropy).sum()
+    def total(log_prob: Tensor, lse: Tensor, entropy: Tensor, selected: Tensor) -> Tensor:
+        return (log_prob + 0.25 * lse - 2 * entropy).sum() + 0.5 * selected.sum()
 
     def same(r: ReferenceLoss) -> Tensor:
-        return total(-r.loss, torch.where(kept, r.lse, 0.0), r.entropy)
+        lse = torch.where(kept, r.lse, 0.0)
+        return total(-r.loss, lse, r.entropy, r.selected_log_prob)
 
     with findings:
-        (grad,) = torch.autograd.grad(total(got.log_prob, got.lse, got.entropy), x)
+        (grad,) = torch.autograd.grad(total(got.log_prob, got.lse, got.entropy, found), x)
         check_gradient(grad, want.gradients(same), config.sharding, rank, "statistics")
     findings.report()
 

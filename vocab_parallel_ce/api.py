@@ -20,6 +20,7 @@ from .primitive import log_prob_space, row_statistics
 from .reduction import as_scalar, reduce_rows, row_losses
 from .request import RowRequest, is_on
 from .scales import of_rows
+from .selected import by_row, flat_ids
 from .shard import VocabShard
 from .together import raises_together
 
@@ -59,6 +60,8 @@ class TokenStatistics(NamedTuple):
     ``ignore_index``, and in rows that hold NaN or +inf. Not differentiable: it is an integer."""
     sum_p_squared: Tensor | None = None
     """sum_c p_c^2 of each row; 0 where ignored. Not differentiable."""
+    selected_log_prob: Tensor | None = None
+    """[..., K] log p of each of the ids in ``selected``; 0 where ignored. Differentiable."""
 
 
 @overload
@@ -370,6 +373,7 @@ def token_statistics(
     entropy: bool = False,
     argmax: bool = False,
     sum_p_squared: bool = False,
+    selected: Tensor | None = None,
     ignore_index: int = -100,
     group: dist.ProcessGroup | None = None,
     shard: VocabShard | None = None,
@@ -395,6 +399,10 @@ def token_statistics(
         argmax: return the id of the largest logit of each row.
         sum_p_squared: return the sum of the squared probabilities of each row (the optimal baseline
             of policy gradients, a collision probability).
+        selected: [..., K] int64 or int32 vocabulary ids, K of each row, the same on every rank:
+            return the log-probability of each, whatever rank its logit lives on. An id may come
+            twice, and K may be 0. Ids of ignored rows are not looked at; an id of another row must
+            be a class, as a target must, and ``ignore_index`` means nothing here.
         ignore_index: rows with this target hold 0 (argmax -1) and have gradient 0.
         group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
             not the default group; where others exist and no shard is told, a warning, once.
@@ -423,27 +431,36 @@ def token_statistics(
             Each rank may promise it for its own shard.
 
     Returns:
-        A ``TokenStatistics(log_prob, lse, entropy, argmax, sum_p_squared)``, each in the shape of
-        ``target``, the same on every rank. ``log_prob`` is that of the target of each token.
+        A ``TokenStatistics(log_prob, lse, entropy, argmax, sum_p_squared, selected_log_prob)``, the
+        same on every rank, each in the shape of ``target`` but the last: [..., K]. ``log_prob`` is
+        that of the target of each token. Not asked for is None.
 
     Raises:
         TypeError, ValueError: for a wrong argument; the message names the argument, its value, the
             rank and the way out.
         ValueError: on every rank, on CPU and with ``check``: a target that is neither a class nor
-            ``ignore_index``; ranks with different targets or options; shards that overlap or leave
-            ids out; gathered logits where a shard belongs. On accelerators without ``check`` these
-            make the result NaN instead, because reading a value would wait for the device.
+            ``ignore_index``; a selected id that is no class; ranks with different targets, selected
+            ids or options; shards that overlap or leave ids out; gathered logits where a shard
+            belongs. On accelerators without ``check`` these make the result NaN instead, because
+            reading a value would wait for the device.
         RuntimeError: an ``engine`` that is not available here; a second backward in place.
 
     Communication:
-        One all_gather of 3 floats a row (one more each for entropy, argmax and sum_p_squared) and
-        a small header, or two all_reduces (argmax always gathers). Nothing in backward. With one
-        rank, nothing at all.
+        One all_gather of 3 floats a row (one more each for entropy, argmax and sum_p_squared, K for
+        selected) and a small header, or two all_reduces (argmax always gathers). Nothing in
+        backward. With one rank, nothing at all.
 
     Example:
         ```python
         new = token_statistics(logits, tokens, entropy=True, scale=1 / temperature, group=tp_group)
         ratio = (new.log_prob - old_log_prob).exp()
+        ```
+
+        The share of tokens whose largest logit is the target's (top-1 accuracy):
+        ```python
+        best = token_statistics(logits, tokens, argmax=True, group=tp_group).argmax
+        kept = tokens != -100
+        accuracy = ((best == tokens) & kept).sum() / kept.sum()
         ```
     """
     ids = _no_target(input) if target is None else target
@@ -452,27 +469,43 @@ def token_statistics(
     options = Options(
         "none", ignore_index, 0.0, 0.0, group, shard,
         inplace_backward, None, scale, softcap, engine, collective, check, finite_logits,
+        selected,
     )  # fmt: skip
     input, ids, _, options, layout = unwrap(input, ids, None, options)
     outputs = Outputs(entropy=entropy, argmax=argmax, squares=sum_p_squared)
     request = prepare(input, ids, None, options, outputs)
     stats, _, _, best, _ = row_statistics(
         input, ids, None, request, options.group, inplace_backward,
-        scale=of_rows(options.scale, input, ids),
+        scale=of_rows(options.scale, input, ids), selected=flat_ids(options.selected),
     )  # fmt: skip
     layout.agree()
-    shape = ids.shape
+    log_prob, further = target is not None, selected is not None
+    return named_statistics(stats, best, ids.shape, layout, outputs, log_prob, further)
+
+
+def named_statistics(
+    stats: Tensor,
+    argmax: Tensor,
+    shape: torch.Size,
+    layout: Layout,
+    outputs: Outputs,
+    log_prob: bool,
+    selected: bool,
+) -> TokenStatistics:
+    """What ``row_statistics`` returned, in the ``shape`` of the targets."""
 
     def row(place: int) -> Tensor:
         return layout.rows(stats.select(0, place).reshape(shape))
 
-    log_prob = None if target is None else layout.rows(0.0 - stats.select(0, 0).reshape(shape))
+    of_target = layout.rows(0.0 - stats.select(0, 0).reshape(shape)) if log_prob else None
+    named = 2 + outputs.entropy + outputs.squares
     return TokenStatistics(
-        log_prob=cast(Tensor, log_prob),
+        log_prob=cast(Tensor, of_target),
         lse=row(1),
-        entropy=row(2) if entropy else None,
-        argmax=layout.rows(best.reshape(shape)) if argmax else None,
-        sum_p_squared=row(2 + entropy).detach() if sum_p_squared else None,
+        entropy=row(2) if outputs.entropy else None,
+        argmax=layout.rows(argmax.reshape(shape)) if outputs.argmax else None,
+        sum_p_squared=row(2 + outputs.entropy).detach() if outputs.squares else None,
+        selected_log_prob=layout.selected(by_row(stats[named:], shape)) if selected else None,
     )
 
 

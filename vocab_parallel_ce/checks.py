@@ -37,7 +37,7 @@ _LARGEST = sys.float_info.max
 
 
 class Options(NamedTuple):
-    """The arguments of a public function that are neither tensors nor what it returns."""
+    """The arguments of a public function beside its first tensors."""
 
     reduction: str = "none"
     ignore_index: int = -100
@@ -53,6 +53,7 @@ class Options(NamedTuple):
     collective: str = "auto"
     check: bool | None = None
     finite_logits: bool = False
+    selected: Tensor | None = None
 
 
 class Held(NamedTuple):
@@ -110,7 +111,7 @@ def admit(
     normalizer = options.normalizer
     named = {
         "input": input, "target": target, "weight": weight, "normalizer": normalizer,
-        "scale": options.scale,
+        "scale": options.scale, "selected": options.selected,
     }  # fmt: skip
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     if forward_ad._current_level < 0 and ordinary(*tensors.values()):
@@ -122,7 +123,9 @@ def admit(
     memory: dict[str, Any] = {**named, **{n: settled(v) for n, v in tensors.items()}}
     if memory["input"] is not input and options.inplace_backward and input.requires_grad:
         check_overwritable(input, where)
-    options = options._replace(normalizer=memory.pop("normalizer"), scale=memory.pop("scale"))
+    options = options._replace(
+        **{name: memory.pop(name) for name in ("normalizer", "scale", "selected")}
+    )
     return memory["input"], memory["target"], memory["weight"], options
 
 
@@ -142,6 +145,8 @@ def _prepare(
     number = number_of(options.scale)
     if number is None:
         _check_row_scale(options.scale, input, target, where)
+    if options.selected is not None:
+        _check_selected(options.selected, input, target, where)
     if options.group is not None and world > 1 and not torch.compiler.is_compiling():
         # A compiled call learns of a wrong group when it runs, before it sends anything.
         backend = check_group_serves(input.device.type, options.group)
@@ -254,6 +259,22 @@ def _check_row_scale(scale: Any, input: Tensor, target: Tensor, where: str) -> N
         )
     if scale.device != input.device:
         raise ValueError(f"scale is on {scale.device}, input on {input.device}{where}")
+
+
+def _check_selected(selected: Any, input: Tensor, target: Tensor, where: str) -> None:
+    if not isinstance(selected, Tensor):
+        raise TypeError(f"selected must be a tensor or None, got {type(selected).__name__}{where}")
+    if selected.dtype not in TARGET_DTYPES:
+        raise TypeError(
+            f"selected must hold class ids in int64 or int32, got {selected.dtype}{where}"
+        )
+    if selected.dim() != target.dim() + 1 or selected.shape[:-1] != target.shape:
+        raise ValueError(
+            f"selected has shape {tuple(selected.shape)}, but target {tuple(target.shape)}{where}: "
+            "K ids for each row, in a last dimension of their own"
+        )
+    if selected.device != input.device:
+        raise ValueError(f"selected is on {selected.device}, input on {input.device}{where}")
 
 
 def _check_softcap(softcap: object, where: str) -> None:

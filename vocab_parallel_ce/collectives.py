@@ -99,7 +99,8 @@ def _by_reduce(payload: Payload, wanted: Wanted, group: dist.ProcessGroup, world
     m, sums, slots = packed.split([rows, (k - 1) * rows, world * 2 * HEADER_INTS])
     m.copy_(payload.parts[0])
     dist.all_reduce(m, dist.ReduceOp.MAX, group=group)
-    named = dict(zip(wanted.rows[1:], sums.view(k - 1, rows).unbind(0), strict=True))
+    # What is behind the rows that are wanted is x of selected ids: a sum as it is.
+    named = dict(zip(wanted.rows[1:], sums.view(k - 1, rows).unbind(0), strict=False))
     sums.copy_(payload.parts[1:].flatten())
     rescale_({"m": payload.parts[0].clone(), **named}, m, payload.shard_weight)
     # Each rank fills its own slots and adds 0 to the others': the sum gathers the headers. Halves

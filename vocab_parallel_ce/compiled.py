@@ -90,6 +90,7 @@ def _row_statistics(
     target: Tensor,
     weight: Tensor | None,
     normalizer: Tensor | None,
+    selected: Tensor | None,
     start: int,
     stop: int,
     vocab_size: int,
@@ -125,8 +126,9 @@ def _row_statistics(
     with together(group, check):
         request = opened(request, numbers)
         r = compute_statistics(
-            logits, target, weight, request, group, normalizer=normalizer, scale=scales
-        )
+            logits, target, weight, request, group, normalizer=normalizer, scale=scales,
+            selected=selected,
+        )  # fmt: skip
     return r.stats, r.m, r.s, r.local_target, r.argmax, r.normalizer
 
 
@@ -136,6 +138,7 @@ def _(
     target: Tensor,
     weight: Tensor | None,
     normalizer: Tensor | None,
+    selected: Tensor | None,
     start: int,
     stop: int,
     vocab_size: int,
@@ -147,8 +150,9 @@ def _(
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, dtype = target.numel(), arithmetic_dtype(logits.dtype)
+    further = 0 if selected is None else selected.shape[1]
     return (
-        logits.new_empty((2 + smooth + entropy + squares, rows), dtype=dtype),
+        logits.new_empty((2 + smooth + entropy + squares + further, rows), dtype=dtype),
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty(rows, dtype=torch.int64),
@@ -205,13 +209,14 @@ def _row_gradient(
     engine: str,
     numbers: Tensor | None = None,
     scales: Tensor | None = None,
+    selected: Tensor | None = None,
 ) -> Tensor:
     place = _Place(
         start, stop, vocab_size, smooth, entropy, squares, finite_logits, scale, softcap, engine
     )
     request = place.request(numbers)
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    result = RowResult(stats, m, s, local_target, m, m, scales)
+    result = RowResult(stats, m, s, local_target, m, m, scales, selected)
     compute_gradient(logits, result, weight, grad_stats, request, grad)
     return grad
 
@@ -242,12 +247,13 @@ def _row_gradient_inplace(
     engine: str,
     numbers: Tensor | None = None,
     scales: Tensor | None = None,
+    selected: Tensor | None = None,
 ) -> None:
     place = _Place(
         start, stop, vocab_size, smooth, entropy, squares, finite_logits, scale, softcap, engine
     )
     request = place.request(numbers)
-    result = RowResult(stats, m, s, local_target, m, m, scales)
+    result = RowResult(stats, m, s, local_target, m, m, scales, selected)
     compute_gradient(logits, result, weight, grad_stats, request, logits)
 
 
@@ -286,10 +292,10 @@ def _(logits: Tensor, *_: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, _, weight, _ = inputs[:4]
-    *scalars, _, inplace_backward, numbers, scales = inputs[4:]
+    logits, _, weight, _, selected = inputs[:5]
+    *scalars, _, inplace_backward, numbers, scales = inputs[5:]
     stats, m, s, local_target, argmax, normalizer = output
-    ctx.save_for_backward(logits, stats, m, s, local_target, weight, numbers, scales)
+    ctx.save_for_backward(logits, stats, m, s, local_target, weight, numbers, scales, selected)
     ctx.mark_non_differentiable(m, s, local_target, argmax, normalizer)
     ctx.place = _Place.of(RowRequest(*scalars))
     ctx.inplace_backward = inplace_backward
@@ -298,9 +304,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_stats: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_second_backward(ctx)
-    logits, *saved, numbers, scales = ctx.saved_tensors
-    none = [None] * (7 + len(fields(RowRequest)))
-    arguments = (*saved, grad_stats, *ctx.place, numbers, scales)
+    logits, *saved, numbers, scales, selected = ctx.saved_tensors
+    none = [None] * (8 + len(fields(RowRequest)))
+    arguments = (*saved, grad_stats, *ctx.place, numbers, scales, selected)
     if not ctx.inplace_backward:
         return (_row_gradient(logits, *arguments), *none)
     ctx.overwritten = True
@@ -320,7 +326,7 @@ def gradient(
     """The backward of an eager loss, for the compiler that follows the tape (compiled autograd)."""
     r, numbers = closed(request)
     rows = (result.stats, result.m, result.s, result.local_target, weight, grad_stats)
-    scalars = (*_Place.of(r), numbers, result.scale)
+    scalars = (*_Place.of(r), numbers, result.scale, result.selected)
     if not inplace_backward:
         grad: Tensor = _row_gradient(logits, *rows, *scalars)
         return grad
@@ -341,13 +347,14 @@ def row_statistics(
     inplace_backward: bool,
     normalizer: Tensor | None,
     scale: Tensor | None = None,
+    selected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``primitive.row_statistics`` as one node of a compiled graph."""
     name = NO_GROUP if group is None else group.group_name
     static, numbers = closed(request)
     stats, m, s, _, argmax, agreed = _row_statistics(
-        logits, target, weight, normalizer, *static.scalars(), name, inplace_backward, numbers,
-        scale,
+        logits, target, weight, normalizer, selected, *static.scalars(), name, inplace_backward,
+        numbers, scale,
     )  # fmt: skip
     return stats, m, s, argmax, agreed
 

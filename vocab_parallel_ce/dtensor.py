@@ -43,6 +43,10 @@ class Layout:
         """A per-row result [...], sharded like the logits' rows."""
         return self._wrap(value, self.row_placements, self.shape[:-1])
 
+    def selected(self, value: Tensor) -> Tensor:
+        """K numbers a row, [..., K], sharded like the logits' rows."""
+        return self._wrap(value, self.row_placements, (*self.shape[:-1], value.shape[-1]))
+
     def logits(self, value: Tensor) -> Tensor:
         """A tensor like the logits, in their placement."""
         return self._wrap(value, self.logits_placements, self.shape)
@@ -114,7 +118,10 @@ def unwrap(
     rows of ``input``.
     """
     if not isinstance(input, DTensor):
-        for name, value in (("target", target), ("weight", weight), ("scale", options.scale)):
+        for name, value in (
+            ("target", target), ("weight", weight), ("scale", options.scale),
+            ("selected", options.selected),
+        ):  # fmt: skip
             if isinstance(value, DTensor):
                 raise ValueError(
                     f"{name} is a DTensor but input is not: pass both as DTensors, or "
@@ -143,18 +150,13 @@ def unwrap(
     options = options._replace(group=group, shard=shard)
     rows_here = tuple(local.shape[:-1])
     check_target(target, rows_here, layout)
-    scale = options.scale
-    if isinstance(scale, Tensor) and scale.dim() > 0:
-        check_target(scale, rows_here, layout, "scale")
+    check_row_options(options, rows_here, layout)
     weight_here = local_weight(weight)
     if telling:
         play_before(mesh)
     if isinstance(options.normalizer, DTensor):
         options = options._replace(normalizer=options.normalizer.full_tensor())
-    if isinstance(scale, DTensor) and scale.dim() == 0:
-        options = options._replace(scale=scale.full_tensor())
-    elif isinstance(scale, Tensor) and scale.dim() > 0:
-        options = options._replace(scale=local_target(scale, rows_here, layout, offset))
+    options = local_row_options(options, rows_here, layout, offset)
     here = local_target(target, rows_here, layout, offset)
     return *admit(local, here, weight_here, options), layout
 
@@ -206,17 +208,19 @@ def _shards(placement: Placement, dim: int, ndim: int) -> bool:
 
 
 def check_target(
-    target: Tensor, rows: tuple[int, ...], layout: Layout, name: str = "target"
+    target: Tensor, rows: tuple[int, ...], layout: Layout, name: str = "target", more: int = 0
 ) -> None:
     """Raises for a target, or what lies as it does, that fits neither the global rows nor this
-    rank's ``rows``."""
+    rank's ``rows``; it may have so many dimensions ``more``, behind those of the rows."""
     if not isinstance(target, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(target).__name__}")
-    shape = layout.shape[:-1]
-    if target.shape != shape and not (target.shape == rows and not isinstance(target, DTensor)):
+    shape, given = layout.shape[:-1], tuple(target.shape)[: target.dim() - more]
+    fits = given == shape or (given == rows and not isinstance(target, DTensor))
+    if target.dim() < more or not fits:
+        last = ("K",) * more
         raise ValueError(
             f"{name} has shape {tuple(target.shape)}, but DTensor input {tuple(layout.shape)} "
-            f"needs {tuple(shape)} (or the local rows, {rows})"
+            f"needs {(*shape, *last)} (or the local rows, {(*rows, *last)})"
         )
     if isinstance(target, DTensor):
         if target.device_mesh != layout.mesh:
@@ -234,10 +238,32 @@ def local_target(
     """This rank's ``rows`` of a target that is a DTensor, global, or local already."""
     if isinstance(target, DTensor):
         return target.redistribute(placements=layout.row_placements).to_local()
-    if target.shape == rows:
+    if target.shape[: len(rows)] == rows:
         return target
     cut = tuple(slice(o, o + n) for o, n in zip(offset, rows, strict=False))
     return target[cut]
+
+
+def check_row_options(options: Options, rows: tuple[int, ...], layout: Layout) -> None:
+    """``check_target`` of ``scale`` and ``selected``, where they have numbers for each row."""
+    if isinstance(options.scale, Tensor) and options.scale.dim() > 0:
+        check_target(options.scale, rows, layout, "scale")
+    if options.selected is not None:
+        check_target(options.selected, rows, layout, "selected", more=1)
+
+
+def local_row_options(
+    options: Options, rows: tuple[int, ...], layout: Layout, offset: tuple[int, ...]
+) -> Options:
+    """``scale`` and ``selected`` of this rank's ``rows``, as ``local_target`` does."""
+    scale, selected = options.scale, options.selected
+    if isinstance(scale, DTensor) and scale.dim() == 0:
+        scale = scale.full_tensor()
+    elif isinstance(scale, Tensor) and scale.dim() > 0:
+        scale = local_target(scale, rows, layout, offset)
+    if selected is not None:
+        selected = local_target(selected, rows, layout, offset)
+    return options._replace(scale=scale, selected=selected)
 
 
 def local_weight(weight: Tensor | None) -> Tensor | None:

@@ -40,18 +40,19 @@ _STATIC = (
 )
 # The first is 0 where there are no hidden states to tell of, or nobody would compare them.
 _DYNAMIC = (
-    "hidden", "target", "content", "weight", "row_scale", "bad_row", "bad_target", "bad_weight",
-    "bad_scale", "normalizer",
+    "hidden", "target", "content", "weight", "row_scale", "selected", "bad_row", "bad_target",
+    "bad_weight", "bad_scale", "bad_selected_row", "bad_selected", "normalizer",
 )  # fmt: skip
 STATIC_INTS = sum(width for _, width in _STATIC)
 HEADER_INTS = STATIC_INTS + 2 * len(_DYNAMIC)
 _START, _STOP, _VOCAB, _OPTIONS = 0, 1, 2, slice(3, STATIC_INTS)
 _CHECKSUMS = {name: STATIC_INTS + 2 * i for i, name in enumerate(_DYNAMIC)}
 _NONE = -1
+_ALIKE = ("target", "weight", "row_scale", "selected")  # whose checksums all ranks must share
 _COMPARED = (
     _VOCAB,
     *range(STATIC_INTS)[_OPTIONS],
-    *(_CHECKSUMS[name] + half for name in ("target", "weight", "row_scale") for half in (0, 1)),
+    *(_CHECKSUMS[name] + half for name in _ALIKE for half in (0, 1)),
 )
 
 _FLAGS = (
@@ -87,6 +88,8 @@ class ValueProblems:
     bad_weight: int = _NONE
     bad_scale: int = _NONE
     """the row"""
+    bad_selected_row: int = _NONE
+    bad_selected: int = 0
 
 
 @functools.lru_cache(maxsize=256)
@@ -188,12 +191,14 @@ def write_header(
     normalizer: Tensor | None = None,
     hidden: Tensor | None = None,
     scale: Tensor | None = None,
+    selected: Tensor | None = None,
 ) -> None:
     """Fill ``out`` [HEADER_INTS] int32.
 
     ``content`` are this rank's (m, s) partials: ranks that hold the same ones in every row were
     handed the same logits. It is left out where shards were told explicitly. ``normalizer`` is
-    0-d, in the arithmetic dtype; ``hidden`` are ``fingerprint_bits``; ``scale`` has one a row.
+    0-d, in the arithmetic dtype; ``hidden`` are ``fingerprint_bits``; ``scale`` has one a row;
+    ``selected`` are ids [N, K].
     """
     write_static(out, request)
     zero = torch.zeros((), dtype=torch.int64, device=out.device)
@@ -204,10 +209,13 @@ def write_header(
             zero if content is None else float_checksum(content),
             zero if weight is None else float_checksum(weight),
             zero if scale is None else float_checksum(scale),
+            zero if selected is None else checksum(selected),
             zero + problems.bad_row,
             zero + problems.bad_target,
             zero + problems.bad_weight,
             zero + problems.bad_scale,
+            zero + problems.bad_selected_row,
+            zero + problems.bad_selected,
             zero if normalizer is None else normalizer_bits(normalizer),
         ]
     )
@@ -283,7 +291,8 @@ def raise_on_problems(
         _raise_on_values(f"rank {rank} of the group", header)
     _raise_on_coverage(headers)
     for rank, header in enumerate(headers[1:], start=1):
-        for slot, name in (("target", "target"), ("weight", "weight"), ("row_scale", "scale")):
+        for slot in _ALIKE:
+            name = "scale" if slot == "row_scale" else slot
             if header.checksums[slot] != first.checksums[slot]:
                 raise ValueError(
                     f"ranks disagree on {name}: rank 0 and rank {rank} of the group passed "
@@ -362,6 +371,8 @@ def raise_on_own_values(problems: ValueProblems, request: RowRequest, cause: str
         "bad_target": problems.bad_target,
         "bad_weight": problems.bad_weight,
         "bad_scale": problems.bad_scale,
+        "bad_selected_row": problems.bad_selected_row,
+        "bad_selected": problems.bad_selected,
     }
     options: dict[str, object] = {"ignore_index": request.ignore_index}
     header = Header(request.start, request.stop, request.vocab_size, options, checksums)
@@ -386,6 +397,13 @@ def _raise_on_values(who: str, header: Header, cause: str = "") -> None:
         raise ValueError(
             f"scale must be finite, but {who or 'it'} holds NaN or inf for row "
             f"{header.checksums['bad_scale']}; it multiplies the logits (1 / temperature)"
+        )
+    if header.checksums["bad_selected_row"] != _NONE:
+        raise ValueError(
+            f"selected is out of range: row {header.checksums['bad_selected_row']} holds "
+            f"{header.checksums['bad_selected']}{f' on {who}' if who else ''}, which is no class "
+            f"in [0, {header.vocab_size}); fill unused places with any class, and leave their "
+            f"results out{cause}"
         )
 
 
@@ -435,7 +453,7 @@ def disagreement(
     bad = (headers[:, _VOCAB] != first[:, _VOCAB]).any()
     bad |= (headers[:, _OPTIONS] != first[:, _OPTIONS]).any()
     bad |= ~_alike(read_normalizers(headers, dtype)).all()
-    for name in ("target", "weight", "row_scale"):
+    for name in _ALIKE:
         slot = _CHECKSUMS[name]
         bad |= (headers[:, slot : slot + 2] != first[:, slot : slot + 2]).any()
     # Sizes that add up to the vocabulary without any pair that overlaps tile it.

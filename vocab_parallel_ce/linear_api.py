@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .api import TokenStatistics, cross_entropy, token_statistics
+from .api import TokenStatistics, cross_entropy, named_statistics, token_statistics
 from .checks import Options, Outputs
 from .linear.checks import (
     LinearOptions,
@@ -23,6 +23,8 @@ from .linear.checks import (
 from .linear.dtensor import unwrap_linear
 from .linear.primitive import linear_loss, linear_row_statistics
 from .reduction import as_scalar, reduce_rows, row_losses
+from .scales import of_rows
+from .selected import flat_ids
 from .shard import VocabShard
 from .together import linear_raises_together
 
@@ -43,7 +45,7 @@ def linear_cross_entropy(
     group: dist.ProcessGroup | None = None,
     shard: VocabShard | None = None,
     normalizer: Tensor | float | None = None,
-    scale: float = 1.0,
+    scale: Tensor | float = 1.0,
     softcap: float | None = None,
     engine: str = "auto",
     collective: str = "auto",
@@ -84,7 +86,9 @@ def linear_cross_entropy(
             order.
         normalizer: a number or 0-d tensor that replaces the denominators of "mean". No gradient
             flows into it.
-        scale: multiplies the logits inside the kernels; 1 / temperature. A finite number.
+        scale: multiplies the logits inside the kernels; 1 / temperature. A number, a 0-d tensor, or
+            one for each row in the shape of ``target``, the same on every rank. It must be finite:
+            else a ValueError on CPU (a NaN row on accelerators). No gradient flows into it.
         softcap: the logits become ``softcap * tanh(logits / softcap)`` first. None leaves them.
         engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
             "eager".
@@ -141,7 +145,8 @@ def linear_cross_entropy(
     linear = LinearOptions(gradient, hidden_gradient, sequence_parallel, scratch_mib, drop_ignored)
     tensors = LinearTensors(input, linear_weight, linear_bias, target, weight, normalizer)
     tensors, options, linear, layout = unwrap_linear(tensors, options, linear)
-    tensors = _converted(admit_linear(tensors, options))
+    tensors, options = admit_linear(tensors, options)
+    tensors = _converted(tensors)
     statics = prepare_linear(tensors, options, linear, Outputs())
     if seen_through_transforms(tensors):
         return cross_entropy(
@@ -149,19 +154,20 @@ def linear_cross_entropy(
             label_smoothing, lse_square_scale=lse_square_scale, return_zloss=return_zloss,
             shard=shard, normalizer=normalizer, scale=scale, softcap=softcap, engine=engine,
         )  # fmt: skip
+    scales = of_rows(options.scale, tensors.input, tensors.target)
     shared = layout.shares_rows
     if in_forward(tensors, options, linear, return_zloss, shared, statics.straight):
         layout.agree()  # sums over other rows stand between the chunks
         loss, zloss = linear_loss(
             tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target,
-            tensors.weight, as_scalar(tensors.normalizer, tensors.input), statics, options.group,
-            layout.total,
+            tensors.weight, as_scalar(tensors.normalizer, tensors.input), scales, statics,
+            options.group, layout.total,
         )  # fmt: skip
         loss, zloss = layout.scalar(loss), layout.scalar(zloss)
         return (loss, zloss) if return_zloss else loss
     stats, _, agreed = linear_row_statistics(
         tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target, tensors.weight,
-        as_scalar(tensors.normalizer, tensors.input), statics, options.group,
+        as_scalar(tensors.normalizer, tensors.input), scales, None, statics, options.group,
     )  # fmt: skip
     layout.agree()
     rows = row_losses(stats, tensors.target.reshape(-1), tensors.weight, statics.request)
@@ -178,15 +184,17 @@ def linear_cross_entropy(
 def linear_token_statistics(
     input: Tensor,
     linear_weight: Tensor,
-    target: Tensor,
+    target: Tensor | None = None,
     *,
     linear_bias: Tensor | None = None,
     entropy: bool = False,
     argmax: bool = False,
+    sum_p_squared: bool = False,
+    selected: Tensor | None = None,
     ignore_index: int = -100,
     group: dist.ProcessGroup | None = None,
     shard: VocabShard | None = None,
-    scale: float = 1.0,
+    scale: Tensor | float = 1.0,
     softcap: float | None = None,
     engine: str = "auto",
     collective: str = "auto",
@@ -198,8 +206,8 @@ def linear_token_statistics(
 ) -> TokenStatistics:
     """``token_statistics`` of ``F.linear(input, linear_weight, linear_bias)``; logits never whole.
 
-    Everything that is returned as a float can be differentiated. Backward computes the logits
-    again: four matrix products where a head and its loss take three.
+    Everything that is returned as a float can be differentiated, but for ``sum_p_squared``.
+    Backward computes the logits again: four matrix products where a head and its loss take three.
 
     Args:
         input: hidden states [..., H]; fp16, bf16, fp32 or fp64, the same on every rank. Or a
@@ -208,16 +216,22 @@ def linear_token_statistics(
             part of a sequence.
         linear_weight: [V_r, H] this rank's rows of the head, in the dtype of ``input``. Inside
             torch.autocast both are converted, as F.linear does. Rows beyond the shard are padding.
-        target: [...] int64 or int32 vocabulary ids, the same on every rank.
+        target: [...] int64 or int32 vocabulary ids, the same on every rank. None: no log_prob, and
+            every row counts.
         linear_bias: [V_r] this rank's part of the head's bias, or None.
         entropy: return the entropy of each row.
         argmax: return the id of the largest logit of each row.
+        sum_p_squared: return the sum of the squared probabilities of each row.
+        selected: [..., K] vocabulary ids, K of each row, the same on every rank: return the
+            log-probability of each, as ``token_statistics`` does.
         ignore_index: rows with this target hold 0 (argmax -1) and have gradient 0.
         group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
             not the default group; where others exist and no shard is told, a warning, once.
         shard: which ids ``linear_weight`` holds, a ``VocabShard``. None means equal shards in rank
             order.
-        scale: multiplies the logits inside the kernels; 1 / temperature. A finite number.
+        scale: multiplies the logits inside the kernels; 1 / temperature. A number, a 0-d tensor, or
+            one for each row in the shape of ``target``, the same on every rank. It must be finite:
+            else a ValueError on CPU (a NaN row on accelerators). No gradient flows into it.
         softcap: the logits become ``softcap * tanh(logits / softcap)`` first. None leaves them.
         engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
             "eager".
@@ -237,8 +251,9 @@ def linear_token_statistics(
             raises there as on a CPU. On a CPU they always are left out. Not for a split sequence.
 
     Returns:
-        A ``TokenStatistics(log_prob, lse, entropy, argmax)``, each in the shape of ``target``, the
-        same on every rank. ``log_prob`` is that of the target of each token.
+        A ``TokenStatistics(log_prob, lse, entropy, argmax, sum_p_squared, selected_log_prob)``, the
+        same on every rank, each in the shape of ``target`` but the last: [..., K]. ``log_prob`` is
+        that of the target of each token. Not asked for is None.
 
     Raises:
         TypeError, ValueError: for a wrong argument; the message names the argument, its value, the
@@ -249,9 +264,9 @@ def linear_token_statistics(
         RuntimeError: an ``engine`` that is not available here.
 
     Communication:
-        In forward one all_gather of 3 floats a row (one more each for entropy and argmax) and a
-        small header, or two all_reduces. In backward one all_reduce of the gradient of ``input``.
-        With one rank, nothing at all.
+        In forward one all_gather of 3 floats a row (one more each for entropy, argmax and
+        sum_p_squared, K for selected) and a small header, or two all_reduces. In backward one
+        all_reduce of the gradient of ``input``. With one rank, nothing at all.
 
     Example:
         ```python
@@ -260,31 +275,42 @@ def linear_token_statistics(
         ```
     """
     options = Options(
-        "none", ignore_index, 0.0, 0.0, group, shard, False, None, scale, softcap, engine,
-        collective, check,
+        "none", -100 if target is None else ignore_index, 0.0, 0.0, group, shard, False, None,
+        scale, softcap, engine, collective, check, selected=selected,
     )  # fmt: skip
     linear = LinearOptions("auto", hidden_gradient, sequence_parallel, scratch_mib, drop_ignored)
-    tensors = LinearTensors(input, linear_weight, linear_bias, target, None, None)
+    ids = _no_target(input, sequence_parallel, group) if target is None else target
+    tensors = LinearTensors(input, linear_weight, linear_bias, ids, None, None)
     tensors, options, linear, layout = unwrap_linear(tensors, options, linear)
-    tensors = _converted(admit_linear(tensors, options))
-    statics = prepare_linear(tensors, options, linear, Outputs(entropy=entropy, argmax=argmax))
+    tensors, options = admit_linear(tensors, options)
+    tensors = _converted(tensors)
+    outputs = Outputs(entropy=entropy, argmax=argmax, squares=sum_p_squared)
+    statics = prepare_linear(tensors, options, linear, outputs)
     if seen_through_transforms(tensors):
         return token_statistics(
             F.linear(input, linear_weight, linear_bias), target, entropy=entropy, argmax=argmax,
-            ignore_index=ignore_index, shard=shard, scale=scale, softcap=softcap, engine=engine,
+            sum_p_squared=sum_p_squared, selected=selected, ignore_index=ignore_index, shard=shard,
+            scale=scale, softcap=softcap, engine=engine,
         )  # fmt: skip
     stats, best, _ = linear_row_statistics(
         tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target, None, None,
-        statics, options.group,
+        of_rows(options.scale, tensors.input, tensors.target), flat_ids(options.selected), statics,
+        options.group,
     )  # fmt: skip
     layout.agree()
+    log_prob, further = target is not None, selected is not None
     shape = tensors.target.shape
-    return TokenStatistics(
-        log_prob=layout.rows(0.0 - stats.select(0, 0).reshape(shape)),
-        lse=layout.rows(stats.select(0, 1).reshape(shape)),
-        entropy=layout.rows(stats.select(0, 2).reshape(shape)) if entropy else None,
-        argmax=layout.rows(best.reshape(shape)) if argmax else None,
-    )
+    return named_statistics(stats, best, shape, layout, outputs, log_prob, further)
+
+
+def _no_target(input: Tensor, sequence_parallel: bool, group: dist.ProcessGroup | None) -> Tensor:
+    """Ids that are classes in any vocabulary, of which nothing is asked; as many as all rows."""
+    if not isinstance(input, Tensor) or input.dim() == 0:
+        return input  # for ``prepare_linear`` to refuse
+    shape = list(input.shape[:-1])
+    if sequence_parallel is True and isinstance(group, dist.ProcessGroup) and shape:
+        shape[0] *= group.size()
+    return torch.zeros(shape, dtype=torch.int64, device=input.device)
 
 
 def _converted(tensors: LinearTensors) -> LinearTensors:

@@ -19,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import selected as selecting
 from .collectives import Payload, check_group_serves, exchange
 from .engines import select_to_read
-from .engines.contract import Coefficients, Engine, Gathered, arithmetic_dtype
+from .engines.contract import IGNORED, Coefficients, Engine, Gathered, arithmetic_dtype
 from .header import read_normalizers
 from .kinds import require_memory
 from .preflight import Plan, preflight
@@ -36,7 +37,7 @@ class RowResult:
     """What the forward pass knows of N rows."""
 
     stats: Tensor
-    """[j, N] the differentiable statistics, rows named by ``stat_names``"""
+    """[j + K, N] the statistics named by ``stat_names``, then the log-probabilities of K ids"""
     m: Tensor
     s: Tensor
     """[N] the softmax of every row is e^(x - m) / s; kept apart, see the backward"""
@@ -48,6 +49,8 @@ class RowResult:
     """0-d: rank 0's, for all ranks; empty when the call has none"""
     scale: Tensor | None = None
     """[N] where each row has its own; counts in place of the request's"""
+    selected: Tensor | None = None
+    """[N, K] int64 ids whose log-probabilities were asked for"""
 
 
 def row_blocks(x: Tensor) -> list[Tensor]:
@@ -112,17 +115,20 @@ def compute_statistics(
     log_prob_out: Tensor | None = None,
     normalizer: Tensor | None = None,
     scale: Tensor | None = None,
+    selected: Tensor | None = None,
 ) -> RowResult:
     """The forward pass: logits [..., C_r], target [...] and the full weight [vocab_size].
 
-    ``normalizer`` is 0-d and ``scale`` [N], in the arithmetic dtype; ``log_prob_out``: see
-    ``primitive.log_prob_space``.
+    ``normalizer`` is 0-d and ``scale`` [N], in the arithmetic dtype; ``selected`` is [N, K] int64;
+    ``log_prob_out``: see ``primitive.log_prob_space``.
     """
 
     def fill(engine: Engine, parts: Tensor, local_target: Tensor) -> None:
-        fill_partials(engine, parts, logits, local_target, weight, request, log_prob_out, scale)
+        fill_partials(
+            engine, parts, logits, local_target, weight, request, log_prob_out, scale, selected
+        )
 
-    plan = Plan(request, logits, target, normalizer, scale=scale)
+    plan = Plan(request, logits, target, normalizer, scale=scale, selected=selected)
     return exchange_statistics(fill, plan, target, weight, group)
 
 
@@ -137,8 +143,8 @@ def exchange_statistics(
     """Partials as ``fill`` writes them, one exchange, and the statistics of every row.
 
     Args:
-        fill: writes the partials [k, N] of rows whose ``local_target`` [N] it is given. What it
-            returns, if anything, is what the header tells of the hidden states, an int64.
+        fill: writes the partials [k + K, N] of rows whose ``local_target`` [N] it is given. What
+            it returns, if anything, is what the header tells of the hidden states, an int64.
         plan: of the call; its logits stand for those that ``fill`` reads, by dtype and device.
         target: [...] of the N rows.
         weight: the full vector.
@@ -151,11 +157,13 @@ def exchange_statistics(
     ids = target.reshape(-1).long()  # every comparison with an id happens in int64
     engine = select_to_read(request.engine, logits)
     steps = row_steps(
-        engine, ids, weight, request, normalizer, on_host, group, announced, plan.scale
-    )
+        engine, ids, weight, request, normalizer, on_host, group, announced, plan.scale,
+        plan.selected,
+    )  # fmt: skip
 
-    dtype, wanted = arithmetic_dtype(logits.dtype), request.wanted
+    dtype, wanted, selected = arithmetic_dtype(logits.dtype), request.wanted, plan.selected
     k, rows = len(wanted.rows), ids.shape[0]
+    k += 0 if selected is None else selected.shape[1]
     if several is None:
         parts = torch.empty(k, rows, dtype=dtype, device=logits.device)
         fill(engine, parts, steps.local_target)
@@ -170,7 +178,18 @@ def exchange_statistics(
             check_group_serves(logits.device.type, several)
             preflight(plan, several)
         gathered = exchange(payload, wanted, request.collective, several)
+    x_selected = None
+    if selected is not None:
+        x_selected, gathered = selecting.split(gathered, wanted)
     stats, m, s, argmax = steps.conclude(gathered, parts, _total_weight(weight, request, dtype))
+    if selected is not None and x_selected is not None:
+        ignored = steps.local_target == IGNORED
+        if not on_host:
+            # A NaN in s makes the whole gradient of the row NaN, as a target that is no class does.
+            bad = ~selecting.is_allowed(selected, ignored, request.vocab_size).all(1)
+            s, stats = s.masked_fill(bad, torch.nan), stats.masked_fill_(bad, torch.nan)
+            argmax = None if argmax is None else argmax.masked_fill_(bad, -1)
+        stats = torch.cat([stats, selecting.log_prob(x_selected, m, s, ignored)])
     if argmax is None:
         argmax = steps.local_target.new_empty(0)
     if normalizer is None:
@@ -179,7 +198,7 @@ def exchange_statistics(
         agreed = normalizer.clone()  # neither autograd nor an operator may hand out its input
     else:
         agreed = read_normalizers(gathered.headers[:1], dtype)[0].clone()
-    return RowResult(stats, m, s, steps.local_target, argmax, agreed, plan.scale)
+    return RowResult(stats, m, s, steps.local_target, argmax, agreed, plan.scale, selected)
 
 
 def fill_partials(
@@ -191,25 +210,35 @@ def fill_partials(
     request: RowRequest,
     log_prob_out: Tensor | None = None,
     scale: Tensor | None = None,
+    selected: Tensor | None = None,
 ) -> None:
-    """The partials [k, N] of logits [..., C_r] into ``parts``; ``scale`` [N], or the request's."""
+    """The partials of logits [..., C_r] into ``parts`` [k, N], and x at ``selected`` [N, K] into
+    K rows more; ``scale`` [N], or the request's."""
     size = request.size
     if size == 0 or parts.shape[1] == 0:
         parts.zero_()
         parts[0].fill_(-torch.inf)
         return
     shard_weight = _shard_weight(weight, request, parts.dtype)
+    columns, x_selected = None, parts
+    if selected is not None and selected.shape[1] > 0:
+        columns = selecting.local_columns(selected, local_target, request)
+        parts, x_selected = parts.split([parts.shape[0] - columns.shape[1], columns.shape[1]])
     for rows, block in _numbered(row_blocks(_columns(logits, size))):
+        factor = request.scale if scale is None else _of(scale, rows)
         engine.partials(
             block,
             _of(local_target, rows),
             shard_weight,
-            request.scale if scale is None else _of(scale, rows),
+            factor,
             request.softcap,
             request.wanted,
             _of(parts, rows),
             None if log_prob_out is None else _flat(log_prob_out, size, rows),
         )
+        if columns is not None:
+            some = columns if rows is None else columns[rows]
+            selecting.gather(block, some, factor, request.softcap, _of(x_selected, rows))
 
 
 def compute_gradient(
@@ -232,51 +261,65 @@ def compute_gradient(
         result, weight, grad_stats, request
     )
     scale = result.scale
+    columns = of_selected = None
+    if result.selected is not None and result.selected.shape[1] > 0:
+        columns = selecting.local_columns(result.selected, result.local_target, request)
+        of_selected = _scaled(grad_stats[-columns.shape[1] :], result, request)
     engine = select_to_read(request.engine, logits)
     shard_weight = _shard_weight(weight, request, softmax.dtype)
     for rows, source in _numbered(row_blocks(_columns(logits, size))):
-        engine.gradient(
-            source,
-            _of(result.m, rows),
-            _of(result.s, rows),
-            _of(result.local_target, rows),
-            Coefficients(
-                _of(softmax, rows),
-                _of(target_part, rows),
-                None if smooth is None else _of(smooth, rows),
-                None if entropy is None else _of(entropy, rows),
-            ),
-            shard_weight,
-            request.scale if scale is None else _of(scale, rows),
-            request.softcap,
-            source if out is logits else _flat(out, size, rows),
-            request.finite_logits,
+        m, s, column = (_of(v, rows) for v in (result.m, result.s, result.local_target))
+        factor = request.scale if scale is None else _of(scale, rows)
+        coefficients = Coefficients(
+            _of(softmax, rows),
+            _of(target_part, rows),
+            None if smooth is None else _of(smooth, rows),
+            None if entropy is None else _of(entropy, rows),
         )
+        touched = None
+        if columns is not None and of_selected is not None:  # before the logits are overwritten
+            touched = selecting.touched(
+                source, columns if rows is None else columns[rows], _of(of_selected, rows).t(), m,
+                s, column, coefficients, factor, request.softcap,
+            )  # fmt: skip
+        place = source if out is logits else _flat(out, size, rows)
+        engine.gradient(
+            source, m, s, column, coefficients, shard_weight, factor, request.softcap, place,
+            request.finite_logits,
+        )  # fmt: skip
+        if touched is not None:
+            touched.put(place)
 
 
 def gradient_coefficients(
     result: RowResult, weight: Tensor | None, grad_stats: Tensor, request: RowRequest
 ) -> Coefficients:
-    """What the gradient [j, N] of the statistics makes of the parts of a row's gradient."""
-    scale = result.scale
-
-    def scaled(g: Tensor) -> Tensor:
-        if scale is not None:
-            return g * scale
-        return g if request.scale == 1 else g * request.scale
-
-    g = dict(zip(stat_names(request.wanted), grad_stats.unbind(0), strict=True))
+    """What the gradient [j + K, N] of the statistics makes of the parts of a row's gradient."""
+    names, of_selected = stat_names(request.wanted), None
+    if result.selected is not None and result.selected.shape[1] > 0:
+        grad_stats, of_selected = grad_stats[: len(names)], grad_stats[len(names) :]
+    g = dict(zip(names, grad_stats.unbind(0), strict=True))
     softmax = g["nll"] + g["lse"]
+    if of_selected is not None:
+        softmax = softmax - of_selected.sum(0)
     smooth = entropy = None
     if request.smooth:
         softmax = softmax + g["smooth"] * _total_weight(weight, request, softmax.dtype)
-        smooth = scaled(g["smooth"])
+        smooth = _scaled(g["smooth"], result, request)
     if request.entropy:
-        h = result.stats[stat_names(request.wanted).index("entropy")]
+        h = result.stats[names.index("entropy")]
         # Nothing where nothing depends on it: such a row may have no entropy (0 * NaN).
         softmax = softmax - torch.where(g["entropy"] == 0, 0.0, g["entropy"] * h)
-        entropy = scaled(g["entropy"])
-    return Coefficients(scaled(softmax), scaled(g["nll"]), smooth, entropy)
+        entropy = _scaled(g["entropy"], result, request)
+    softmax, target = (_scaled(part, result, request) for part in (softmax, g["nll"]))
+    return Coefficients(softmax, target, smooth, entropy)
+
+
+def _scaled(g: Tensor, result: RowResult, request: RowRequest) -> Tensor:
+    """[..., N] times the scale of each row."""
+    if result.scale is not None:
+        return g * result.scale
+    return g if request.scale == 1 else g * request.scale
 
 
 def _flat(fresh: Tensor, size: int, rows: slice | None) -> Tensor:

@@ -30,8 +30,9 @@ _ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)
 _TEXT_BYTES = 1024
 _TOLD = "_vocab_parallel_ce_told"
 # has error, kind of error, rows, logits dtype, target dtype, columns, collective, width of the
-# hidden states, rows of an exchange, whether their gradient is summed; header; text
-_FIELDS = 10
+# hidden states, rows of an exchange, whether their gradient is summed, selected ids a row; header;
+# text
+_FIELDS = 11
 _FORMAT = f"<{_FIELDS}q{HEADER_INTS}i{_TEXT_BYTES}s"
 
 
@@ -52,6 +53,8 @@ class Plan:
     """[N], in the arithmetic dtype, where the request has ``row_scale``"""
     sums_hidden: bool = False
     """whether the gradient of the hidden states will be summed over the ranks"""
+    selected: Tensor | None = None
+    """[N, K] int64"""
 
 
 class _Held(threading.local):
@@ -100,6 +103,7 @@ def preflight(plan: Plan | Exception, group: dist.ProcessGroup) -> None:
             "gradients are on)",
             lambda sums: "one" if sums else "none",
         ),
+        (10, "the number of selected ids a row", str),
     ):
         for rank, other in enumerate(plans):
             if other[column] != plans[0][column]:
@@ -205,6 +209,7 @@ def _pack(plan: Plan | Exception) -> bytes:
         plan.width,
         plan.chunk,
         plan.sums_hidden,
+        0 if plan.selected is None else plan.selected.shape[1],
         *header.tolist(),
         b"",
     )

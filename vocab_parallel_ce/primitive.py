@@ -3,8 +3,10 @@
     forward    partials of this shard (one read of the logits), one exchange, [N] arithmetic
     backward   no communication; one formula for every output (one read, one write):
 
-        dx_c = scale (p_c (g_nll + g_lse + W g_smooth - g_H (log p_c + H)) - [c = y] g_nll
-                      - w_c g_smooth)
+        dx_c = scale (p_c (g_nll + g_lse + W g_smooth - g_H (log p_c + H) - sum_k g_k)
+                      - [c = y] g_nll - w_c g_smooth + sum_k [c = id_k] g_k)
+
+where g_k belong to the log-probabilities of K further ids a row, which ``selected.py`` adds.
 
 Every loss is ordinary autograd on the [N] vectors above it. ``passes.py`` does the work; here the
 rules of autograd and of in-place backward are kept. Eager calls go through an
@@ -74,12 +76,15 @@ class _RowStatistics(torch.autograd.Function):
         log_prob_out: Tensor | None,
         normalizer: Tensor | None,
         scale: Tensor | None,
+        selected: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         result = compute_statistics(
-            logits, target, weight, request, group, log_prob_out, normalizer, scale
+            logits, target, weight, request, group, log_prob_out, normalizer, scale, selected
         )
         stats = result.stats if request.entropy else None
-        ctx.save_for_backward(logits, result.m, result.s, result.local_target, stats, weight, scale)
+        ctx.save_for_backward(
+            logits, result.m, result.s, result.local_target, stats, weight, scale, selected
+        )
         ctx.mark_non_differentiable(result.m, result.s, result.argmax, result.normalizer)
         ctx.set_materialize_grads(False)  # m, s and argmax never have one: no zeros for them
         ctx.request = request
@@ -90,7 +95,7 @@ class _RowStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_stats: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_stats is None:  # nothing upstream depends on the statistics
-            return (None,) * 9
+            return (None,) * 10
         refuse_second_backward(ctx)
         try:
             saved = ctx.saved_tensors
@@ -103,13 +108,13 @@ class _RowStatistics(torch.autograd.Function):
             grad = _RowStatistics._gradient(ctx, saved, grad_stats)
         if recording:
             grad = refusing_second_derivative(grad, *origins)
-        return (grad, *(None,) * 8)
+        return (grad, *(None,) * 9)
 
     @staticmethod
     def _gradient(ctx: Any, saved: tuple[Any, ...], grad_stats: Tensor) -> Tensor:
-        logits, m, s, local_target, stats, weight, scale = saved
+        logits, m, s, local_target, stats, weight, scale, selected = saved
         request: RowRequest = ctx.request
-        result = RowResult(stats, m, s, local_target, m, m, scale)
+        result = RowResult(stats, m, s, local_target, m, m, scale, selected)
         if torch.compiler.is_compiling():
             from . import compiled
 
@@ -127,7 +132,9 @@ class _RowStatistics(torch.autograd.Function):
                         "inplace_backward=True has room for one gradient, and is_grads_batched "
                         "asks for many; use inplace_backward=False"
                     )
-                return transforms.gradient(logits, local_target, weight, request, grad_stats, scale)
+                return transforms.gradient(
+                    logits, local_target, weight, request, grad_stats, scale, selected
+                )
         if not ctx.inplace_backward:
             grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
             compute_gradient(logits, result, weight, grad_stats, request, grad)
@@ -150,28 +157,31 @@ def row_statistics(
     log_prob_out: Tensor | None = None,
     normalizer: Tensor | None = None,
     scale: Tensor | None = None,
+    selected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Differentiable stats [j, N]; then m [N], s [N], argmax and the normalizer of all ranks.
+    """Differentiable stats [j + K, N]; then m [N], s [N], argmax and the normalizer of all ranks.
 
-    Only the first carries a gradient. ``normalizer`` is 0-d and ``scale`` [N] where each row has
-    its own, in the arithmetic dtype.
-    ``log_prob_out``: see ``log_prob_space``.
+    Only the first carries a gradient: the statistics of ``statistics.stat_names``, and behind them
+    the log-probabilities of ``selected`` [N, K] int64. ``normalizer`` is 0-d and ``scale`` [N]
+    where each row has its own, in the arithmetic dtype. ``log_prob_out``: see ``log_prob_space``.
     """
     usual = not torch.compiler.is_compiling() and ordinary(logits)
     if not usual and traced(logits):
         from . import compiled
 
         return compiled.row_statistics(
-            logits, target, weight, request, group, inplace_backward, normalizer, scale
+            logits, target, weight, request, group, inplace_backward, normalizer, scale, selected
         )
-    if transforms.active() and _transformed(logits, target, weight, normalizer, scale):
-        stats, m, s, argmax = transforms.row_statistics(logits, target, weight, request, scale)
+    if transforms.active() and _transformed(logits, target, weight, normalizer, scale, selected):
+        stats, m, s, argmax = transforms.row_statistics(
+            logits, target, weight, request, scale, selected
+        )
         agreed = stats.new_empty(0) if normalizer is None else normalizer
         return stats, m, s, argmax, agreed
     try:
         out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _RowStatistics.apply(  # type: ignore[no-untyped-call]
             logits, target, weight, request, group, inplace_backward, log_prob_out, normalizer,
-            scale,
+            scale, selected,
         )  # fmt: skip
     except RuntimeError as problem:
         raise_explained(problem)

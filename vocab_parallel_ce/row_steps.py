@@ -23,6 +23,7 @@ from .engines.contract import Engine, Gathered, RowFunctions
 from .header import (
     HEADER_LAYOUT,
     ValueProblems,
+    checksum,
     disagreement,
     float_checksum,
     looks_gathered,
@@ -86,9 +87,10 @@ class TorchSteps:
         group: dist.ProcessGroup | None,
         announced: Tensor | None = None,
         scale: Tensor | None = None,
+        selected: Tensor | None = None,
     ) -> None:
         self._weight, self._request, self._scale = weight, request, scale
-        self._normalizer, self._on_host = normalizer, on_host
+        self._normalizer, self._on_host, self._selected = normalizer, on_host, selected
         self._located = locate(target, request)
         self.local_target = self._located.local_target
         self._target = target if announced is None else announced
@@ -96,7 +98,9 @@ class TorchSteps:
         self._problems = ValueProblems()
         if on_host:
             located = self._located if announced is None else locate(announced, request)
-            self._problems = find_problems(self._target, located, weight, scale)
+            self._problems = find_problems(
+                self._target, located, weight, scale, selected, request.vocab_size
+            )
         if group_rank_and_size(group)[1] == 1:  # several raise together, after the exchange
             cause = forgotten_group.cause(group, not request.implicit_shard, request.size)
             raise_on_own_values(self._problems, request, cause)
@@ -107,7 +111,7 @@ class TorchSteps:
         self._from_hidden = hidden is not None
         write_header(
             payload.header, self._request, self._target, content, self._weight, self._problems,
-            self._normalizer, hidden, self._scale,
+            self._normalizer, hidden, self._scale, self._selected,
         )  # fmt: skip
 
     def conclude(
@@ -155,9 +159,11 @@ class FusedSteps:
         request: RowRequest,
         normalizer: Tensor | None,
         scale: Tensor | None = None,
+        selected: Tensor | None = None,
     ) -> None:
         self._functions, self._target, self._weight = functions, target, weight
         self._request, self._normalizer, self._scale = request, normalizer, scale
+        self._selected = selected
         self._excuse: Tensor | None = None
         self.local_target = functions.locate(
             target, request.start, request.stop, request.ignore_index
@@ -174,6 +180,7 @@ class FusedSteps:
             None if weight is None else float_checksum(weight),
             self._normalizer,
             None if self._scale is None else float_checksum(self._scale),
+            None if self._selected is None else checksum(self._selected),
             request.size,
             request.ignore_index,
         )
@@ -201,6 +208,7 @@ def row_steps(
     group: dist.ProcessGroup | None,
     announced: Tensor | None = None,
     scale: Tensor | None = None,
+    selected: Tensor | None = None,
 ) -> RowSteps:
     """The steps of a call that ``engine`` serves.
 
@@ -209,5 +217,7 @@ def row_steps(
     """
     functions = engine.ROW_FUNCTIONS
     if functions is None or on_host or target.numel() == 0:
-        return TorchSteps(target, weight, request, normalizer, on_host, group, announced, scale)
-    return FusedSteps(functions, target, weight, request, normalizer, scale)
+        return TorchSteps(
+            target, weight, request, normalizer, on_host, group, announced, scale, selected
+        )
+    return FusedSteps(functions, target, weight, request, normalizer, scale, selected)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .engines.contract import ELSEWHERE, IGNORED
 from .header import ValueProblems
 from .request import RowRequest
+from .selected import is_allowed
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,16 @@ def find_problems(
     located: Located,
     weight: Tensor | None,
     scale: Tensor | None = None,
+    selected: Tensor | None = None,
+    vocab_size: int = 0,
 ) -> ValueProblems:
     """On the host: the first row and the first class whose value is not allowed.
 
-    What ``scale`` [N] holds of an ignored row does not matter.
+    What ``scale`` [N] and ``selected`` [N, K] hold of an ignored row does not matter.
     """
     allowed = located.allowed
     bad_row, bad_target, bad_weight, bad_scale = -1, 0, -1, -1
+    bad_selected_row, bad_selected = -1, 0
     if not bool(allowed.all()):
         bad_row = int((~allowed).to(torch.uint8).argmax())
         bad_target = int(target[bad_row])
@@ -60,4 +64,10 @@ def find_problems(
         fine = scale.isfinite() | located.ignored
         if not bool(fine.all()):
             bad_scale = int((~fine).to(torch.uint8).argmax())
-    return ValueProblems(bad_row, bad_target, bad_weight, bad_scale)
+    if selected is not None and selected.numel() > 0:
+        fine = is_allowed(selected, located.ignored, vocab_size).flatten()
+        if not bool(fine.all()):
+            place = int((~fine).to(torch.uint8).argmax())
+            bad_selected_row = place // selected.shape[1]
+            bad_selected = int(selected.flatten()[place])
+    return ValueProblems(bad_row, bad_target, bad_weight, bad_scale, bad_selected_row, bad_selected)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .engines.contract import IGNORED, arithmetic_dtype
+from .engines.contract import ELSEWHERE, IGNORED, arithmetic_dtype
 from .header import raise_on_own_values
 from .kinds import Kind, kind_of
 from .request import RowRequest
+from .selected import is_allowed, local_columns
 from .targets import find_problems, locate
 
 NO_JVP = (
@@ -74,22 +75,29 @@ def row_statistics(
     weight: Tensor | None,
     request: RowRequest,
     scale: Tensor | None = None,
+    selected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Differentiable stats [j, N] as often as one likes; then m [N], s [N] and argmax.
+    """Differentiable stats [j + K, N] as often as one likes; then m [N], s [N] and argmax.
 
-    A target that is no class, or a scale that is not finite, raises where its values can be looked
-    at; else its row is NaN.
+    A target or a selected id that is no class, or a scale that is not finite, raises where its
+    values can be looked at; else its row is NaN.
     """
     target = target.reshape(-1).long()
     located = locate(target, request)
     numbers = _readable(target)
     if numbers is not None:
         located_numbers = locate(numbers, request)
-        problems = find_problems(numbers, located_numbers, _readable(weight), _readable(scale))
+        problems = find_problems(
+            numbers, located_numbers, _readable(weight), _readable(scale), _readable(selected),
+            request.vocab_size,
+        )  # fmt: skip
         raise_on_own_values(problems, request)
-    stats, m, s, argmax = statistics(logits, located.local_target, weight, request, scale)
+    stats, m, s, argmax = statistics(logits, located.local_target, weight, request, scale, selected)
+    allowed = located.allowed
+    if selected is not None:
+        allowed = allowed & is_allowed(selected, located.ignored, request.vocab_size).all(1)
     # Multiplied, so that the gradient of the row is NaN as well.
-    return stats * torch.where(located.allowed, 1.0, torch.nan).to(stats.dtype), m, s, argmax
+    return stats * torch.where(allowed, 1.0, torch.nan).to(stats.dtype), m, s, argmax
 
 
 def statistics(
@@ -98,6 +106,7 @@ def statistics(
     weight: Tensor | None,
     request: RowRequest,
     scale: Tensor | None = None,
+    selected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same from the columns of the targets; ``weight`` is the full vector."""
     dtype, wanted = arithmetic_dtype(logits.dtype), request.wanted
@@ -123,6 +132,10 @@ def statistics(
     if request.squares:
         p = (e / s[:, None]).detach()
         rows.append(torch.where(ignored[:, 0], 0.0, p.square().sum(1)))
+    if selected is not None:
+        columns = local_columns(selected, local_target, request)
+        there = shifted.gather(1, columns.clamp(min=0))
+        rows += torch.where(columns == ELSEWHERE, 0.0, there - log_s[:, None]).unbind(1)
     argmax = _argmax(x.detach(), m, ignored) if request.argmax else local_target[:0]
     return torch.stack(rows), m[:, 0], s.detach(), argmax
 
@@ -134,13 +147,14 @@ def gradient(
     request: RowRequest,
     grad_stats: Tensor,
     scale: Tensor | None = None,
+    selected: Tensor | None = None,
 ) -> Tensor:
-    """d(logits) for many ``grad_stats`` [j, N] at once (is_grads_batched)."""
+    """d(logits) for many ``grad_stats`` [j + K, N] at once (is_grads_batched)."""
     if request.size != request.vocab_size:
         raise ValueError(ONE_RANK_ONLY)
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
-        stats = statistics(leaf, local_target, weight, request, scale)[0]
+        stats = statistics(leaf, local_target, weight, request, scale, selected)[0]
         (grad,) = torch.autograd.grad(stats, leaf, grad_stats)
     return grad
 

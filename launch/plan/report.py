@@ -35,7 +35,7 @@ def _title(case: Case, device: Device) -> str:
 
 
 def _collectives(prediction: Prediction) -> str:
-    """For example: 1 all_gather, 96.1 KiB."""
+    """For example: 1 all_gather, 96.2 KiB."""
     kinds = [kind for kind, _ in prediction.collectives]
     if not kinds:
         return "none"

@@ -84,10 +84,15 @@ def _compared(group: dist.ProcessGroup) -> dict[str, float]:
     trl = f["selective_log_softmax_and_entropy"]
     got = trl(part, tokens, entropy_requires_grad=False, temperature=T, row_mask=some)
     note("TRL", got, (hot * some, (hot_entropy * some).detach()))
+    teacher = torch.randn(B, S, VOCAB, dtype=torch.float64).log_softmax(-1)
+    likely, ids = teacher.topk(4)
+    kl = (likely.exp() * (likely - full.log_softmax(-1).gather(-1, ids))).sum(-1)
+    distilled = f["top_k_distillation"](part, labels, ids, likely)
+    note("distillation", distilled, (kl * some, log_p * some))
     return found
 
 
 def test_recipes_are_plain_torch_without_the_gather(pool: Pool) -> None:
     for found in pool.run(_compared, world=2):
-        assert len(found) == 9
+        assert len(found) == 10
         assert max(found.values()) < 1e-12, found

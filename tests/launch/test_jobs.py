@@ -29,6 +29,7 @@ OPTIONS = {
     "--dtype --text --cache --out --log-every --device --timeout",
     "bench": "--ranks --rows --vocab --dtype --device --repeats --peers --csv --out --wait-idle "
     "--quick --gate",
+    "curve": "--ranks --largest --repeats --device --csv --picture --out --wait-idle --draw-only",
     "call-cost": "--rounds --first-calls --no-first-calls",
     "fused-head": "--rows --width --vocab --dtype --ignored --repeats --device --timeout --json",
     "plan": "--vocab --rows --tp --dtype --card --bandwidth --link-bandwidth --latency --json "

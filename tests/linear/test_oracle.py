@@ -133,11 +133,17 @@ def _statistics_match(group: dist.ProcessGroup, sharding: Sharding, chunk: int) 
     rank, findings, dtype = rank_of(group), Findings(), torch.float64
     share = -(-sharding.vocab_size // dist.get_world_size(group))
     data = head_batch(ROWS, sharding.vocab_size, dtype)
-    want = expected_head(data, reduction="none", scale=0.7)
+    g = torch.Generator().manual_seed(3)
+    scale = torch.rand(ROWS, generator=g) + 0.5
+    selected = torch.randint(sharding.vocab_size, (ROWS, 3), generator=g)
+    selected[:, 1] = data.target  # of an ignored row no class
+    selected[::2, 2] = selected[::2, 0]
+    want = expected_head(data, reduction="none", scale=scale, selected=selected)
     mine = local_head(data, sharding, rank)
     out = linear_token_statistics(
-        mine.hidden, mine.head, data.target, entropy=True, argmax=True, scale=0.7, group=group,
-        shard=sharding.shard(rank), scratch_mib=scratch_for(chunk, share, dtype),
+        mine.hidden, mine.head, data.target, entropy=True, argmax=True, sum_p_squared=True,
+        selected=selected, scale=scale, group=group, shard=sharding.shard(rank),
+        scratch_mib=scratch_for(chunk, share, dtype),
     )  # fmt: skip
     exact = want.losses[0]
     kept = data.target != -100
@@ -146,12 +152,22 @@ def _statistics_match(group: dist.ProcessGroup, sharding: Sharding, chunk: int) 
         close(out.log_prob, -exact.loss, -exact.loss, "log_prob")
         close(out.lse, exact.lse * kept, exact.lse, "lse")
         close(out.entropy, exact.entropy, exact.entropy, "entropy")
+        for name in ("sum_p_squared", "selected_log_prob"):
+            right = getattr(exact, name)
+            close(getattr(out, name), right, right, name)
         assert out.argmax is not None
         assert torch.equal(out.argmax, exact.argmax)
     up = data.upstream.double()
-    total = ((out.log_prob + 2 * out.lse - 3 * out.entropy) * up).sum()
+    assert out.selected_log_prob is not None
+    further, each = out.selected_log_prob, torch.tensor([1.0, -2.0, 0.5])
+    total = ((out.log_prob + 2 * out.lse - 3 * out.entropy + (further * each).sum(-1)) * up).sum()
     got = (*torch.autograd.grad(total, mine.leaves[:2]), None)
-    wanted = want.gradients(lambda r: ((2 * r.lse - 3 * r.entropy - r.loss) * up * kept).sum())
+
+    def same(r: ReferenceLoss) -> Tensor:
+        rows = 2 * r.lse - 3 * r.entropy - r.loss + (r.selected_log_prob * each).sum(-1)
+        return (rows * up * kept).sum()
+
+    wanted = want.gradients(same)
     with findings:
         check_head_gradients(got, wanted, sharding, rank, "statistics")
     findings.report()

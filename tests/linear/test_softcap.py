@@ -39,9 +39,3 @@ def _matches(group: dist.ProcessGroup) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_as_with_whole_logits(pool: Pool, world: int) -> None:
     pool.run(_matches, world)
-
-
-def test_a_scale_for_each_row_is_refused() -> None:
-    hidden, head = torch.randn(3, 4), torch.randn(5, 4)
-    with pytest.raises(ValueError, match="scale must be one number for all rows"):
-        linear_cross_entropy(hidden, head, torch.tensor([0, 1, 2]), scale=torch.ones(3))  # type: ignore[arg-type]

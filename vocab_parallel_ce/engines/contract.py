@@ -140,6 +140,7 @@ class RowFunctions(Protocol):
         weight_checksum: Tensor | None,
         normalizer: Tensor | None,
         scale_checksum: Tensor | None,
+        selected_checksum: Tensor | None,
         size: int,
         ignore_index: int,
     ) -> Tensor:

@@ -18,7 +18,7 @@ from ..passes import RowResult, compute_gradient, gradient_coefficients
 from ..request import RowRequest, is_on
 from .call import LinearCall
 from .hidden import HiddenRows, HiddenSum
-from .kept import Portion, Rows, is_narrow, kept_rows, masked
+from .kept import Portion, Rows, is_narrow, kept_rows, masked, some_of
 from .straight import class_weight, functions_of
 from .sums import BiasSum, WeightSum
 
@@ -252,7 +252,8 @@ def rows_of(result: RowResult, rows: Rows) -> RowResult:
     """Some rows of it, as a gradient needs them."""
     return RowResult(
         result.stats[:, rows], result.m[rows], result.s[rows], result.local_target[rows],
-        result.argmax, result.normalizer,
+        result.argmax, result.normalizer, some_of(result.scale, rows),
+        some_of(result.selected, rows),
     )  # fmt: skip
 
 

@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..engines.contract import Engine
+from ..passes import fill_partials
 from ..preflight import Plan
 from ..request import LinearRequest, RowRequest
 from .chunks import columns_of_a_block
 from .head import Head
-from .kept import Portion, portions, portions_of_parts
+from .kept import Portion, Rows, portions, portions_of_parts, some_of
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class LinearCall:
     statics: Statics
     group: dist.ProcessGroup | None
     normalizer: Tensor | None = None
+    scale: Tensor | None = None
+    """[N] where each row has its own; counts in place of the request's"""
+    selected: Tensor | None = None
+    """[N, K] int64 ids whose log-probabilities are asked for"""
 
     @property
     def request(self) -> LinearRequest:
@@ -89,7 +95,15 @@ class LinearCall:
         """What the preflight tells; ``like`` has the logits' dtype and device."""
         return Plan(
             self.request, like, self.target, self.normalizer, width=self.hidden.shape[1],
-            chunk=chunk, sums_hidden=self.statics.sums_hidden,
+            chunk=chunk, scale=self.scale, sums_hidden=self.statics.sums_hidden,
+            selected=self.selected,
+        )  # fmt: skip
+
+    def fill(self, engine: Engine, parts: Tensor, rows: Rows, logits: Tensor, at: Tensor) -> None:
+        """The partials of ``rows`` from their logits; ``at`` [n] are columns of their targets."""
+        fill_partials(
+            engine, parts, logits, at, self.weight, self.request, scale=some_of(self.scale, rows),
+            selected=some_of(self.selected, rows),
         )  # fmt: skip
 
     def block_columns(self, rows: int) -> int | None:
@@ -107,12 +121,16 @@ def linear_call(
     target: Tensor,
     weight: Tensor | None,
     normalizer: Tensor | None,
+    scale: Tensor | None,
+    selected: Tensor | None,
     statics: Statics,
     group: dist.ProcessGroup | None,
 ) -> LinearCall:
-    """From tensors as a caller has them: [..., H], [V_r, H], [V_r], [...]."""
+    """From tensors as a caller has them: [..., H], [V_r, H], [V_r], [...]; scale is [N]."""
     head = plain_head(head_weight, head_bias, statics.request)
-    return LinearCall(flat(hidden), head, target.reshape(-1), weight, statics, group, normalizer)
+    return LinearCall(
+        flat(hidden), head, target.reshape(-1), weight, statics, group, normalizer, scale, selected
+    )
 
 
 def plain_head(weight: Tensor, bias: Tensor | None, request: RowRequest) -> Head:

@@ -14,7 +14,6 @@ from torch import Tensor
 from ..checks import LOGITS_DTYPES, Held, Options, Outputs, check_group, is_number, prepare
 from ..kinds import Kind, check_kinds, kind_of, settled
 from ..request import LinearRequest, is_on
-from ..scales import number_of
 from ..shard import group_rank_and_size
 from ..transforms import check_transforms
 from .call import Statics, bytes_of_a_logit
@@ -48,21 +47,24 @@ class LinearTensors(NamedTuple):
     normalizer: Tensor | float | None
 
 
-def admit_linear(tensors: LinearTensors, options: Options) -> LinearTensors:
+def admit_linear(tensors: LinearTensors, options: Options) -> tuple[LinearTensors, Options]:
     """The same with memory of their own, where they only wait to get some.
 
     Raises as ``kinds.check_kinds`` and ``transforms.check_transforms`` do.
     """
     if torch.compiler.is_compiling():
-        return tensors
+        return tensors, options
     check_group(options.group)
     rank, world = group_rank_and_size(options.group)
     where = f" (rank {rank} of the group)" if world > 1 else ""
-    named = {n: v for n, v in tensors._asdict().items() if isinstance(v, Tensor)}
+    of_options = {"scale": options.scale, "selected": options.selected}
+    given = {**tensors._asdict(), **of_options}
+    named = {n: v for n, v in given.items() if isinstance(v, Tensor)}
     check_kinds(named, where)
     check_transforms(named, world == 1, where)
     memory: dict[str, Any] = {name: settled(value) for name, value in named.items()}
-    return tensors._replace(**memory)
+    options = options._replace(**{n: memory.pop(n) for n in of_options if n in memory})
+    return tensors._replace(**memory), options
 
 
 def prepare_linear(
@@ -77,11 +79,6 @@ def prepare_linear(
     rank, world = group_rank_and_size(options.group)
     where = f" (rank {rank} of the group)" if world > 1 else ""
     _check_words(linear, where)
-    if number_of(options.scale) is None:
-        raise ValueError(
-            f"scale must be one number for all rows of a fused head{where}; divide the hidden "
-            "states by the temperature of each row instead"
-        )
     _check_tensors(tensors, where)
     _check_target(tensors.input, tensors.target, linear, world, where)
     if linear.sequence_parallel and linear.hidden_gradient == "partial":
@@ -107,7 +104,8 @@ def prepare_linear(
         )
     recording = torch.is_grad_enabled()
     frozen = recording and tensors.input.requires_grad != tensors.linear_weight.requires_grad
-    straight = linear.gradient != "forward" and goes_straight(tensors.input, frozen, request, share)
+    straight = linear.gradient != "forward" and options.selected is None
+    straight = straight and goes_straight(tensors.input, frozen, request, share)
     return Statics(
         request,
         chunk,

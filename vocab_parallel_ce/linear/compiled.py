@@ -29,20 +29,23 @@ _TYPES = {"int": "SymInt", "bool": "bool", "float": "float", "str": "str"}
 _REQUEST = ", ".join(f"{_TYPES[str(field.type)]} {field.name}" for field in fields(LinearRequest))
 _CALL = (
     "Tensor hidden, Tensor head_weight, Tensor? head_bias, Tensor target, Tensor? weight, "
-    "Tensor? normalizer, Tensor? numbers, str group_name, SymInt chunk, float? scratch_mib, "
-    f"bool partial, bool wide, bool straight, {_REQUEST}"
+    "Tensor? normalizer, Tensor? row_scales, Tensor? selected, Tensor? numbers, str group_name, "
+    f"SymInt chunk, float? scratch_mib, bool partial, bool wide, bool straight, {_REQUEST}"
 )
 _NEEDS = "bool of_hidden, bool of_weight, bool of_bias"
-_TENSORS, _REQUESTS = 7, 13
+_TENSORS, _GROUP, _REQUESTS = 9, 9, 15
 _CALLS = _REQUESTS + len(fields(LinearRequest))
 
 
 def _restored(arguments: tuple[Any, ...]) -> LinearCall:
     """The call that ``_CALL`` took apart."""
-    hidden, head, bias, target, weight, normalizer, numbers, name = arguments[:8]
+    hidden, head, bias, target, weight, normalizer, scale, selected, numbers = arguments[:_TENSORS]
     request = opened(_request_of(arguments), numbers)
-    statics = Statics(request, *arguments[8:_REQUESTS])
-    return linear_call(hidden, head, bias, target, weight, normalizer, statics, group_named(name))
+    statics = Statics(request, *arguments[_GROUP + 1 : _REQUESTS])
+    group = group_named(arguments[_GROUP])
+    return linear_call(
+        hidden, head, bias, target, weight, normalizer, scale, selected, statics, group
+    )
 
 
 def _closed(
@@ -52,14 +55,16 @@ def _closed(
     target: Tensor,
     weight: Tensor | None,
     normalizer: Tensor | None,
+    scale: Tensor | None,
+    selected: Tensor | None,
     statics: Statics,
     group: dist.ProcessGroup | None,
 ) -> tuple[Any, ...]:
     """What ``_CALL`` names, in its order."""
     request, numbers = closed(statics.request)
     name = NO_GROUP if group is None else group.group_name
-    tensors = (hidden, head_weight, head_bias, target, weight, normalizer, numbers)
-    return (*tensors, name, *statics.scalars(), *request.scalars())
+    tensors = (hidden, head_weight, head_bias, target, weight, normalizer, scale, selected)
+    return (*tensors, numbers, name, *statics.scalars(), *request.scalars())
 
 
 def _fresh(value: Tensor | None, like: Tensor) -> Tensor:
@@ -71,7 +76,7 @@ def _fresh(value: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _statistics(*arguments: Any) -> tuple[Tensor, ...]:
-    with together(group_named(arguments[7]), _request_of(arguments).check):
+    with together(group_named(arguments[_GROUP]), _request_of(arguments).check):
         r = linear_statistics(_restored(arguments))
     return r.stats, r.m, r.s, r.local_target, r.argmax, r.normalizer
 
@@ -81,11 +86,12 @@ def _request_of(arguments: tuple[Any, ...]) -> LinearRequest:
 
 
 def _fake_statistics(*arguments: Any) -> tuple[Tensor, ...]:
-    hidden, target, normalizer = arguments[0], arguments[3], arguments[5]
+    hidden, target, normalizer, selected = (arguments[place] for place in (0, 3, 5, 7))
     request, rows = _request_of(arguments), target.numel()
-    dtype = arithmetic_dtype(hidden.dtype)
+    dtype, stats = arithmetic_dtype(hidden.dtype), len(stat_names(request.wanted))
+    stats += 0 if selected is None else selected.shape[1]
     return (
-        hidden.new_empty((len(stat_names(request.wanted)), rows), dtype=dtype),
+        hidden.new_empty((stats, rows), dtype=dtype),
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(rows, dtype=torch.int64),
@@ -98,7 +104,7 @@ def _gradient(*arguments: Any) -> tuple[Tensor, ...]:
     stats, m, s, local_target, grad_stats, *needs = arguments[_CALLS:]
     call = _restored(arguments)
     leaves = Leaves(arguments[1], arguments[2])
-    result = RowResult(stats, m, s, local_target, m, m)
+    result = RowResult(stats, m, s, local_target, m, m, call.scale, call.selected)
     out = linear_gradient(call, leaves, result, grad_stats, Needs(*needs))
     return _handed_out(out, arguments[0])
 
@@ -127,7 +133,7 @@ def _fake_gradient(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _loss(*arguments: Any) -> tuple[Tensor, ...]:
-    with together(group_named(arguments[7]), _request_of(arguments).check):
+    with together(group_named(arguments[_GROUP]), _request_of(arguments).check):
         call = _restored(arguments)
         leaves = Leaves(arguments[1], arguments[2])
         out = loss_with_gradients(call, leaves, Needs(*arguments[_CALLS:]))

@@ -14,7 +14,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from ..checks import Options
-from ..dtensor import Layout, check_target, local_target, local_weight, offset_of, row_groups
+from ..dtensor import (
+    Layout,
+    check_row_options,
+    check_target,
+    local_row_options,
+    local_target,
+    local_weight,
+    offset_of,
+    row_groups,
+)
 from ..rounds import play_before
 from ..shard import VocabShard
 from ..switches import check_is_on, check_word
@@ -33,7 +42,8 @@ def unwrap_linear(
     """
     hidden, head = tensors.input, tensors.linear_weight
     if not isinstance(hidden, DTensor) or not isinstance(head, DTensor):
-        for name, value in tensors._asdict().items():
+        given = {**tensors._asdict(), "scale": options.scale, "selected": options.selected}
+        for name, value in given.items():
             if isinstance(value, DTensor):
                 raise ValueError(
                     f"{name} is a DTensor, but not both input and linear_weight are: pass both as "
@@ -79,15 +89,16 @@ def unwrap_linear(
     local = hidden.to_local(grad_placements=summed)
     here = _rows_here(tuple(hidden.shape), mesh, rows)
     check_target(tensors.target, here, layout)
+    check_row_options(options, here, layout)
     weight = local_weight(tensors.weight)
     if telling:
         play_before(mesh)
     normalizer = tensors.normalizer
     if isinstance(normalizer, DTensor):
         normalizer = normalizer.full_tensor()
-    target = local_target(
-        tensors.target, here, layout, offset_of(tuple(hidden.shape[:-1]), mesh, rows)
-    )
+    offset = offset_of(tuple(hidden.shape[:-1]), mesh, rows)
+    target = local_target(tensors.target, here, layout, offset)
+    options = local_row_options(options, here, layout, offset)
     return (
         LinearTensors(local, local_head, bias, target, weight, normalizer),
         options._replace(group=group, shard=shard, normalizer=normalizer),

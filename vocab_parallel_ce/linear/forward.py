@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..engines.contract import IGNORED, Engine
 from ..header import fingerprint, fingerprint_bits
-from ..passes import RowResult, exchange_statistics, fill_partials
+from ..passes import RowResult, exchange_statistics
 from ..preflight import together
 from .call import LinearCall
 from .hidden import HiddenRows, preflight_before_gathers
@@ -48,7 +48,7 @@ def linear_statistics(call: LinearCall) -> RowResult:
                     )  # fmt: skip
                     continue
                 logits = call.head.logits(hidden, scratch[: portion.count])
-                fill_partials(engine, some, logits, column, call.weight, call.request)
+                call.fill(engine, some, portion.rows, logits, column)
         return told.bits()
 
     preflight_before_gathers(call, scratch, 0)

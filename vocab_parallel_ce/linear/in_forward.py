@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..engines.contract import Engine, arithmetic_dtype
-from ..passes import RowResult, compute_gradient, exchange_statistics, fill_partials
+from ..passes import RowResult, compute_gradient, exchange_statistics
 from ..preflight import together
 from ..reduction import (
     RowLosses,
@@ -32,7 +32,7 @@ from .backward import Gradients, Leaves, Needs, RowSums, rows_of
 from .call import LinearCall
 from .forward import Told
 from .hidden import HiddenRows, preflight_before_gathers
-from .kept import Portion, Rows, kept_rows, masked
+from .kept import Portion, Rows, kept_rows, masked, some_of
 
 
 @dataclass
@@ -135,15 +135,16 @@ class _InForward:
             if n < parts.shape[1]:
                 parts.zero_()
             some, column = parts[:, :n], local_target[:n]
-            fill_partials(engine, some, logits, column, call.weight, self._request)
+            call.fill(engine, some, rows, logits, column)
             told = Told(call)
             told.add(hidden, self._keep[rows])
             return told.bits()
 
-        plan = call.plan(self._scratch, call.statics.chunk)
+        plan, scale = call.plan(self._scratch, call.statics.chunk), some_of(call.scale, rows)
         if not first:
-            plan = replace(plan, normalizer=self._agreed)
+            plan = replace(plan, normalizer=self._agreed, scale=scale)
         result = exchange_statistics(fill, plan, target, call.weight, call.group, announced)
+        result = replace(result, scale=scale)
         if first:
             self._settle(result.normalizer if self._request.normalized else None)
         coefficients = self._coefficients(rows, result.stats[:, :n])

@@ -56,6 +56,11 @@ def portions_of_parts(rows: int, parts: int, size: int, device: torch.device) ->
     return out
 
 
+def some_of(values: Tensor | None, rows: Rows) -> Tensor | None:
+    """Some rows of [N, ...], where there are any values."""
+    return None if values is None else values[rows]
+
+
 def count(rows: Rows) -> int:
     """How many there are."""
     return rows.stop - rows.start if isinstance(rows, slice) else rows.shape[0]

@@ -37,16 +37,19 @@ class _LinearRowStatistics(torch.autograd.Function):
         target: Tensor,
         weight: Tensor | None,
         normalizer: Tensor | None,
+        scale: Tensor | None,
+        selected: Tensor | None,
         statics: Statics,
         group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         call = linear_call(
-            hidden, head_weight, head_bias, target, weight, normalizer, statics, group
-        )
+            hidden, head_weight, head_bias, target, weight, normalizer, scale, selected, statics,
+            group,
+        )  # fmt: skip
         result = linear_statistics(call)
         ctx.save_for_backward(
             hidden, head_weight, head_bias, target, weight, result.stats, result.m, result.s,
-            result.local_target,
+            result.local_target, scale, selected,
         )  # fmt: skip
         ctx.mark_non_differentiable(result.argmax, result.normalizer)
         ctx.set_materialize_grads(False)
@@ -56,23 +59,27 @@ class _LinearRowStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_stats: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_stats is None:  # nothing upstream depends on the statistics
-            return (None,) * 8
+            return (None,) * 10
         grad_stats = _one_gradient(grad_stats)
         with torch.no_grad():
-            hidden, head_weight, head_bias, target, weight, stats, m, s, local = ctx.saved_tensors
-            call = linear_call(
-                hidden, head_weight, head_bias, target, weight, None, ctx.statics, ctx.group
+            hidden, head_weight, head_bias, target, weight, *rows, scale, selected = (
+                ctx.saved_tensors
             )
+            stats, m, s, local = rows
+            call = linear_call(
+                hidden, head_weight, head_bias, target, weight, None, scale, selected, ctx.statics,
+                ctx.group,
+            )  # fmt: skip
             out = linear_gradient(
                 call,
                 Leaves(head_weight, head_bias),
-                RowResult(stats, m, s, local, m, m),
+                RowResult(stats, m, s, local, m, m, scale, selected),
                 grad_stats,
                 Needs(*ctx.needs_input_grad[:3]),
             )
             grad = None if out.hidden is None else out.hidden.view(hidden.shape)
         origins = (grad_stats, _origin(hidden, head_weight)) if torch.is_grad_enabled() else ()
-        return (*_handed_out((grad, out.weight, out.bias), *origins), *(None,) * 5)
+        return (*_handed_out((grad, out.weight, out.bias), *origins), *(None,) * 7)
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -87,6 +94,7 @@ class _LinearLoss(torch.autograd.Function):
         target: Tensor,
         weight: Tensor | None,
         normalizer: Tensor | None,
+        scale: Tensor | None,
         statics: Statics,
         group: dist.ProcessGroup | None,
         total: Callable[[Tensor], Tensor],
@@ -94,8 +102,8 @@ class _LinearLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """``origin``: 0-d, of the tape of hidden states and weight, which are not kept for it."""
         call = linear_call(
-            hidden, head_weight, head_bias, target, weight, normalizer, statics, group
-        )
+            hidden, head_weight, head_bias, target, weight, normalizer, scale, None, statics, group,
+        )  # fmt: skip
         needs = Needs(*ctx.needs_input_grad[:3])
         out = loss_with_gradients(call, Leaves(head_weight, head_bias), needs, total)
         ctx.gradients, ctx.factor = out.gradients, out.factor
@@ -108,7 +116,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 10
+            return (None,) * 11
         if ctx.gradients is None:
             raise RuntimeError(
                 "a second backward through a loss whose gradients were computed in forward "
@@ -126,7 +134,7 @@ class _LinearLoss(torch.autograd.Function):
             grads = [None if g is None else g.to(ctx.dtype) for g in out.all()]
             hidden = None if grads[0] is None else grads[0].view(ctx.shape)
         origins = (grad_loss, *ctx.saved_tensors)
-        return (*_handed_out((hidden, *grads[1:]), *origins), *(None,) * 7)
+        return (*_handed_out((hidden, *grads[1:]), *origins), *(None,) * 8)
 
 
 def _origin(hidden: Tensor, head_weight: Tensor) -> Tensor:
@@ -160,21 +168,25 @@ def linear_row_statistics(
     target: Tensor,
     weight: Tensor | None,
     normalizer: Tensor | None,
+    scale: Tensor | None,
+    selected: Tensor | None,
     statics: Statics,
     group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiable stats [j, N]; then argmax and the normalizer of all ranks.
+    """Differentiable stats [j + K, N]; then argmax and the normalizer of all ranks.
 
-    hidden [..., H], head_weight [V_r, H], head_bias [V_r] or None, target [...].
+    hidden [..., H], head_weight [V_r, H], head_bias [V_r] or None, target [...], scale [N] where
+    each row has its own, selected [N, K].
     """
     if traced(hidden):
         from . import compiled
 
         return compiled.linear_row_statistics(
-            hidden, head_weight, head_bias, target, weight, normalizer, statics, group
-        )
+            hidden, head_weight, head_bias, target, weight, normalizer, scale, selected, statics,
+            group,
+        )  # fmt: skip
     out: tuple[Tensor, Tensor, Tensor] = _LinearRowStatistics.apply(  # type: ignore[no-untyped-call]
-        hidden, head_weight, head_bias, target, weight, normalizer, statics, group
+        hidden, head_weight, head_bias, target, weight, normalizer, scale, selected, statics, group
     )
     return out
 
@@ -190,6 +202,7 @@ def linear_loss(
     target: Tensor,
     weight: Tensor | None,
     normalizer: Tensor | None,
+    scale: Tensor | None,
     statics: Statics,
     group: dist.ProcessGroup | None,
     total: Callable[[Tensor], Tensor] = _same,
@@ -202,10 +215,10 @@ def linear_loss(
         from . import compiled
 
         return compiled.linear_loss(
-            hidden, head_weight, head_bias, target, weight, normalizer, statics, group
+            hidden, head_weight, head_bias, target, weight, normalizer, scale, None, statics, group
         )
     out: tuple[Tensor, Tensor] = _LinearLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, head_weight, head_bias, target, weight, normalizer, statics, group, total,
+        hidden, head_weight, head_bias, target, weight, normalizer, scale, statics, group, total,
         _origin(hidden, head_weight),
     )  # fmt: skip
     return out

@@ -114,7 +114,7 @@ def expected(
         weight: [V] class weights, or None.
         sums_as_logs: See ``naive.naive``.
         options: Those of ``reference.cross_entropy``: reduction, ignore_index, label_smoothing,
-            lse_square_scale, scale, softcap, normalizer.
+            lse_square_scale, scale, softcap, normalizer, selected.
 
     Returns:
         Expected: with graphs, so that ``gradients`` can be asked for any function of the results.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference import ReferenceLoss, scaled
+from .reference import ReferenceLoss, scaled, selected_log_prob
 from .reference import cross_entropy as reference
 
 
@@ -21,6 +21,7 @@ def naive(
     scale: float | Tensor = 1.0,
     softcap: float = 0.0,
     normalizer: float | Tensor | None = None,
+    selected: Tensor | None = None,
     like_reference: bool = False,
     order: Tensor | None = None,
     parts: int = 1,
@@ -40,6 +41,7 @@ def naive(
         scale: See there.
         softcap: See there.
         normalizer: See there.
+        selected: See there.
         like_reference: By the very operations of the fp64 reference. An fp64 result can only be
             asked to be as good as those, and their error in fp32 tells how good they are.
         order: [V], the order in which columns are added up. Results are in the usual order.
@@ -60,6 +62,8 @@ def naive(
     kept = target != ignore_index
     column = place[torch.where(kept, target, 0).long()]
     ordered = logits[..., order]
+    if selected is not None:
+        selected = place[torch.where(kept[..., None], selected, 0).long()]
     if like_reference:
         out = reference(
             ordered,
@@ -72,6 +76,7 @@ def naive(
             scale=scale,
             softcap=softcap,
             normalizer=normalizer,
+            selected=selected,
             dtype=logits.dtype,
         )
         argmax = torch.where(kept, scaled(logits, scale, softcap).argmax(-1), -1)
@@ -105,4 +110,5 @@ def naive(
     entropy = torch.where(kept, log_s.squeeze(-1) - p_z.sum(-1), 0.0)
     argmax = torch.where(kept, scaled(logits, scale, softcap).argmax(-1), -1)
     squares = torch.where(kept, log_prob.exp().square().sum(-1), 0.0).detach()
-    return ReferenceLoss(loss, zloss, log_prob[..., place], lse, entropy, argmax, squares)
+    found = selected_log_prob(log_prob, kept, selected)
+    return ReferenceLoss(loss, zloss, log_prob[..., place], lse, entropy, argmax, squares, found)

@@ -30,6 +30,8 @@ class ReferenceLoss(NamedTuple):
     """[...] int64, the first column that attains the maximum; -1 on ignored rows."""
     sum_p_squared: Tensor
     """[...] sum of the squared probabilities; 0 on ignored rows."""
+    selected_log_prob: Tensor
+    """[..., K] log-probabilities of the ids in ``selected``; 0 on ignored rows."""
 
 
 def cross_entropy(
@@ -44,6 +46,7 @@ def cross_entropy(
     scale: float | Tensor = 1.0,
     softcap: float = 0.0,
     normalizer: float | Tensor | None = None,
+    selected: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> ReferenceLoss:
     """Cross-entropy and row statistics of whole logits in fp64; differentiable.
@@ -63,6 +66,8 @@ def cross_entropy(
         softcap: Makes softcap * tanh(logits / softcap) of the logits first; 0 means none.
         normalizer: For "mean", the denominator of both parts in place of the sum of weights and
             the number of kept rows.
+        selected: [..., K] class ids whose log-probabilities are returned, or None for K = 0. What
+            an ignored row holds does not count.
         dtype: Of the arithmetic. fp64 makes it the oracle; fp32 shows what rounding does to the
             very same operations.
 
@@ -124,7 +129,17 @@ def cross_entropy(
         entropy=torch.where(kept, -p_log_p.sum(-1), nothing),
         argmax=torch.where(kept, clean.argmax(-1), torch.full_like(column, -1)),
         sum_p_squared=torch.where(kept, log_prob.exp().square().sum(-1), nothing).detach(),
+        selected_log_prob=selected_log_prob(log_prob, kept, selected),
     )
+
+
+def selected_log_prob(log_prob: Tensor, kept: Tensor, selected: Tensor | None) -> Tensor:
+    """[..., C] -> [..., K] at the ``selected`` ids; 0 in rows that are not ``kept`` [...]."""
+    if selected is None:
+        return log_prob[..., :0]
+    counts = kept[..., None].expand(selected.shape)
+    found = log_prob.gather(-1, torch.where(counts, selected, 0).long())
+    return torch.where(counts, found, torch.zeros_like(found))
 
 
 def scaled(logits: Tensor, scale: float | Tensor = 1.0, softcap: float = 0.0) -> Tensor:

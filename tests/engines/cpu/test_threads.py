@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vocab_parallel_ce import cross_entropy
-from vocab_parallel_ce.engines.cpu import engine as cpu
+from vocab_parallel_ce.engines.cpu import threads
 
 ROWS, COLUMNS = 64, 4096  # enough for four threads
 
@@ -21,10 +21,10 @@ ROWS, COLUMNS = 64, 4096  # enough for four threads
 def four_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(4)
-    cpu._forget_pool()
+    threads.forget_pool()
     yield
     torch.set_num_threads(before)
-    cpu._forget_pool()
+    threads.forget_pool()
 
 
 class Kernel:
@@ -37,7 +37,7 @@ class Kernel:
         self.running = 0
         self.lock = threading.Lock()
 
-    def __call__(self, begin: int, end: int, columns: int) -> None:
+    def __call__(self, begin: int, end: int) -> None:
         with self.lock:
             self.running += 1
         # The caller is done long before the others.
@@ -74,7 +74,7 @@ def test_a_thread_that_cannot_be_started(
 ) -> None:
     _limit(monkeypatch, allowed, accept)
     kernel = Kernel()
-    cpu._run(kernel, torch.empty(ROWS, COLUMNS))
+    threads.run(kernel, ROWS, ROWS * COLUMNS)
     assert kernel.running == 0
     assert sorted(kernel.ended) == list(range(ROWS))
 
@@ -90,7 +90,7 @@ def test_losses_at_a_limit_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_error_in_a_thread_is_raised_when_all_have_ended() -> None:
     kernel = Kernel(fails_in_pool=True)
     with pytest.raises(ValueError, match="sabotaged"):
-        cpu._run(kernel, torch.empty(ROWS, COLUMNS))
+        threads.run(kernel, ROWS, ROWS * COLUMNS)
     assert kernel.running == 0
 
 
@@ -98,14 +98,14 @@ def test_an_error_in_a_thread_is_raised_when_all_have_ended() -> None:
 def test_an_interrupted_caller_waits_for_the_others(kind: type[BaseException]) -> None:
     kernel = Kernel()
 
-    def interrupted(begin: int, end: int, columns: int) -> None:
+    def interrupted(begin: int, end: int) -> None:
         if threading.get_ident() == kernel.caller:
             time.sleep(0.02)  # the others have begun
             raise kind
-        kernel(begin, end, columns)
+        kernel(begin, end)
 
     with pytest.raises(kind):
-        cpu._run(interrupted, torch.empty(ROWS, COLUMNS))
+        threads.run(interrupted, ROWS, ROWS * COLUMNS)
     assert kernel.running == 0
     time.sleep(0.1)
     assert len(kernel.ended) < ROWS  # nobody went on with what was left
@@ -115,7 +115,7 @@ def test_work_that_was_lost_and_comes_late_does_nothing() -> None:
     """The queue of a pool may hold work whose thread failed to start; a later thread takes it."""
     kept: list[Callable[[], None]] = []
     seen: list[int] = []
-    job = cpu._Job(range(4), seen.append)
+    job = threads.Job(range(4), seen.append)
     kept.append(job.work_in_pool)
     job.work_here()
     job.wait()

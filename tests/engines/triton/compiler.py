@@ -149,7 +149,7 @@ def _call_row_functions(v: Variant, target: torch.Tensor, wanted: Wanted) -> Non
     checksum = torch.zeros((), dtype=torch.int64) if v.weight else None
     content = torch.ones(2, ROWS)
     scales = torch.zeros((), dtype=torch.int64) if v.row_scale else None
-    excuse = rows.sign(slots, target, content, checksum, None, scales, v.columns, -100)
+    excuse = rows.sign(slots, target, content, checksum, None, scales, scales, v.columns, -100)
     parts, shares = torch.ones(2, len(wanted.rows), ROWS), torch.ones(2)
     gathered = Gathered(parts, shares, headers[:, 0], headers)
     total = torch.ones(()) if v.weight else float(2 * v.columns)

@@ -282,7 +282,7 @@ def test_a_prediction_as_a_user_asks_for_it(tmp_path: Path) -> None:
     options = ["--vocab", "131072", "--tokens", "8192", "--tp", "8", "--json", str(path)]
     done = invoke(*options, "--bandwidth", "1000", "--link-bandwidth", "100", "--latency", "10")
     assert done.exit_code == 0, done.output
-    for words in ("Megatron-core fused", "given by you", "2 + 4", "1 all_gather, 96.1 KiB"):
+    for words in ("Megatron-core fused", "given by you", "2 + 4", "1 all_gather, 96.2 KiB"):
         assert words in done.stdout
     report = json.loads(path.read_text())
     ours = report["predictions"][0]

@@ -1,8 +1,8 @@
 """The engine of CPU tensors: Numba kernels over row ranges, run by a pool of threads.
 
-The kernels release the GIL and take rows [begin, end). The calling thread and up to
-``torch.get_num_threads() - 1`` others draw row ranges from one list until it is empty. A row is
-never split, so results do not depend on the number of threads.
+The kernels take rows [begin, end) (``kernels.py``), and threads draw such ranges from one list
+(``threads.py``). Few long rows are cut into pieces (``pieces.py``) by their shape alone: results do
+not depend on the number of threads.
 
 A shard with contiguous columns takes a fast kernel; label smoothing, entropy, squares, argmax, a
 softcap or any other stride takes a general one. Each is compiled at the first use of a dtype and
@@ -14,13 +14,7 @@ back, and its default scheduler aborts when two threads enter at once.
 
 from __future__ import annotations
 
-import os
 import re
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cache
 from importlib import import_module, metadata
 from typing import Any
@@ -36,14 +30,14 @@ from vocab_parallel_ce.engines.contract import (
     Wanted,
     arithmetic_dtype,
 )
+from vocab_parallel_ce.engines.cpu import threads
+from vocab_parallel_ce.engines.cpu.pieces import piece_width
 
 ROW_FUNCTIONS: RowFunctions | None = None
 LINEAR_FUNCTIONS: LinearFunctions | None = None
 LEAVES_LOG_PROB = False
 MINIMUM_NUMBA = (0, 60)
-SEQUENTIAL_BELOW = 1 << 16  # elements; a thread takes longer to wake up than to do the work
 NARROWED_ELEMENTS = 1 << 18  # of a gradient that is rounded on its way; they stay in cache
-RANGES_PER_THREAD = 8  # a thread that is held up leaves its share to the others
 _TOKENS: dict[torch.dtype, Any] = {
     torch.bfloat16: np.uint16(0),
     torch.float16: np.int16(0),
@@ -90,20 +84,39 @@ def partials(
     token = _TOKENS[stored]
     scales, factor = _scales(scale, arithmetic)
     rows = _matrix(logits, stored), _vector(local_target, torch.int64)
-    place = _vector(out, arithmetic)
+    weight = weight.contiguous() if wanted.smooth and weight is not None else None
+    width = piece_width(*logits.shape)
+    pieces = -(-logits.shape[1] // width)
+    parts = out if pieces == 1 else out.new_empty(out.shape[0], pieces * out.shape[1])
+    place = _vector(parts, arithmetic)
     plain = len(wanted.rows) == 3 and softcap == 0
     if plain and _contiguous(logits) and _positive(scale):
         _run(
             _kernels().partials_fast, logits, *rows, wanted.ignored_rows, scales, factor, token,
             place,
         )  # fmt: skip
-        return
-    weight = weight.contiguous() if wanted.smooth and weight is not None else None
-    _run(
-        _kernels().partials_general, logits, *rows, _vector(weight, arithmetic)[0],
-        wanted.smooth, wanted.entropy, wanted.squares, wanted.argmax, wanted.ignored_rows, scales,
-        factor, float(softcap), token, place,
-    )  # fmt: skip
+    else:
+        _run(
+            _kernels().partials_general, logits, *rows, _vector(weight, arithmetic)[0],
+            wanted.smooth, wanted.entropy, wanted.squares, wanted.argmax, wanted.ignored_rows,
+            scales, factor, float(softcap), token, place,
+        )  # fmt: skip
+    if pieces > 1:
+        weights = _weights_of_pieces(weight, logits.shape[1], width, arithmetic)
+        _kernels().merge(
+            0, logits.shape[0], pieces, place, _vector(weights, arithmetic)[0], wanted.smooth,
+            wanted.entropy, wanted.squares, wanted.argmax, _SCALARS[arithmetic](1.0),
+            _vector(out, arithmetic),
+        )  # fmt: skip
+
+
+def _weights_of_pieces(
+    weight: Tensor | None, columns: int, width: int, arithmetic: torch.dtype
+) -> Tensor:
+    """The sum of the class weights of each piece of a row."""
+    if weight is None:
+        weight = torch.ones((), dtype=arithmetic, device="cpu").expand(columns)
+    return torch.stack([piece.sum() for piece in weight.split(width)])
 
 
 def gradient(
@@ -224,120 +237,9 @@ def _matrix(tensor: Tensor, dtype: torch.dtype) -> tuple[int, int, int]:
     return tensor.data_ptr(), row * size, column * size
 
 
-# Threads
-
-
-class _Pool:
-    """Threads beside the calling one; made again when their number changes."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.size = 0
-        self.executor: ThreadPoolExecutor | None = None
-
-    def submit(self, work: Callable[[], None], copies: int, size: int) -> None:
-        """Hand up to ``copies`` of ``work`` to a pool of ``size`` threads; fewer if it has none.
-
-        A thread that cannot be started (a limit of the container, an interpreter that shuts down)
-        is no error: ``work`` may run in none of them, or later than anybody waits for it.
-        """
-        with self.lock:
-            if self.executor is None or self.size != size:
-                if self.executor is not None:
-                    self.executor.shutdown(wait=False)
-                self.executor, self.size = ThreadPoolExecutor(size, "vocab_parallel_ce"), size
-            with suppress(RuntimeError, MemoryError):
-                for _ in range(copies):
-                    self.executor.submit(work)
-
-
-_pool = _Pool()
-
-
-def _forget_pool() -> None:
-    """A forked child has none of its parent's threads."""
-    global _pool
-    _pool = _Pool()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)
-
-
-def _run(kernel: Callable[..., None], logits: Tensor, *args: Any) -> None:
-    """Run ``kernel`` over all rows."""
+def _run(kernel: Any, logits: Tensor, *args: Any) -> None:
+    """Run ``kernel`` over all pieces of all rows."""
     rows, columns = logits.shape
-    threads = torch.get_num_threads()
-    least = -(-SEQUENTIAL_BELOW // (2 * columns))
-    size = max(least, -(-rows // (threads * RANGES_PER_THREAD)))
-    copies = min(threads, -(-rows // size)) - 1
-    if copies <= 0 or rows * columns < SEQUENTIAL_BELOW:
-        kernel(0, rows, columns, *args)
-        return
-
-    def run(begin: int) -> None:
-        kernel(begin, min(begin + size, rows), columns, *args)
-
-    job = _Job(range(0, rows, size), run)
-    try:
-        _pool.submit(job.work_in_pool, copies, threads - 1)
-        job.work_here()
-    finally:
-        job.wait()
-    if job.error is not None:
-        raise job.error
-
-
-class _Job:
-    """Row ranges that the calling thread and those of the pool take in turn.
-
-    What is counted are the ranges that the pool works on, and not the threads that were asked to: a
-    pool may lose one on its way, and yet run it later. Who comes late finds nothing left.
-    """
-
-    def __init__(self, begins: Iterable[int], run: Callable[[int], None]) -> None:
-        self.begins, self.run = deque(begins), run
-        self.busy = 0
-        self.error: BaseException | None = None
-        self.idle = threading.Condition()
-
-    def work_here(self) -> None:
-        """Take ranges until there are none. Not counted: an interrupt could lose the count."""
-        while True:
-            try:
-                begin = self.begins.popleft()
-            except IndexError:
-                return
-            self.run(begin)
-
-    def work_in_pool(self) -> None:
-        """The same, for a thread that the calling one must wait for."""
-        while True:
-            with self.idle:
-                if not self.begins:
-                    return
-                begin = self.begins.popleft()
-                self.busy += 1
-            try:
-                self.run(begin)
-            except BaseException as problem:
-                self.error = problem
-                self.begins.clear()
-            finally:
-                with self.idle:
-                    self.busy -= 1
-                    self.idle.notify()
-
-    def wait(self) -> None:
-        """Until nobody writes into the caller's memory any more, whatever failed."""
-        interrupt: BaseException | None = None
-        while True:
-            try:
-                with self.idle:
-                    self.begins.clear()
-                    self.idle.wait_for(lambda: self.busy == 0)
-                break
-            except BaseException as problem:  # Ctrl-C, maybe more than once
-                interrupt = problem
-        if interrupt is not None:
-            raise interrupt
+    width = piece_width(rows, columns)
+    pieces = -(-columns // width)
+    threads.run(kernel, rows * pieces, rows * columns, columns, width, *args)

@@ -10,6 +10,9 @@ The general kernels first copy each block, capped and times ``scale``, into a bu
 whatever the strides, and then make one short pass over it for each thing that is wanted. All
 gradient kernels read an element before they write it, so ``out`` may be the logits themselves.
 
+A kernel works on pieces of rows: ``width`` columns each, the last of a row fewer (``pieces.py``).
+Piece ``index`` of all is written there in the partials, which ``merge`` makes those of rows.
+
 Arrays arrive as an address and steps in bytes, so one compilation serves every layout. ``token``
 tells how logits are stored (see lanes), ``scale`` has the arithmetic type and is its token. It is
 the scale of every row, unless ``scales`` has one a row. ``cap`` is the softcap, 0 for none.
@@ -50,11 +53,13 @@ from vocab_parallel_ce.engines.cpu.rows import (
     Matrix,
     Vector,
     clean,
+    column_of,
     fold,
     gather,
     gather_x,
     item,
     multiply_by_slopes,
+    piece,
     reference,
     scale_of,
     scatter,
@@ -73,7 +78,8 @@ INT32, INT64 = np.int32(0), np.int64(0)
 def partials_fast(
     begin: int,
     end: int,
-    columns: int,
+    row_columns: int,
+    width: int,
     logits: Matrix,
     target: Vector,
     ignored_rows: bool,
@@ -84,16 +90,17 @@ def partials_fast(
 ) -> None:
     """m, s and x_y; contiguous columns, every scale > 0, no cap."""
     size = size_of(token)
-    full = columns // PAIR * PAIR
     tail = scratch(every_scale)
-    for row in range(begin, end):
+    for index in range(begin, end):
+        row, first, columns = piece(index, row_columns, width)
         scale = scale_of(scales, row, every_scale)
-        y = read(target[0] + row * target[1], INT64)
+        y = column_of(read(target[0] + row * target[1], INT64), first)
         m, base, s, x = -INFINITY, -INFINITY, 0.0, 0.0
         if y == IGNORED and not ignored_rows:
             m = 0.0
         else:
-            address = logits[0] + row * logits[1]
+            address = logits[0] + row * logits[1] + first * size
+            full = columns // PAIR * PAIR
             x = target_logit(address, size, columns, y, scale, token)
             for start in range(0, full, BLOCK):
                 block, count = address + start * size, min(BLOCK, full - start)
@@ -103,17 +110,76 @@ def partials_fast(
                 m, base, s = fold(m, base, s, tail, PAIR, number(1.0, scale), scale)
             if m > base:
                 s *= math.exp(base - m)
-        place = out[0] + row * size_of(scale)
+        place = out[0] + index * size_of(scale)
         write(place, m, scale)
         write(place + out[1], s, scale)
         write(place + 2 * out[1], x, scale)
 
 
 @kernel
+def merge(
+    begin: int,
+    end: int,
+    pieces: int,
+    parts: Vector,
+    weights: int,
+    smooth: bool,
+    entropy: bool,
+    squares: bool,
+    argmax: bool,
+    scale: float,
+    out: Vector,
+) -> None:
+    """The partials of rows from those of their ``pieces``, in order; each has its W in weights."""
+    size = size_of(scale)
+    for row in range(begin, end):
+        source, place = parts[0] + row * pieces * size, out[0] + row * size
+        m, best = -INFINITY, 0
+        for i in range(pieces):
+            m_i = np.float64(read(source + i * size, scale))
+            if i == 0 or m_i > m:
+                m, best = m_i, i
+        base = reference(m)
+        s, x, u, t, q = 0.0, 0.0, 0.0, 0.0, 0.0
+        for i in range(pieces):
+            at = source + i * size
+            shift = reference(np.float64(read(at, scale))) - base
+            keep = math.exp(min(shift, 0.0))  # above 0 where a piece is all -inf: 0 * inf is NaN
+            s_i = np.float64(read(at + parts[1], scale)) * keep
+            s += s_i
+            x += np.float64(read(at + 2 * parts[1], scale))
+            at += 3 * parts[1]
+            if smooth:
+                w = np.float64(read(weights + i * size, scale))
+                u += np.float64(read(at, scale)) + w * shift
+                at += parts[1]
+            if entropy:
+                t += np.float64(read(at, scale)) * keep + shift * s_i
+                at += parts[1]
+            if squares:
+                q += np.float64(read(at, scale)) * keep * keep
+        write(place, m, scale)
+        write(place + out[1], s, scale)
+        write(place + 2 * out[1], x, scale)
+        place, source = place + 3 * out[1], source + best * size + 3 * parts[1]
+        for wanted, value in ((smooth, u), (entropy, t), (squares, q)):
+            if wanted:
+                write(place, value, scale)
+                place += out[1]
+                source += parts[1]
+        # A token's type is fixed when it is compiled: one variable for both would be an int64.
+        if argmax and size == 4:
+            write(place, read(source, INT32), INT32)
+        elif argmax:
+            write(place, read(source, INT64), INT64)
+
+
+@kernel
 def gradient_fast(
     begin: int,
     end: int,
-    columns: int,
+    row_columns: int,
+    width: int,
     logits: Matrix,
     target: Vector,
     m: Vector,
@@ -127,15 +193,16 @@ def gradient_fast(
 ) -> None:
     """Softmax and target parts only; contiguous columns of logits and out, no cap."""
     size = size_of(token)
-    full = columns // PAIR * PAIR
-    rest = columns - full
     tail = scratch(every_scale)
     one = number(1.0, every_scale)
-    for row in range(begin, end):
+    for index in range(begin, end):
+        row, first, columns = piece(index, row_columns, width)
         scale = scale_of(scales, row, every_scale)
-        source = logits[0] + row * logits[1]
-        destination = out[0] + row * out[1]
-        y = read(target[0] + row * target[1], INT64)
+        full = columns // PAIR * PAIR
+        rest = columns - full
+        source = logits[0] + row * logits[1] + first * size
+        destination = out[0] + row * out[1] + first * size
+        y = column_of(read(target[0] + row * target[1], INT64), first)
         row_softmax, row_target = item(softmax, row, scale), item(target_part, row, scale)
         if y == IGNORED or (row_softmax == 0.0 and row_target == 0.0):
             write_zeros(destination, size, columns, token)
@@ -160,7 +227,8 @@ def gradient_fast(
 def partials_general(
     begin: int,
     end: int,
-    columns: int,
+    row_columns: int,
+    width: int,
     logits: Matrix,
     target: Vector,
     weight: int,
@@ -180,14 +248,15 @@ def partials_general(
     step = logits[2]
     buffer = scratch(every_scale)
     one = number(1.0, every_scale)
-    for row in range(begin, end):
+    for index in range(begin, end):
+        row, first, columns = piece(index, row_columns, width)
         scale = scale_of(scales, row, every_scale)
-        y = read(target[0] + row * target[1], INT64)
+        y = column_of(read(target[0] + row * target[1], INT64), first)
         m, s, x, u, t, q, best = -INFINITY, 0.0, 0.0, 0.0, 0.0, 0.0, -1
         if y == IGNORED and not ignored_rows:
             m = 0.0
         else:
-            address = logits[0] + row * logits[1]
+            address = logits[0] + row * logits[1] + first * step
             if 0 <= y < columns:
                 gather_x(buffer, 0, address + y * step, step, 1, scale, cap, token)
                 x = np.float64(read(buffer, scale))
@@ -200,7 +269,7 @@ def partials_general(
                 if argmax and (top > m or best < 0):
                     for i in range(count):
                         if read(buffer + i * size, scale) == top:
-                            best = start + i
+                            best = first + start + i
                             break
                 if top > m:
                     u += weights * (reference(m) - top)
@@ -220,11 +289,11 @@ def partials_general(
                 if squares:
                     q += block_squares(buffer, padded, base, scale)
                 if smooth:
-                    w = weight + start * size if weight != 0 else 0
+                    w = weight + (first + start) * size if weight != 0 else 0
                     more_u, more_w = block_smooth(buffer, count, base, w, scale)
                     u += more_u
                     weights += more_w
-        place = out[0] + row * size
+        place = out[0] + index * size
         write(place, m, scale)
         write(place + out[1], s, scale)
         write(place + 2 * out[1], x, scale)
@@ -248,7 +317,8 @@ def partials_general(
 def gradient_general(
     begin: int,
     end: int,
-    columns: int,
+    row_columns: int,
+    width: int,
     logits: Matrix,
     target: Vector,
     m: Vector,
@@ -268,11 +338,12 @@ def gradient_general(
     size = size_of(every_scale)
     buffer, slopes = scratch(every_scale), scratch(every_scale)
     one = number(1.0, every_scale)
-    for row in range(begin, end):
+    for index in range(begin, end):
+        row, first, columns = piece(index, row_columns, width)
         scale = scale_of(scales, row, every_scale)
-        source = logits[0] + row * logits[1]
-        destination = out[0] + row * out[1]
-        y = read(target[0] + row * target[1], INT64)
+        source = logits[0] + row * logits[1] + first * logits[2]
+        destination = out[0] + row * out[1] + first * out[2]
+        y = column_of(read(target[0] + row * target[1], INT64), first)
         row_softmax, row_target = item(softmax, row, scale), item(target_part, row, scale)
         row_smooth = item(smooth, row, scale) if smooth[0] != 0 else 0.0
         row_entropy = item(entropy, row, scale) if entropy[0] != 0 else 0.0
@@ -299,14 +370,14 @@ def gradient_general(
             else:
                 block_gradient(buffer, buffer, padded, one, row_m, factor, scale)
             if smooth[0] != 0:
-                w = weight + start * size if weight != 0 else 0
+                w = weight + (first + start) * size if weight != 0 else 0
                 subtract_smooth(buffer, count, w, row_smooth, scale)
             if cap != 0.0:
                 multiply_by_slopes(buffer, slopes, count, scale)
             scatter(destination + start * out[2], out[2], buffer, count, scale, token)
         if 0 <= y < columns:
             if weight != 0:
-                row_smooth *= read(weight + y * size, scale)
+                row_smooth *= read(weight + (first + y) * size, scale)
             place, d = destination + y * out[2], x - row_m
             write_target(
                 place, d, row_s, row_softmax, row_target, row_smooth, row_entropy, slope, scale,
@@ -318,7 +389,8 @@ def gradient_general(
 def log_prob(
     begin: int,
     end: int,
-    columns: int,
+    row_columns: int,
+    width: int,
     logits: Matrix,
     m: Vector,
     s: Vector,
@@ -331,10 +403,11 @@ def log_prob(
     """x - m - log s; any strides."""
     size = size_of(every_scale)
     buffer = scratch(every_scale)
-    for row in range(begin, end):
+    for index in range(begin, end):
+        row, first, columns = piece(index, row_columns, width)
         scale = scale_of(scales, row, every_scale)
-        source = logits[0] + row * logits[1]
-        destination = out[0] + row * out[1]
+        source = logits[0] + row * logits[1] + first * logits[2]
+        destination = out[0] + row * out[1] + first * out[2]
         row_m, log_s = item(m, row, scale), math.log(item(s, row, scale))
         for start in range(0, columns, BLOCK):
             count = min(BLOCK, columns - start)

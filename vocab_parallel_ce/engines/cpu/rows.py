@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vocab_parallel_ce.engines.contract import ELSEWHERE
 from vocab_parallel_ce.engines.cpu.blocks import block_max, block_max_sum
 from vocab_parallel_ce.engines.cpu.compiling import helper
 from vocab_parallel_ce.engines.cpu.exponential import tanh
@@ -118,6 +119,21 @@ def write_zeros(address: int, step: int, count: int, token: Any) -> None:
 
 
 # What is formed once
+
+
+@helper
+def piece(index: int, columns: int, width: int) -> tuple[int, int, int]:
+    """Of which row a piece is, its first column, and how many it has."""
+    pieces = -(-columns // width)
+    row = index // pieces
+    first = (index - row * pieces) * width
+    return row, first, min(width, columns - first)
+
+
+@helper
+def column_of(target: int, first: int) -> int:
+    """A row's target, counted from the ``first`` column of a piece."""
+    return target if target < 0 else max(target - first, ELSEWHERE)
 
 
 @helper

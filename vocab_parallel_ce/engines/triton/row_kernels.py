@@ -42,8 +42,9 @@ def locate_rows(target, out, n_rows, start, stop, ignore_index, BLOCK: tl.conste
 @triton.jit(do_not_specialize=["n_rows", "size", "ignore_index"])
 def sign_rows(
     slots, excuse, target, content, content_bits, weight_checksum, normalizer_bits, scale_checksum,
-    n_rows, size, ignore_index, BLOCK: tl.constexpr, CONTENT: tl.constexpr, WEIGHTED: tl.constexpr,
-    NORMALIZED: tl.constexpr, ROW_SCALE: tl.constexpr,
+    selected_checksum, n_rows, size, ignore_index, BLOCK: tl.constexpr, CONTENT: tl.constexpr,
+    WEIGHTED: tl.constexpr, NORMALIZED: tl.constexpr, ROW_SCALE: tl.constexpr,
+    SELECTED: tl.constexpr,
 ):  # fmt: skip
     """One program in all, which adds up in a fixed order and needs no atomics."""
     lane = tl.arange(0, BLOCK)
@@ -76,15 +77,22 @@ def sign_rows(
     if ROW_SCALE:
         checksum = tl.load(scale_checksum)
     tl.store(slots + 3, checksum)
-    # No value of this rank's was looked at: no bad row, no bad target, no bad class, no bad scale.
-    tl.store(slots + 4, tl.full([], -1, tl.int64))
-    tl.store(slots + 5, tl.full([], 0, tl.int64))
-    tl.store(slots + 6, tl.full([], -1, tl.int64))
+    checksum = tl.zeros([], tl.int64)
+    if SELECTED:
+        checksum = tl.load(selected_checksum)
+    tl.store(slots + 4, checksum)
+    # No value of this rank's was looked at: no bad row, no bad target, no bad class, no bad scale,
+    # no row with a bad id among those selected, and no such id.
+    tl.store(slots + 5, tl.full([], -1, tl.int64))
+    tl.store(slots + 6, tl.full([], 0, tl.int64))
     tl.store(slots + 7, tl.full([], -1, tl.int64))
+    tl.store(slots + 8, tl.full([], -1, tl.int64))
+    tl.store(slots + 9, tl.full([], -1, tl.int64))
+    tl.store(slots + 10, tl.full([], 0, tl.int64))
     bits = tl.zeros([], tl.int64)
     if NORMALIZED:
         bits = tl.load(normalizer_bits).to(tl.int64)
-    tl.store(slots + 8, bits)
+    tl.store(slots + 11, bits)
     tl.store(excuse, 1 - (tl.max(varied, 0) & (1 - tl.max(beyond, 0))))
 
 

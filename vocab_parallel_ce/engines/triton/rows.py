@@ -47,6 +47,7 @@ def sign(
     weight_checksum: Tensor | None,
     normalizer: Tensor | None,
     scale_checksum: Tensor | None,
+    selected_checksum: Tensor | None,
     size: int,
     ignore_index: int,
 ) -> Tensor:
@@ -57,10 +58,10 @@ def sign(
         _kernels().sign_rows[(1,)](
             slots, excuse, target, content, None if content is None else content.view(torch.int32),
             weight_checksum, None if normalizer is None else normalizer.view(torch.int32),
-            scale_checksum, target.shape[0], size, ignore_index, BLOCK=_SIGN_BLOCK,
-            CONTENT=content is not None, WEIGHTED=weight_checksum is not None,
+            scale_checksum, selected_checksum, target.shape[0], size, ignore_index,
+            BLOCK=_SIGN_BLOCK, CONTENT=content is not None, WEIGHTED=weight_checksum is not None,
             NORMALIZED=normalizer is not None, ROW_SCALE=scale_checksum is not None,
-            num_warps=_SIGN_WARPS,
+            SELECTED=selected_checksum is not None, num_warps=_SIGN_WARPS,
         )  # fmt: skip
     return excuse
 

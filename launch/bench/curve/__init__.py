@@ -1,0 +1,1 @@
+"""Time against rows and columns: a table, and a picture of it."""
