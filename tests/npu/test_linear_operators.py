@@ -225,8 +225,10 @@ def _call(**changed: Any) -> None:
     if changed.pop("biased", False):
         changed["linear_bias"] = torch.zeros_like(head[:, 0]).detach()
     target = torch.tensor([0, 1, -100, 100, 99]).to("npu")
-    if changed.pop("statistics", False):
-        total = linear_token_statistics(hidden, head, target, **changed).log_prob.sum()
+    if "statistics" in changed:
+        asked = changed.pop("statistics")
+        out = linear_token_statistics(hidden, head, target if asked else None, **changed)
+        total = out.lse.sum()
     else:
         loss = linear_cross_entropy(hidden, head, target, **changed)
         assert isinstance(loss, Tensor)
@@ -246,6 +248,10 @@ SERVED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "entropy": ({"statistics": True, "entropy": True}, []),
     "argmax": ({"statistics": True, "argmax": True}, []),
     "statistics": ({"statistics": True}, BOTH),
+    "statistics without a target": ({"statistics": False}, BOTH),
+    "selected ids": ({"statistics": True, "selected": torch.zeros(5, 1).long()}, []),
+    "the sum of squares": ({"statistics": True, "sum_p_squared": True}, []),
+    "a scale for each row": ({"scale": torch.full((5,), 0.5)}, []),
     "width": ({"width": 65_534}, BOTH),
     "more width": ({"width": 65_535}, []),
     "scale 0.25": ({"scale": 0.25}, BOTH),
@@ -263,7 +269,7 @@ SERVED: dict[str, tuple[dict[str, Any], list[str]]] = {
 @pytest.mark.parametrize("name", SERVED)
 def test_what_they_serve(name: str, calls: Calls) -> None:
     options, expected = SERVED[name]
-    _call(**options)
+    _call(**{n: v.to("npu") if isinstance(v, Tensor) else v for n, v in options.items()})
     assert _names(calls) == expected
 
 
