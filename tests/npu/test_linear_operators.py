@@ -350,6 +350,27 @@ def test_other_targets_where_rows_are_dropped_raise_together(npu_pool: Pool) -> 
     assert "ranks disagree on target" in first
 
 
+@pytest.mark.usefixtures("fresh")
+def test_compiled(calls: Calls) -> None:
+    """The device is asked while the compiler looks on."""
+    torch._dynamo.reset()
+    data = head_batch(ROWS, 300, BF16)
+    mine, target = _on_npu(data, even(300, 1), 0), data.target.to("npu")
+
+    def loss(hidden: Tensor, head: Tensor) -> Tensor:
+        out = linear_cross_entropy(hidden, head, target, label_smoothing=0.1)
+        assert isinstance(out, Tensor)
+        return out
+
+    got = torch.compile(loss, fullgraph=True, backend="aot_eager")(mine.hidden, mine.head)
+    gradients = torch.autograd.grad(got, mine.leaves[:2])
+    assert _names(calls) == BOTH
+    want = loss(mine.hidden, mine.head)
+    assert torch.equal(got, want)
+    for a, b in zip(gradients, torch.autograd.grad(want, mine.leaves[:2]), strict=True):
+        assert torch.equal(a, b)
+
+
 # The probe
 
 
