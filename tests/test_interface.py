@@ -349,13 +349,13 @@ def test_module_passes_every_option_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_module_keeps_its_weight() -> None:
-    module = VocabParallelCrossEntropyLoss(torch.rand(4))
+    module = VocabParallelCrossEntropyLoss(torch.rand(4), label_smoothing=0.1)
     assert list(module.state_dict()) == ["weight"]
     assert module.double().weight is not None
     assert module.weight is not None
     assert module.weight.dtype == torch.float64
     assert not list(module.parameters())
-    assert "reduction" in repr(module)
+    assert "label_smoothing=0.1" in repr(module)
 
 
 def test_module_takes_a_normalizer_with_every_call() -> None:

@@ -99,8 +99,9 @@ def linear_cross_entropy(
         gradient: when gradients are computed. "forward": with the loss, three matrix products;
             "sum" and "mean" only, and one backward. "recompute": in backward, from logits that are
             computed again, four products; for anything. "auto" takes "forward" for "sum" and
-            "mean", but not in fp16, nor with a z-loss that is returned. Where gradients are off
-            none are computed. Inside ``checkpoint(use_reentrant=False)`` ask for "recompute".
+            "mean", but not in fp16, nor with a z-loss that is returned, nor on Ascend where CANN's
+            fused operators serve. Where gradients are off none are computed. Inside
+            ``checkpoint(use_reentrant=False)`` ask for "recompute".
         hidden_gradient: "summed" over the group, as every rank needs it; or "partial", this rank's
             share, for a caller that sums it itself.
         sequence_parallel: dimension 0 of ``input`` is the sequence, and each rank holds its equal

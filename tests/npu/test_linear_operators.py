@@ -225,8 +225,10 @@ def _call(**changed: Any) -> None:
     if changed.pop("biased", False):
         changed["linear_bias"] = torch.zeros_like(head[:, 0]).detach()
     target = torch.tensor([0, 1, -100, 100, 99]).to("npu")
-    if changed.pop("statistics", False):
-        total = linear_token_statistics(hidden, head, target, **changed).log_prob.sum()
+    if "statistics" in changed:
+        asked = changed.pop("statistics")
+        out = linear_token_statistics(hidden, head, target if asked else None, **changed)
+        total = out.lse.sum()
     else:
         loss = linear_cross_entropy(hidden, head, target, **changed)
         assert isinstance(loss, Tensor)
@@ -246,6 +248,10 @@ SERVED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "entropy": ({"statistics": True, "entropy": True}, []),
     "argmax": ({"statistics": True, "argmax": True}, []),
     "statistics": ({"statistics": True}, BOTH),
+    "statistics without a target": ({"statistics": False}, BOTH),
+    "selected ids": ({"statistics": True, "selected": torch.zeros(5, 1).long()}, []),
+    "the sum of squares": ({"statistics": True, "sum_p_squared": True}, []),
+    "a scale for each row": ({"scale": torch.full((5,), 0.5)}, []),
     "width": ({"width": 65_534}, BOTH),
     "more width": ({"width": 65_535}, []),
     "scale 0.25": ({"scale": 0.25}, BOTH),
@@ -263,7 +269,7 @@ SERVED: dict[str, tuple[dict[str, Any], list[str]]] = {
 @pytest.mark.parametrize("name", SERVED)
 def test_what_they_serve(name: str, calls: Calls) -> None:
     options, expected = SERVED[name]
-    _call(**options)
+    _call(**{n: v.to("npu") if isinstance(v, Tensor) else v for n, v in options.items()})
     assert _names(calls) == expected
 
 
@@ -303,6 +309,24 @@ def test_ignored_rows_are_dropped_on_request(
     assert rows == [{64}, {kept}]
 
 
+def _other_hidden(group: dist.ProcessGroup, check: bool) -> str:
+    data = head_batch(ROWS, 300, BF16, seed=0)
+    mine = _on_npu(data, even(300, 2), dist.get_rank(group))
+    hidden = (mine.hidden.detach() * (1 + dist.get_rank(group))).requires_grad_()
+    try:
+        linear_cross_entropy(hidden, mine.head, data.target.to("npu"), group=group, check=check)
+    except ValueError as problem:
+        return str(problem)
+    return ""
+
+
+def test_hidden_states_are_compared_with_check(npu_pool: Pool) -> None:
+    """Without it nobody would wait for the answer."""
+    for text in npu_pool.run(_other_hidden, 2, (True,)):
+        assert "ranks disagree on input: the hidden states of rank 0 and rank 1" in text
+    assert npu_pool.run(_other_hidden, 2, (False,)) == ["", ""]
+
+
 def _dropped(group: dist.ProcessGroup) -> str:
     """Another number of kept rows would mean other chunks: told instead."""
     data = head_batch(ROWS, 300, BF16)
@@ -324,6 +348,27 @@ def test_other_targets_where_rows_are_dropped_raise_together(npu_pool: Pool) -> 
     first, second = npu_pool.run(_dropped, 2)
     assert first == second
     assert "ranks disagree on target" in first
+
+
+@pytest.mark.usefixtures("fresh")
+def test_compiled(calls: Calls) -> None:
+    """The device is asked while the compiler looks on."""
+    torch._dynamo.reset()
+    data = head_batch(ROWS, 300, BF16)
+    mine, target = _on_npu(data, even(300, 1), 0), data.target.to("npu")
+
+    def loss(hidden: Tensor, head: Tensor) -> Tensor:
+        out = linear_cross_entropy(hidden, head, target, label_smoothing=0.1)
+        assert isinstance(out, Tensor)
+        return out
+
+    got = torch.compile(loss, fullgraph=True, backend="aot_eager")(mine.hidden, mine.head)
+    gradients = torch.autograd.grad(got, mine.leaves[:2])
+    assert _names(calls) == BOTH
+    want = loss(mine.hidden, mine.head)
+    assert torch.equal(got, want)
+    for a, b in zip(gradients, torch.autograd.grad(want, mine.leaves[:2]), strict=True):
+        assert torch.equal(a, b)
 
 
 # The probe

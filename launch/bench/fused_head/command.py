@@ -3,6 +3,8 @@
     vocab-parallel-ce fused-head
     torchrun --nproc-per-node 2 -m vocab_parallel_ce.launch.bench.fused_head --dtype bf16
 
+The table of the pages is made by ``python -m vocab_parallel_ce.launch.bench.fused_head.pages``.
+
 The fused head beside F.linear and a loss, beside torch's F.linear_cross_entropy, Megatron-core's
 losses and Liger's; what is not installed is listed as such. The unit is the three matrix products
 alone, measured in the same run: logits and two gradients, into memory that is there. Peak memory
@@ -15,6 +17,9 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
+from vocab_parallel_ce.launch.bench.fused_head.contenders import CONTENDERS
 from vocab_parallel_ce.launch.bench.fused_head.measure import Case, Row, measure
 from vocab_parallel_ce.launch.bench.rank import DTYPES
 from vocab_parallel_ce.launch.command_line import (
@@ -67,6 +72,9 @@ def main(
     dtype: TrainingDtype = "fp32",
     ignored: Annotated[float, number("Share of rows that do not count.")] = 0.0,
     repeats: Annotated[int, whole("Timed runs of each; the median is shown.")] = 5,
+    way: Annotated[
+        list[str] | None, typer.Option(help="Only this one, by its name in the table; repeatable.")
+    ] = None,
     device: DeviceName = None,
     timeout: Timeout = 600.0,
     json_file: Json = None,
@@ -77,11 +85,15 @@ def main(
     """
     if not ignored < 1:
         raise Refusal(f"--ignored {ignored} must be below 1")
+    unknown = set(way or ()) - {c.name for c in CONTENDERS}
+    if unknown:
+        raise Refusal(f"--way {min(unknown)!r} is none of {', '.join(c.name for c in CONTENDERS)}")
+    chosen = [c for c in CONTENDERS if not way or c.name in way]
     with open_groups(device, None, 1, timeout) as groups:
         if vocab % groups.tp:
             raise Refusal(f"--vocab {vocab} must be a multiple of the {groups.tp} ranks")
         case = Case(rows, width, vocab, DTYPES[dtype], ignored)
-        found = measure(case, groups, repeats, lambda text: say(groups, f"... {text}"))
+        found = measure(case, groups, repeats, lambda text: say(groups, f"... {text}"), chosen)
         if groups.rank != 0:
             return
         ranks = ranks_in_words(groups.tp)

@@ -48,6 +48,8 @@ class Contender:
     device: str = ""
     """the only type of device that it serves, if there is only one"""
     ours: bool = False
+    slow: bool = False
+    """so much slower than the others that it does not take its turns: its first run is its time"""
 
     def status(self, setting: Setting) -> str:
         """Empty when it can run, else why it cannot."""
@@ -145,7 +147,7 @@ CONTENDERS = (
     Contender("ours, fused, a loss per token", _fused(reduction="none"), ours=True),
     Contender("F.linear + ours in place", _ours_apart, ours=True),
     Contender("F.linear + F.cross_entropy", _torch, one_rank=True),
-    Contender("F.linear_cross_entropy", _torch_linear(best=False), one_rank=True),
+    Contender("F.linear_cross_entropy", _torch_linear(best=False), one_rank=True, slow=True),
     Contender("F.linear_cross_entropy, our rows", _torch_linear(best=True), one_rank=True),
     Contender("F.linear + Megatron unfused", _megatron(fused=False), package="megatron.core"),
     Contender("F.linear + Megatron fused", _megatron(fused=True), package="megatron.core"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -72,6 +72,7 @@ class Row:
     """of loss, hidden gradient and head gradient, random and confident rows; relative to fp64"""
 
     def as_dict(self) -> dict[str, Any]:
+        """For a file of JSON."""
         return asdict(self)
 
 
@@ -95,21 +96,25 @@ def _products(leaves: tuple[Tensor, Tensor, Tensor]) -> Callable[[], None]:
 
 
 def measure(
-    case: Case, groups: ParallelGroups, repeats: int, tell: Callable[[str], None]
+    case: Case,
+    groups: ParallelGroups,
+    repeats: int,
+    tell: Callable[[str], None],
+    contenders: Sequence[Contender] = CONTENDERS,
 ) -> list[Row]:
-    """Every contender; the same rows on every rank. All ranks call it."""
+    """The contenders; the same rows on every rank. All ranks call it."""
     group = groups.tp_group if groups.tp > 1 else None
     columns = -(-case.vocab // groups.tp)
     setting = Setting(group, groups.tp, groups.device, case.dtype, columns)
     leaves = case.tensors(groups.tp_rank, groups.tp, groups.device)
-    rows = {c.name: Row(c.name, c.status(setting)) for c in CONTENDERS}
+    rows = {c.name: Row(c.name, c.status(setting)) for c in contenders}
     ready: dict[str, Loss] = {}
-    for contender in CONTENDERS:
+    for contender in contenders:
         row = rows[contender.name]
         if not row.status:
             tell(contender.name)
             _try(contender, setting, groups, leaves, row, ready)
-    tell("timing")
+    tell("time and memory")
     runs: dict[str, Callable[[], None]] = {PRODUCTS: _products(leaves)}
     runs.update({name: partial(_step, loss, leaves) for name, loss in ready.items()})
 
@@ -117,7 +122,11 @@ def measure(
         groups.barrier()
         return wall_seconds(run, groups.device)
 
-    found = in_turns({name: partial(timed, run) for name, run in runs.items()}, repeats)
+    slow = {c.name for c in contenders if c.slow}
+    # All but the products have run already.
+    runs[PRODUCTS]()
+    turns = {name: partial(timed, run) for name, run in runs.items() if name not in slow}
+    found = in_turns(turns, repeats, warm_up=0)
     everyone = groups.gather(found)
     medians = {
         name: statistics.median(slowest([rank[name] for rank in everyone])) for name in found
@@ -129,8 +138,10 @@ def measure(
             peak = peak_extra(run, groups.device)
         peaks = [p for p in groups.gather(peak) if p is not None]
         row = rows[name]
-        row.milliseconds = 1000 * medians[name]
-        row.products = medians[name] / medians[PRODUCTS]
+        if name in medians:
+            row.milliseconds = 1000 * medians[name]
+        assert row.milliseconds is not None
+        row.products = row.milliseconds / 1000 / medians[PRODUCTS]
         row.peak_mib = max(peaks) / (1 << 20) if peaks else None
     alone = Row(PRODUCTS, "", 1000 * medians[PRODUCTS], 1.0)
     return [alone, *rows.values()]
@@ -148,7 +159,8 @@ def _try(
     error, loss = "", None
     try:
         loss = contender.prepare(setting)
-        _step(loss, leaves)
+        seconds = wall_seconds(partial(_step, loss, leaves), setting.device)
+        row.milliseconds = 1000 * seconds if contender.slow else None
         row.errors = (
             *_errors(loss, setting, groups, confident=False),
             *_errors(loss, setting, groups, confident=True),

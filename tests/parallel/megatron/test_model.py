@@ -239,8 +239,7 @@ def test_the_fused_head_equals_one_rank(pair: Pool, tied: bool, sequence_paralle
         assert step.calls == 2
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["", "sp"])
+@pytest.mark.parametrize(("tied", "sequence_parallel"), [(False, False), (True, True)])
 def test_the_fused_head_of_a_model_with_mtp(
     pair: Pool, tied: bool, sequence_parallel: bool
 ) -> None:
