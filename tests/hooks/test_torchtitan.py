@@ -75,7 +75,7 @@ def chunked(group: dist.ProcessGroup) -> dict[str, float]:
     hidden, results = torch.randn(B, S, 16), []
     for loss in (VocabParallelCrossEntropyLoss.Config(), CrossEntropyLoss.Config()):
         torch.manual_seed(1)
-        head = torch.nn.Linear(16, VOCAB, bias=False)
+        head: Any = torch.nn.Linear(16, VOCAB, bias=False)
         split = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
         head = parallelize_module(head, mesh, split)
         wrapper = ChunkedLossWrapper.Config(num_chunks=3, loss_fn=loss).build()
