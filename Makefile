@@ -189,7 +189,7 @@ unit-megatron: $(MEGATRON_FOLDER)/installed ## the tests of the Megatron hook on
 	echo "== tests on megatron-core $(MEGATRON): $$(( $$(date +%s) - start )) s"
 
 # Frameworks that are no part of CI, each without what it asks for beside torch.
-HOOKS := deepspeed==0.19.8 torchtitan==0.3.0 verl==0.9.1
+HOOKS := deepspeed==0.19.8 torchtitan==0.3.0 verl==0.9.1 nemo-automodel==0.7.0
 HOOKS_NEED := hjson py-cpuinfo msgpack einops ninja pydantic pydantic-core annotated-types \
     typing-inspection spmd-types tyro docstring-parser shtab typeguard psutil
 .hooks/installed: $(VENV)/installed
@@ -198,7 +198,7 @@ HOOKS_NEED := hjson py-cpuinfo msgpack einops ninja pydantic pydantic-core annot
 	    --no-build-isolation --upgrade --target .hooks $(HOOKS) $(HOOKS_NEED)
 	@touch $@
 
-hooks: .hooks/installed ## the hooks of DeepSpeed, torchtitan and verl against the real packages
+hooks: .hooks/installed ## the hooks of DeepSpeed, torchtitan, verl, NeMo-Automodel against the real packages
 	@start=$$(date +%s); echo "== hooks: $(HOOKS)"; \
 	PYTHONPATH=$(CURDIR)/.hooks $(BIN)/python -m pytest -q -o addopts= tests/hooks && \
 	echo "== hooks: $$(( $$(date +%s) - start )) s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -81,6 +82,49 @@ def test_loss_and_gradients_are_those_of_deepspeed() -> None:
         assert not outcome.kind, outcome.trace
         assert outcome.value.keys() == {"mean", "items"}
         assert max(outcome.value.values()) < 1e-6, outcome.value
+
+
+def trained(group: dist.ProcessGroup) -> dict[str, float]:
+    """Two steps of a whole engine: the parameters and losses with our loss and with DeepSpeed's."""
+    os.environ.update(LOCAL_RANK=str(group.rank()), DS_ACCELERATOR="cpu")
+    import deepspeed
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    deepspeed.init_distributed("gloo")
+    ids = torch.randint(VOCAB, (2, ROWS), generator=torch.Generator().manual_seed(0))
+    losses, parameters = [], []
+    for ours in (True, False):
+        torch.manual_seed(3)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1,
+                num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=False,
+            )
+        )  # fmt: skip
+        config = {
+            "train_micro_batch_size_per_gpu": 2,
+            "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+            "tensor_parallel": {"autotp_size": 2, "vocab_parallel_lm_head": True},
+        }
+        engine, *_ = deepspeed.initialize(model=model, config=config)
+        if ours:
+            install(engine, inplace_backward=True)
+        for _ in range(2):
+            loss = engine(input_ids=ids, labels=ids).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(float(loss.detach()))
+        parameters.append([p.detach().clone() for p in engine.module.parameters()])
+    apart = [float((a - b).abs().max()) for a, b in zip(*parameters, strict=True)]
+    assert losses[1] < losses[0]
+    first, second = losses[0] - losses[2], losses[1] - losses[3]
+    return {"losses": max(abs(first), abs(second)), "parameters": max(apart)}
+
+
+def test_an_engine_that_trains() -> None:
+    for outcome in run_fresh(trained, 2, timeout=120):
+        assert not outcome.kind, outcome.trace
+        assert max(outcome.value.values()) < 1e-5, outcome.value
 
 
 def test_a_model_without_a_split_head() -> None:

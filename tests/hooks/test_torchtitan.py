@@ -61,6 +61,36 @@ def compared(group: dist.ProcessGroup) -> dict[str, float]:
     return found
 
 
+def chunked(group: dist.ProcessGroup) -> dict[str, float]:
+    """torchtitan's wrapper around either loss, over a head split by torch's own plan."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+    from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
+    from torchtitan.distributed.utils import set_spmd_backend
+
+    from vocab_parallel_ce.parallel.torchtitan import VocabParallelCrossEntropyLoss
+
+    set_spmd_backend("partial_dtensor")
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
+    _, labels = _data()
+    hidden, results = torch.randn(B, S, 16), []
+    for loss in (VocabParallelCrossEntropyLoss.Config(), CrossEntropyLoss.Config()):
+        torch.manual_seed(1)
+        head: Any = torch.nn.Linear(16, VOCAB, bias=False)
+        split = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+        head = parallelize_module(head, mesh, split)
+        wrapper = ChunkedLossWrapper.Config(num_chunks=3, loss_fn=loss).build()
+        wrapper.set_lm_head(head)
+        x = hidden.clone().requires_grad_()
+        value, _ = wrapper(x * 1, labels, torch.tensor(10.0))
+        value.backward()
+        assert x.grad is not None
+        assert isinstance(head.weight.grad, DTensor)
+        results.append((value.detach(), x.grad, head.weight.grad.full_tensor()))
+    names = ("loss", "hidden states", "head")
+    pairs = zip(*results, strict=True)
+    return {n: float((a - b).abs().max()) for n, (a, b) in zip(names, pairs, strict=True)}
+
+
 def _part(full: Tensor, placement: Any, group: dist.ProcessGroup) -> Tensor:
     if isinstance(placement, Replicate):
         return full.clone()
@@ -80,6 +110,13 @@ def test_loss_and_gradient_are_those_of_torchtitan() -> None:
     for outcome in run_fresh(compared, 2, timeout=120):
         assert not outcome.kind, outcome.trace
         assert len(outcome.value) == 3
+        assert max(outcome.value.values()) < 1e-6, outcome.value
+
+
+def test_in_its_wrapper_by_chunks() -> None:
+    for outcome in run_fresh(chunked, 2, timeout=120):
+        assert not outcome.kind, outcome.trace
+        assert outcome.value.keys() == {"loss", "hidden states", "head"}
         assert max(outcome.value.values()) < 1e-6, outcome.value
 
 
