@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -127,37 +128,52 @@ def test_whole_rows_are_never_written_for_one_element(way: ModuleType) -> None:
             assert not names & {"scatter_", "scatter_add_", "scatter_reduce_", "index_put_"}
 
 
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "ascend.md").read_text("utf-8")
+
+
+def _told(what: str, bf16: tuple[int, int], fp32: tuple[int, int]) -> bool:
+    """Whether the page has these numbers in its table of options."""
+    return f"| {what} | {bf16[0]} + {bf16[1]} | {fp32[0]} + {fp32[1]} |" in PAGE
+
+
 @pytest.mark.parametrize(
-    ("wanted", "forward", "backward"),
+    ("what", "wanted", "scale", "bf16", "fp32"),
     [
-        (Wanted(smooth=True), 22, 24),
-        (Wanted(entropy=True), 38, 46),
-        (Wanted(argmax=True), 24, 16),
+        ("no option", Wanted(), 1.0, (12, 16), (16, 24)),
+        ("a scale", Wanted(), 0.7, (22, 24), (24, 32)),
+        ("label smoothing", Wanted(smooth=True), 1.0, (22, 24), (28, 32)),
+        ("entropy", Wanted(entropy=True), 1.0, (38, 46), (48, 60)),
+        ("argmax", Wanted(argmax=True), 1.0, (24, 16), (30, 24)),
     ],
-    ids=["smoothing", "entropy", "argmax"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bytes_of_options(wanted: Wanted, forward: int, backward: int) -> None:
-    """Of max_sum in bf16; argmax numbers the columns once a call."""
-    x = _logits(BF16)
-    for entries, budget in zip(_both(max_sum, x, wanted), (forward, backward), strict=True):
-        assert ledger.bytes_per_element(entries, x) <= budget + VECTORS + 8 * wanted.argmax / N
+def test_bytes_of_options(
+    what: str, wanted: Wanted, scale: float, bf16: tuple[int, int], fp32: tuple[int, int]
+) -> None:
+    """Of max_sum; argmax numbers the columns once a call."""
+    assert _told(what, bf16, fp32)
+    for dtype, budgets in ((BF16, bf16), (FP32, fp32)):
+        x = _logits(dtype)
+        for entries, budget in zip(_both(max_sum, x, wanted, scale), budgets, strict=True):
+            assert ledger.bytes_per_element(entries, x) <= budget + VECTORS + 8 * wanted.argmax / N
 
 
 ROWS = torch.linspace(0.5, 2, N)
 
 
 @pytest.mark.parametrize(
-    ("scale", "softcap", "squares", "bf16", "fp32"),
+    ("what", "scale", "softcap", "squares", "bf16", "fp32"),
     [
-        (ROWS, 0.0, False, (22, 32), (24, 40)),
-        (1.0, 20.0, False, (38, 72), (40, 80)),
-        (ROWS, 20.0, False, (38, 72), (40, 80)),
-        (1.0, 0.0, True, (38, 16), (44, 24)),
-        (0.5, 0.0, True, (50, 24), (52, 32)),
+        ("a scale for each row", ROWS, 0.0, False, (22, 32), (24, 40)),
+        ("softcap", 1.0, 20.0, False, (38, 72), (40, 80)),
+        ("softcap and a scale for each row", ROWS, 20.0, False, (38, 72), (40, 80)),
+        ("sum of squares", 1.0, 0.0, True, (38, 16), (44, 24)),
+        ("sum of squares and a scale", 0.5, 0.0, True, (50, 24), (52, 32)),
     ],
-    ids=["a scale for each row", "softcap", "both", "squares", "squares, scaled"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bytes_of_what_no_way_has(
+def test_bytes_of_what_no_kernel_has(
+    what: str,
     scale: float | Tensor,
     softcap: float,
     squares: bool,
@@ -165,6 +181,7 @@ def test_bytes_of_what_no_way_has(
     fp32: tuple[int, int],
 ) -> None:
     """As extra.py says, with max_sum; and a promise saves the last pass of it."""
+    assert _told(what, bf16, fp32)
     scale = scale.to("npu") if isinstance(scale, Tensor) else scale
     wanted = Wanted(squares=squares)
     for dtype, (forward, backward) in ((BF16, bf16), (FP32, fp32)):
