@@ -26,6 +26,7 @@ from vocab_parallel_ce.engines.cpu.memory import (
     PAIR,
     load,
     load_pair,
+    prefetch,
     read,
     size_of,
     store,
@@ -57,6 +58,7 @@ def block_max_sum(address: int, count: int, scale: float, base: float, token: An
     b = a
     unscaled = scale == 1.0
     for _ in range(count // PAIR):
+        prefetch(address, token)
         x, z = load_pair(address, token)
         if not unscaled:
             x = x * scale
@@ -139,6 +141,7 @@ def block_gradient(
     step = PAIR * size_of(token)
     unscaled = scale == 1.0
     for _ in range(count // PAIR):
+        prefetch(source, token)
         x, z = load_pair(source, token)
         if not unscaled:
             x = x * scale
@@ -152,12 +155,14 @@ def block_gradient(
 def block_entropy_gradient(
     address: int, count: int, m: float, log_s: float, softmax: float, entropy: float, token: Any
 ) -> None:
-    """e^(x - m) (softmax - entropy log p) in place, 0 where p is 0"""
+    """e^(x - m) (softmax - entropy log p) in place; 0 where p is 0, NaN where softmax is"""
     step = LANES * size_of(token)
     for _ in range(count // LANES):
         d = load(address, token) - m
         e = exp(d, token)
-        store(address, where_less(0.0, e, e * (softmax - (d - log_s) * entropy), e), token)
+        store(
+            address, where_less(0.0, e, e * (softmax - (d - log_s) * entropy), e * softmax), token
+        )
         address += step
 
 

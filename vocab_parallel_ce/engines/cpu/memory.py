@@ -30,6 +30,9 @@ from vocab_parallel_ce.engines.cpu.lanes import (
 
 PAIR = 2 * LANES  # what load_pair reads
 BLOCK = 1024  # elements worked on while they stay in the first-level cache
+CACHE_LINE = 64  # bytes, or a divisor of what the processor has
+AHEAD = 4096  # bytes between what is computed and what is asked of memory: behind arithmetic alone
+# the processor's own prefetcher is late. The next rows lie behind this one, so it spans their ends.
 
 # Conversion between what is stored and what is computed with, for one element or for LANES
 
@@ -182,6 +185,27 @@ def store_pair(typing: Any, address: Any, a: Any, b: Any, token: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, a, b, token), codegen
+
+
+@operation
+def prefetch(typing: Any, address: Any, token: Any) -> Any:
+    """Ask for the PAIR elements that lie AHEAD of ``address``; no fault wherever that is."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        byte = ir.IntType(8)
+        # LLVM puts the name right where pointers have types (before its version 15).
+        numbers = [I32] * 3  # read or write, how near to the processor, data or instructions
+        prototype = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), *numbers])
+        function = cgutils.get_or_insert_function(builder.module, prototype, "llvm.prefetch.p0")
+        for offset in range(0, PAIR * STORED[token][1], CACHE_LINE):
+            place = builder.add(args[0], ir.Constant(args[0].type, AHEAD + offset))
+            builder.call(
+                function,
+                [_pointer(builder, place, byte), *(ir.Constant(I32, n) for n in (0, 3, 1))],
+            )
+        return context.get_dummy_value()
+
+    return types.void(types.int64, token), codegen
 
 
 @operation

@@ -386,6 +386,7 @@ def gradient_of_a_poisoned_row(subject: Subject, dtype: torch.dtype) -> None:
     """s = NaN marks a row whose target or rank is wrong: no column of it stays plausible."""
     shard = random_shard(4, 1100, dtype)
     shard.target[:] = torch.tensor([5, ELSEWHERE, 5, ELSEWHERE])
+    shard.logits[:, 3] = -torch.inf  # p = 0 hides nothing
     arithmetic = arithmetic_dtype(dtype)
     m = torch.full((4,), 10.0, dtype=arithmetic)
     s = torch.tensor([torch.nan, torch.nan, 3.0, 3.0], dtype=arithmetic)
