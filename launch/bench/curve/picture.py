@@ -51,7 +51,7 @@ def draw(rows: list[Row], path: Path) -> None:
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.grid(alpha=0.3)
-            axes.set_title(f"{count:,} rows", fontsize=9)
+            axes.set_title("1 row" if count == 1 else f"{count:,} rows", fontsize=9)
         who = "1 process" if ranks == 1 else f"{ranks} ranks"
         line[0].set_ylabel(f"{who}, {dtype}\nms", fontsize=9)
     for axes in panels[-1]:
@@ -61,7 +61,7 @@ def draw(rows: list[Row], path: Path) -> None:
         for axes in panels.flat
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False)
     cards = " and ".join(sorted({f"{row.card}, {row.date[:10]}" for row in shown}))
     figure.suptitle(f"forward and backward of the loss, medians; {cards}", fontsize=9)
     figure.savefig(path, dpi=110)

@@ -35,6 +35,8 @@ BEGIN, END = "<!-- fused_head: begin -->", "<!-- fused_head: end -->"
 OURS, EACH_TOKEN = "ours, fused", "ours, fused, a loss per token"
 TORCH = "F.linear + F.cross_entropy"
 BEST_OF_TORCH, MEGATRON = "F.linear_cross_entropy, our rows", "F.linear + Megatron fused"
+FRONT = (PRODUCTS, OURS, TORCH, BEST_OF_TORCH, MEGATRON)
+"""what the front page shows"""
 CHUNK_MIB = 128
 """of logits, the default on a CPU"""
 NOT_YET = f"Not measured yet: `{COMMAND}` fills this in."
@@ -108,11 +110,13 @@ def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
-def times(runs: Sequence[Run]) -> str:
+def times(runs: Sequence[Run], only: Sequence[str] = ()) -> str:
     """Ways down, runs across: time in units of the three products, and peak memory."""
     names = dict.fromkeys(way["name"] for run in runs for way in run["ways"])
     lines = []
     for name in names:
+        if only and name not in only:
+            continue
         found = [_of(run, name) for run in runs]
         if not any(found):
             continue
@@ -193,14 +197,14 @@ def short(found: dict[str, Any] | None) -> str:
     """For the front page."""
     if found is None:
         return NOT_YET
-    return f"{_words(found)}\n\n{times(found['runs'])}"
+    return f"{_words(found)}\n\n{times(found['runs'], FRONT)}"
 
 
 def long(found: dict[str, Any] | None) -> str:
     """For the page of the fused head."""
     if found is None:
         return NOT_YET
-    parts = [short(found)]
+    parts = [_words(found), times(found["runs"])]
     parts += [errors(run) for run in found["runs"] if run["ranks"] == 1 and not run["ignored"]]
     judged = goals(found["runs"])
     missed = [goal for goal in judged if goal[1] > goal[2]]
