@@ -16,6 +16,7 @@ QUICK: dict[str, tuple[str, ...]] = {
         "test_bad_variables_are_explained",
         "test_help_needs_nothing_and_starts_nothing",
     ),
+    "tests/launch/bench/test_curve.py": ("test_the_grid_goes_from_end_to_end",),
     "tests/launch/bench/test_job.py": (
         "test_a_ratio_is_judged",
         "test_memory_over_budget_is_missed",

@@ -14,10 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = {
     "vocab_parallel_ce": "tests",
     "vocab_parallel_ce/engines/npu": None,  # needs an environment of its own: make unit-npu
+    "vocab_parallel_ce/engines/npu/linear": None,
     "vocab_parallel_ce/engines/triton": None,  # the same: make unit-triton
     "vocab_parallel_ce/testing/engine": "tests/engines",
     "launch/bench/call_cost": "tests/launch/bench",
     "launch/doctor/tune": "tests/launch/doctor",
+    "launch/bench/curve": "tests/launch/bench",
     "launch/bench/fused_head": "tests/launch/bench",
 }
 

@@ -84,6 +84,21 @@ def test_loss_and_gradients_are_those_of_deepspeed() -> None:
         assert max(outcome.value.values()) < 1e-6, outcome.value
 
 
+def beyond(group: dist.ProcessGroup) -> None:
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    model = Model(_head(group))
+    install(model)
+    with pytest.raises(ValueError, match=f"holds {VOCAB} on rank 0 of the group, which is neither"):
+        model(torch.randn(1, ROWS, WIDTH), torch.full((1, ROWS), VOCAB))
+
+
+def test_labels_beyond_the_vocabulary() -> None:
+    for outcome in run_fresh(beyond, 2, timeout=120):
+        assert not outcome.kind, outcome.trace
+
+
 def trained(group: dist.ProcessGroup) -> dict[str, float]:
     """Two steps of a whole engine: the parameters and losses with our loss and with DeepSpeed's."""
     os.environ.update(LOCAL_RANK=str(group.rank()), DS_ACCELERATOR="cpu")

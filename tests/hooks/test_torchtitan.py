@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -103,6 +104,11 @@ def refused(group: dist.ProcessGroup) -> str:
     pred = DTensor.from_local(full, mesh, [Partial()], run_check=False)
     with pytest.raises(ValueError, match=r"Partial.* cannot be served") as problem:
         summed_loss(pred, labels)
+    part = _part(full, Shard(2), group)
+    split = DTensor.from_local(part, mesh, [Shard(2)], run_check=False, shape=full.shape,
+                               stride=full.stride())  # fmt: skip
+    with pytest.raises(ValueError, match=f"holds {VOCAB} on rank 0 of the group, which is neither"):
+        summed_loss(split, torch.full((B, S), VOCAB))
     return str(problem.value)
 
 
@@ -120,7 +126,7 @@ def test_in_its_wrapper_by_chunks() -> None:
         assert max(outcome.value.values()) < 1e-6, outcome.value
 
 
-def test_partial_logits_are_refused() -> None:
+def test_partial_logits_and_labels_beyond_the_vocabulary_are_refused() -> None:
     for outcome in run_fresh(refused, 2, timeout=120):
         assert not outcome.kind, outcome.trace
 
@@ -145,3 +151,12 @@ def test_the_class_is_torchtitans() -> None:
     ours = _ours()
     assert isinstance(ours, BaseLoss)
     assert ChunkedLossWrapper.Config(loss_fn=type(ours).Config()).loss_fn is not None
+
+
+def test_another_torchtitan_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vocab_parallel_ce.parallel import torchtitan
+
+    torchtitan._loss_class.cache_clear()
+    monkeypatch.setitem(sys.modules, "torchtitan.components.loss", None)
+    with pytest.raises(ImportError, match=r"cannot be imported .*known to work: torchtitan 0\.3"):
+        _ = torchtitan.VocabParallelCrossEntropyLoss

@@ -91,8 +91,8 @@ for smoothing in (0.0, 0.1):  # kernels that still had to be compiled would coun
 
 partials, gradient = cpu.partials, cpu.gradient
 
-def wrong_gradient(logits, m, s, target, coefficients, weight, scale, softcap, out):
-    gradient(logits, m, s, target, coefficients, weight, scale, softcap, out)
+def wrong_gradient(logits, m, s, target, coefficients, weight, scale, softcap, out, *others):
+    gradient(logits, m, s, target, coefficients, weight, scale, softcap, out, *others)
     if isinstance(scale, float) and scale == 1 / 0.7:
         out[0, 1] += 1e-3
 
