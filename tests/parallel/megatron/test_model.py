@@ -79,7 +79,7 @@ def _model(run: Run) -> Any:
         finalize_model_grads_func=finalize_model_grads,
         params_dtype=torch.float32,
         pipeline_dtype=torch.float32,
-        **({"mtp_num_layers": 1} if run.mtp else {}),
+        **({"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.1} if run.mtp else {}),
         **CPU_CONFIG,
     )
     spec, further = get_gpt_layer_local_spec(), {}
@@ -244,6 +244,10 @@ def test_the_fused_head_of_a_model_with_mtp(
     pair: Pool, tied: bool, sequence_parallel: bool
 ) -> None:
     """Its head is called twice a micro-batch, and each time makes no logits."""
+    from megatron.core import package_info
+
+    if package_info.__shortversion__.startswith("0.12."):
+        pytest.skip("gradients of a model with MTP depend on tp there, with its own loss too")
     theirs = pair.run(_case, 2, (Run(tied=tied, mtp=True),))[0]
     run = Run(tp=2, ours=True, tied=tied, mtp=True, sequence_parallel=sequence_parallel, fused=True)
     for step in pair.run(_case, 2, (run,)):
