@@ -6,6 +6,7 @@ One rank with Megatron's unfused loss is what all others are measured against: i
 from __future__ import annotations
 
 import copy
+import inspect
 from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
@@ -47,6 +48,8 @@ class Run(NamedTuple):
     gathered: bool = False
     vocab_size: int | None = None
     fused: bool = False
+    processed: bool = False
+    """by ``output_processor``, from megatron-core 0.18 on"""
     mtp: bool = False
     """a layer that predicts one more token, with a loss of its own"""
 
@@ -128,7 +131,8 @@ def _step(run: Run) -> Step:
         future = torch.triu(torch.ones(1, 1, SEQUENCE, SEQUENCE), 1).bool()
         inputs = (ids[:, :-1].contiguous(), torch.arange(SEQUENCE).repeat(BATCH, 1), future)
         if run.labels_given:
-            losses = model(*inputs, labels=labels)
+            slot = {"output_processor": output_processor} if run.processed else {}
+            losses = model(*inputs, labels=labels, **slot)
             return losses, partial(loss_func if run.ours else _own_loss_func, mask)
         return model(*inputs), partial(logits_loss_func, mask, labels)
 
@@ -237,6 +241,20 @@ def test_the_fused_head_equals_one_rank(pair: Pool, tied: bool, sequence_paralle
         assert step.gradients.keys() == want.gradients.keys()
         assert _worst(step, want) < 1e-6
         assert step.calls == 2
+
+
+@pytest.mark.parametrize(("tied", "sequence_parallel"), [(False, False), (True, True)])
+def test_output_processor_in_a_model(pair: Pool, tied: bool, sequence_parallel: bool) -> None:
+    from megatron.core.models.gpt import GPTModel
+
+    if "output_processor" not in inspect.signature(GPTModel.forward).parameters:
+        pytest.skip("this megatron-core has no slot for it: from 0.18 on")
+    want = _reference(pair, tied)
+    run = Run(tp=2, ours=True, tied=tied, sequence_parallel=sequence_parallel, processed=True)
+    for step in pair.run(_case, 2, (run,)):
+        assert step.loss == pytest.approx(want.loss, rel=2e-7)
+        assert step.gradients.keys() == want.gradients.keys()
+        assert _worst(step, want) < 1e-6
 
 
 @pytest.mark.parametrize(("tied", "sequence_parallel"), [(False, False), (True, True)])
