@@ -98,7 +98,11 @@ def _result(loss: Loss, x: Tensor, y: Tensor, value: float) -> tuple[Tensor, Ten
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [*((name, "aot_eager") for name in OPTIONS), ("scale", "inductor"), ("smoothing", "inductor")],
+    [
+        *((name, "aot_eager") for name in OPTIONS),
+        ("scale", "inductor"),
+        pytest.param("smoothing", "inductor", marks=pytest.mark.full),
+    ],
 )
 def test_a_float_that_changes(name: str, backend: str) -> None:
     """Never a stale value, and no more compilations than one a change of kind."""

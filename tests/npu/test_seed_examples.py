@@ -56,7 +56,9 @@ def truths() -> list[Truth]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "ranks", [2, *(pytest.param(ranks, marks=pytest.mark.full) for ranks in (1, 4))]
+)
 def test_the_examples_of_the_operator(ranks: int, truths: list[Truth], tmp_path: Path) -> None:
     command = [sys.executable, "-m", MODULE, str(tmp_path)]
     if ranks > 1:
