@@ -11,6 +11,7 @@ tensor-parallel group, sequence parallelism, and ``weight.main_grad`` where grad
 from __future__ import annotations
 
 import inspect
+import sys
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -280,7 +281,8 @@ def fuse_head(model: nn.Module) -> FusedHead:
 
     Raises:
         TypeError: for a model without Megatron's output layer and loss.
-        ValueError: where the model gathers its logits, or its head was fused already.
+        ValueError: where the model gathers its logits, where its head was fused already, and for
+            MTP layers in a megatron-core that reads their logits (0.19 does).
 
     Communication:
         None here; in a step that of ``linear_cross_entropy``.
@@ -306,7 +308,20 @@ def fuse_head(model: nn.Module) -> FusedHead:
     if "compute_language_model_loss" in inner.__dict__:
         raise ValueError("the head of this model is fused already, or its loss replaced")
     _check_layer(layer)
+    _check_mtp(inner)
     return FusedHead(inner)
+
+
+def _check_mtp(model: Any) -> None:
+    """From 0.19 on Megatron counts in training how often its MTP layers' logits are right."""
+    layers = getattr(getattr(model, "config", None), "mtp_num_layers", None)
+    mtp = sys.modules.get("megatron.core.transformer.multi_token_prediction")
+    if layers and hasattr(mtp, "_compute_mtp_acceptance_counts"):
+        raise ValueError(
+            f"fuse_head cannot serve a model of mtp_num_layers={layers} in this megatron-core, "
+            "which reads the logits of MTP layers in training; use install() without fuse_head, or "
+            "output_processor, which leaves those layers their logits"
+        )
 
 
 class _NoHead(FusedHead):

@@ -266,14 +266,20 @@ def test_the_fused_head_of_a_model_with_mtp(
 
     if package_info.__shortversion__.startswith("0.12."):
         pytest.skip("gradients of a model with MTP depend on tp there, with its own loss too")
-    theirs = pair.run(_case, 2, (Run(tied=tied, mtp=True),))[0]
+    from megatron.core.transformer import multi_token_prediction
+
     run = Run(tp=2, ours=True, tied=tied, mtp=True, sequence_parallel=sequence_parallel, fused=True)
+    if hasattr(multi_token_prediction, "_compute_mtp_acceptance_counts"):  # 0.19
+        with pytest.raises(AssertionError, match="reads the logits of MTP layers in training"):
+            pair.run(_case, 2, (run,))
+        run = run._replace(fused=False, processed=True)
+    theirs = pair.run(_case, 2, (Run(tied=tied, mtp=True),))[0]
     for step in pair.run(_case, 2, (run,)):
         assert step.loss == pytest.approx(theirs.loss, rel=2e-7)
         assert any("mtp" in name for name in step.gradients)
         assert step.gradients.keys() == theirs.gradients.keys()
         assert _worst(step, theirs) < 1e-6
-        assert step.calls == 4
+        assert run.processed or step.calls == 4
 
 
 def test_the_fused_head_on_pipeline_stages(pair: Pool) -> None:
