@@ -30,10 +30,10 @@ from vocab_parallel_ce.engines.contract import (
     Wanted,
     arithmetic_dtype,
 )
-from vocab_parallel_ce.engines.cpu import threads
+from vocab_parallel_ce.engines.cpu import threads, vectors
 from vocab_parallel_ce.engines.cpu.pieces import piece_width
 
-ROW_FUNCTIONS: RowFunctions | None = None
+ROW_FUNCTIONS: RowFunctions | None = vectors
 LINEAR_FUNCTIONS: LinearFunctions | None = None
 LEAVES_LOG_PROB = False
 MINIMUM_NUMBA = (0, 60)
