@@ -33,5 +33,5 @@ def test_coefficients(smoothing: float, z_scale: float, weighted: int) -> None:
     if losses.zloss is not None:
         total = total + of_zloss * losses.zloss.sum()
     (want,) = torch.autograd.grad(total, stats)
-    got = row_coefficients(stats.detach(), losses, bool(weighted), request, of_loss, of_zloss)
+    got = row_coefficients(stats.detach(), losses, request, of_loss, of_zloss)
     torch.testing.assert_close(got, want)

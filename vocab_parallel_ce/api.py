@@ -485,7 +485,7 @@ def token_statistics(
 
 def named_statistics(
     stats: Tensor,
-    argmax: Tensor,
+    best: Tensor | None,
     shape: torch.Size,
     layout: Layout,
     outputs: Outputs,
@@ -503,7 +503,7 @@ def named_statistics(
         log_prob=cast(Tensor, of_target),
         lse=row(1),
         entropy=row(2) if outputs.entropy else None,
-        argmax=layout.rows(argmax.reshape(shape)) if outputs.argmax else None,
+        argmax=layout.rows(best.reshape(shape)) if outputs.argmax and best is not None else None,
         sum_p_squared=row(2 + outputs.entropy).detach() if outputs.squares else None,
         selected_log_prob=layout.selected(by_row(stats[named:], shape)) if selected else None,
     )

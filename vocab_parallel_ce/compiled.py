@@ -129,7 +129,7 @@ def _row_statistics(
             logits, target, weight, request, group, normalizer=normalizer, scale=scales,
             selected=selected,
         )  # fmt: skip
-    return r.stats, r.m, r.s, r.local_target, r.argmax, r.normalizer
+    return r.outputs()
 
 
 @_row_statistics.register_fake
@@ -216,7 +216,7 @@ def _row_gradient(
     )
     request = place.request(numbers)
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    result = RowResult(stats, m, s, local_target, m, m, scales, selected)
+    result = RowResult(stats, m, s, local_target, scale=scales, selected=selected)
     compute_gradient(logits, result, weight, grad_stats, request, grad)
     return grad
 
@@ -253,7 +253,7 @@ def _row_gradient_inplace(
         start, stop, vocab_size, smooth, entropy, squares, finite_logits, scale, softcap, engine
     )
     request = place.request(numbers)
-    result = RowResult(stats, m, s, local_target, m, m, scales, selected)
+    result = RowResult(stats, m, s, local_target, scale=scales, selected=selected)
     compute_gradient(logits, result, weight, grad_stats, request, logits)
 
 

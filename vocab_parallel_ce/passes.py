@@ -43,14 +43,26 @@ class RowResult:
     """[N] the softmax of every row is e^(x - m) / s; kept apart, see the backward"""
     local_target: Tensor
     """[N] int64 column, ELSEWHERE or IGNORED"""
-    argmax: Tensor
-    """[N] int64, or empty when not asked for"""
-    normalizer: Tensor
-    """0-d: rank 0's, for all ranks; empty when the call has none"""
+    argmax: Tensor | None = None
+    """[N] int64, where it was asked for"""
+    normalizer: Tensor | None = None
+    """0-d: rank 0's, for all ranks; None when the call has none"""
     scale: Tensor | None = None
     """[N] where each row has its own; counts in place of the request's"""
     selected: Tensor | None = None
     """[N, K] int64 ids whose log-probabilities were asked for"""
+
+    def outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """All that was computed, for an operator's schema: empty what was not asked for."""
+        argmax, agreed = self.argmax, self.normalizer
+        return (
+            self.stats,
+            self.m,
+            self.s,
+            self.local_target,
+            self.local_target.new_empty(0) if argmax is None else argmax,
+            self.m.new_empty(0) if agreed is None else agreed,
+        )
 
 
 def row_blocks(x: Tensor) -> list[Tensor]:
@@ -190,14 +202,11 @@ def exchange_statistics(
             s, stats = s.masked_fill(bad, torch.nan), stats.masked_fill_(bad, torch.nan)
             argmax = None if argmax is None else argmax.masked_fill_(bad, -1)
         stats = torch.cat([stats, selecting.log_prob(x_selected, m, s, ignored)])
-    if argmax is None:
-        argmax = steps.local_target.new_empty(0)
-    if normalizer is None:
-        agreed = stats.new_empty(0)
-    elif gathered.headers is None:
-        agreed = normalizer.clone()  # neither autograd nor an operator may hand out its input
-    else:
-        agreed = read_normalizers(gathered.headers[:1], dtype)[0].clone()
+    agreed = normalizer
+    if normalizer is not None:  # cloned: neither autograd nor an operator may hand out its input
+        headers = gathered.headers
+        agreed = normalizer if headers is None else read_normalizers(headers[:1], dtype)[0]
+        agreed = agreed.clone()
     return RowResult(stats, m, s, steps.local_target, argmax, agreed, plan.scale, selected)
 
 
@@ -298,21 +307,24 @@ def gradient_coefficients(
     names, of_selected = stat_names(request.wanted), None
     if result.selected is not None and result.selected.shape[1] > 0:
         grad_stats, of_selected = grad_stats[: len(names)], grad_stats[len(names) :]
-    g = dict(zip(names, grad_stats.unbind(0), strict=True))
-    softmax = g["nll"] + g["lse"]
+    nll, lse, *further = grad_stats.unbind(0)
+    softmax = nll + lse
     if of_selected is not None:
         softmax = softmax - of_selected.sum(0)
     smooth = entropy = None
     if request.smooth:
-        softmax = softmax + g["smooth"] * _total_weight(weight, request, softmax.dtype)
-        smooth = _scaled(g["smooth"], result, request)
+        g = further[names.index("smooth") - 2]
+        softmax = softmax + g * _total_weight(weight, request, softmax.dtype)
+        smooth = _scaled(g, result, request)
     if request.entropy:
-        h = result.stats[names.index("entropy")]
+        place = names.index("entropy")
+        g, h = further[place - 2], result.stats[place]
         # Nothing where nothing depends on it: such a row may have no entropy (0 * NaN).
-        softmax = softmax - torch.where(g["entropy"] == 0, 0.0, g["entropy"] * h)
-        entropy = _scaled(g["entropy"], result, request)
-    softmax, target = (_scaled(part, result, request) for part in (softmax, g["nll"]))
-    return Coefficients(softmax, target, smooth, entropy)
+        softmax = softmax - torch.where(g == 0, 0.0, g * h)
+        entropy = _scaled(g, result, request)
+    return Coefficients(
+        _scaled(softmax, result, request), _scaled(nll, result, request), smooth, entropy
+    )
 
 
 def _scaled(g: Tensor, result: RowResult, request: RowRequest) -> Tensor:

@@ -77,7 +77,7 @@ class _RowStatistics(torch.autograd.Function):
         normalizer: Tensor | None,
         scale: Tensor | None,
         selected: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         result = compute_statistics(
             logits, target, weight, request, group, log_prob_out, normalizer, scale, selected
         )
@@ -85,12 +85,13 @@ class _RowStatistics(torch.autograd.Function):
         ctx.save_for_backward(
             logits, result.m, result.s, result.local_target, stats, weight, scale, selected
         )
-        ctx.mark_non_differentiable(result.m, result.s, result.argmax, result.normalizer)
+        further = (result.m, result.s, result.argmax, result.normalizer)
+        ctx.mark_non_differentiable(*(value for value in further if value is not None))
         ctx.set_materialize_grads(False)  # m, s and argmax never have one: no zeros for them
         ctx.request = request
         ctx.inplace_backward = inplace_backward
         ctx.overwritten = False
-        return result.stats, result.m, result.s, result.argmax, result.normalizer
+        return result.stats, *further
 
     @staticmethod
     def backward(ctx: Any, grad_stats: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -104,17 +105,17 @@ class _RowStatistics(torch.autograd.Function):
         recording = torch.is_grad_enabled()  # create_graph=True
         # Fresh memory, taken before the logits are overwritten: a view would be refused.
         origins = (grad_stats, saved[0][..., :0].sum()) if recording else ()
+        if not recording:
+            return (_RowStatistics._gradient(ctx, saved, grad_stats), *(None,) * 9)
         with torch.no_grad():
             grad = _RowStatistics._gradient(ctx, saved, grad_stats)
-        if recording:
-            grad = refusing_second_derivative(grad, *origins)
-        return (grad, *(None,) * 9)
+        return (refusing_second_derivative(grad, *origins), *(None,) * 9)
 
     @staticmethod
     def _gradient(ctx: Any, saved: tuple[Any, ...], grad_stats: Tensor) -> Tensor:
         logits, m, s, local_target, stats, weight, scale, selected = saved
         request: RowRequest = ctx.request
-        result = RowResult(stats, m, s, local_target, m, m, scale, selected)
+        result = RowResult(stats, m, s, local_target, scale=scale, selected=selected)
         if torch.compiler.is_compiling():
             from . import compiled
 
@@ -158,8 +159,9 @@ def row_statistics(
     normalizer: Tensor | None = None,
     scale: Tensor | None = None,
     selected: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Differentiable stats [j + K, N]; then m [N], s [N], argmax and the normalizer of all ranks.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Differentiable stats [j + K, N]; then m [N], s [N], argmax and the normalizer of all ranks,
+    which mean nothing where they were not asked for.
 
     Only the first carries a gradient: the statistics of ``statistics.stat_names``, and behind them
     the log-probabilities of ``selected`` [N, K] int64. ``normalizer`` is 0-d and ``scale`` [N]
@@ -176,10 +178,9 @@ def row_statistics(
         stats, m, s, argmax = transforms.row_statistics(
             logits, target, weight, request, scale, selected
         )
-        agreed = stats.new_empty(0) if normalizer is None else normalizer
-        return stats, m, s, argmax, agreed
+        return stats, m, s, argmax, normalizer
     try:
-        out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _RowStatistics.apply(  # type: ignore[no-untyped-call]
+        out: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None] = _RowStatistics.apply(  # type: ignore[no-untyped-call]
             logits, target, weight, request, group, inplace_backward, log_prob_out, normalizer,
             scale, selected,
         )  # fmt: skip

@@ -7,6 +7,7 @@ what the header tells the other ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cache, cached_property
 from typing import Any
 
 from .engines.contract import Wanted
@@ -16,6 +17,9 @@ from .switches import check_is_on
 def is_on(value: float) -> bool:
     """value != 0, but so that the compiler does not take a value of 0 for the only one there is."""
     return value > 0 or value < 0
+
+
+_wanted = cache(Wanted)
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,9 @@ class RowRequest:
         """Number of ids, and of columns that are not padding, on this rank."""
         return self.stop - self.start
 
-    @property
+    @cached_property
     def wanted(self) -> Wanted:
-        return Wanted(self.smooth, self.entropy, self.argmax, self.squares, self.ignored_rows)
+        return _wanted(self.smooth, self.entropy, self.argmax, self.squares, self.ignored_rows)
 
     @property
     def checking(self) -> bool:

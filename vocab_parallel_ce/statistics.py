@@ -19,6 +19,7 @@ of the row follow without cancellation, because m never leaves the differences:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class Merged:
     argmax: Tensor | None = None
 
 
+@cache
 def stat_names(wanted: Wanted) -> tuple[str, ...]:
     """Rows of the primitive's output, in order; all but "sum_p_squared" have a gradient."""
     names = ["nll", "lse"]

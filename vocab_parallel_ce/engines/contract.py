@@ -38,6 +38,7 @@ of the result, the target's too, is multiplied by the cap's slope 1 - tanh(logit
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -64,7 +65,7 @@ class Wanted:
     """Compute the statistics of IGNORED rows as well. When False their logits are never read
     and every statistic of such a row is written as 0."""
 
-    @property
+    @cached_property
     def rows(self) -> tuple[str, ...]:
         """Names of the k rows that ``partials`` fills, in order."""
         optional = {"smooth": "u", "entropy": "t", "squares": "q", "argmax": "argmax"}

@@ -41,7 +41,7 @@ class _LinearRowStatistics(torch.autograd.Function):
         selected: Tensor | None,
         statics: Statics,
         group: dist.ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         call = linear_call(
             hidden, head_weight, head_bias, target, weight, normalizer, scale, selected, statics,
             group,
@@ -51,10 +51,11 @@ class _LinearRowStatistics(torch.autograd.Function):
             hidden, head_weight, head_bias, target, weight, result.stats, result.m, result.s,
             result.local_target, scale, selected,
         )  # fmt: skip
-        ctx.mark_non_differentiable(result.argmax, result.normalizer)
+        further = (result.argmax, result.normalizer)
+        ctx.mark_non_differentiable(*(value for value in further if value is not None))
         ctx.set_materialize_grads(False)
         ctx.statics, ctx.group = statics, group
-        return result.stats, result.argmax, result.normalizer
+        return result.stats, *further
 
     @staticmethod
     def backward(ctx: Any, grad_stats: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -73,7 +74,7 @@ class _LinearRowStatistics(torch.autograd.Function):
             out = linear_gradient(
                 call,
                 Leaves(head_weight, head_bias),
-                RowResult(stats, m, s, local, m, m, scale, selected),
+                RowResult(stats, m, s, local, scale=scale, selected=selected),
                 grad_stats,
                 Needs(*ctx.needs_input_grad[:3]),
             )
@@ -172,8 +173,9 @@ def linear_row_statistics(
     selected: Tensor | None,
     statics: Statics,
     group: dist.ProcessGroup | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiable stats [j + K, N]; then argmax and the normalizer of all ranks.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Differentiable stats [j + K, N]; then argmax and the normalizer of all ranks, which mean
+    nothing where they were not asked for.
 
     hidden [..., H], head_weight [V_r, H], head_bias [V_r] or None, target [...], scale [N] where
     each row has its own, selected [N, K].
@@ -185,7 +187,7 @@ def linear_row_statistics(
             hidden, head_weight, head_bias, target, weight, normalizer, scale, selected, statics,
             group,
         )  # fmt: skip
-    out: tuple[Tensor, Tensor, Tensor] = _LinearRowStatistics.apply(  # type: ignore[no-untyped-call]
+    out: tuple[Tensor, Tensor | None, Tensor | None] = _LinearRowStatistics.apply(  # type: ignore[no-untyped-call]
         hidden, head_weight, head_bias, target, weight, normalizer, scale, selected, statics, group
     )
     return out

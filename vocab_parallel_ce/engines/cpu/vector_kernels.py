@@ -58,7 +58,7 @@ def locate_rows(
 
 
 @helper
-def mixed(place: int, value: int) -> int:
+def mixed(place: int, value: Any) -> Any:
     """One term of ``header.checksum``; ``place`` counts from 0."""
     term = (place + 1) * STEP + value
     term = (term ^ (term >> SHIFT_1)) * FACTOR_1
@@ -120,19 +120,20 @@ def conclude_rows(
     lowest = LOWEST if size == 4 else -np.finfo(np.float64).max
     for row in range(begin, end):
         at = parts + row * size
-        m = np.float64(read(at, token))
+        m: Any = np.float64(read(at, token))
         for _ in range(1, n_parts):
             at += part_step
             m_r = np.float64(read(at, token))
             if m_r > m or m_r != m_r:
                 m = m_r
-        base = 0.0 if m == -math.inf else m
-        s, x, u, t, q, best = 0.0, 0.0, 0.0, 0.0, 0.0, NO_ID
+        base = reference(m)
+        best: Any = NO_ID
+        s, x, u, t, q = 0.0, 0.0, 0.0, 0.0, 0.0
         for part in range(n_parts):
             at = parts + part * part_step + row * size
             m_r = np.float64(read(at, token))
             # A shard that is all -inf adds 0: the shift stays finite, for 0 * -inf would be NaN.
-            shift = m_r - base
+            shift: Any = m_r - base
             if shift < lowest:
                 shift = lowest
             keep = math.exp(shift) if shift != 0.0 else 1.0
@@ -152,11 +153,7 @@ def conclude_rows(
                 q += np.float64(read(at, token)) * keep * keep
                 at += row_step
             if argmax and m_r == m:
-                column = np.int64(0)
-                if size == 4:
-                    column = np.int64(read(at, INT32))
-                else:
-                    column = read(at, INT64)
+                column = np.int64(read(at, INT32)) if size == 4 else read(at, INT64)
                 if n_parts > 1:
                     column += np.int64(read(starts + part * starts_step, INT32))
                 best = min(best, column)

@@ -1,4 +1,4 @@
-"""The cpu engine's ``RowFunctions``: one compiled loop each, in the calling thread or in several."""
+"""The cpu engine's ``RowFunctions``: one compiled loop each."""
 
 from __future__ import annotations
 
