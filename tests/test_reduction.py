@@ -28,7 +28,7 @@ def test_coefficients(smoothing: float, z_scale: float, weighted: int) -> None:
     target[[1, 5]] = -100
     weight = torch.rand(V).double() if weighted else None
     of_loss, of_zloss = torch.tensor(0.25).double(), torch.tensor(0.5).double()
-    losses = row_losses(stats, target, weight, request)
+    losses = row_losses(stats.unbind(0), target, weight, request)
     total = of_loss * losses.loss.sum()
     if losses.zloss is not None:
         total = total + of_zloss * losses.zloss.sum()

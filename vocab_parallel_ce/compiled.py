@@ -30,6 +30,7 @@ from .passes import (
 )
 from .preflight import together
 from .request import RowRequest
+from .statistics import apart
 
 NO_GROUP = ""
 _FLOATS: dict[str, Any] = {
@@ -217,7 +218,8 @@ def _row_gradient(
     request = place.request(numbers)
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     result = RowResult(stats, m, s, local_target, scale=scales, selected=selected)
-    compute_gradient(logits, result, weight, grad_stats, request, grad)
+    grads = apart(grad_stats, request.wanted)
+    compute_gradient(logits, result, weight, grads, request, grad)
     return grad
 
 
@@ -254,7 +256,8 @@ def _row_gradient_inplace(
     )
     request = place.request(numbers)
     result = RowResult(stats, m, s, local_target, scale=scales, selected=selected)
-    compute_gradient(logits, result, weight, grad_stats, request, logits)
+    grads = apart(grad_stats, request.wanted)
+    compute_gradient(logits, result, weight, grads, request, logits)
 
 
 @_row_gradient_inplace.register_fake
@@ -349,7 +352,7 @@ def row_statistics(
     scale: Tensor | None = None,
     selected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``primitive.row_statistics`` as one node of a compiled graph."""
+    """``primitive.row_statistics`` as one node of a compiled graph, its statistics one tensor."""
     name = NO_GROUP if group is None else group.group_name
     static, numbers = closed(request)
     stats, m, s, _, argmax, agreed = _row_statistics(

@@ -12,7 +12,7 @@ dimensions that cannot be flattened are looped over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -254,11 +254,14 @@ def compute_gradient(
     logits: Tensor,
     result: RowResult,
     weight: Tensor | None,
-    grad_stats: Tensor,
+    grads: Sequence[Tensor | None],
     request: RowRequest,
     out: Tensor,
 ) -> None:
-    """The backward pass: write d(logits) into ``out`` [..., C_r], which may be ``logits``."""
+    """The backward pass: write d(logits) into ``out`` [..., C_r], which may be ``logits``.
+
+    ``grads`` are those of the statistics, ``apart``; not of all of them None.
+    """
     size = request.size
     if size < out.shape[-1]:
         out[..., size:].zero_()
@@ -266,14 +269,12 @@ def compute_gradient(
         return
     if weight is not None:
         require_memory(weight, "weight")
-    softmax, target_part, smooth, entropy = gradient_coefficients(
-        result, weight, grad_stats, request
-    )
+    softmax, target_part, smooth, entropy = gradient_coefficients(result, weight, grads, request)
     scale = result.scale
     columns = of_selected = None
-    if result.selected is not None and result.selected.shape[1] > 0:
+    if result.selected is not None and result.selected.shape[1] > 0 and grads[-1] is not None:
         columns = selecting.local_columns(result.selected, result.local_target, request)
-        of_selected = _scaled(grad_stats[-columns.shape[1] :], result, request)
+        of_selected = _scaled(grads[-1], result, request)
     engine = select_to_read(request.engine, logits)
     shard_weight = _shard_weight(weight, request, softmax.dtype)
     for rows, source in _numbered(row_blocks(_columns(logits, size))):
@@ -301,30 +302,40 @@ def compute_gradient(
 
 
 def gradient_coefficients(
-    result: RowResult, weight: Tensor | None, grad_stats: Tensor, request: RowRequest
+    result: RowResult,
+    weight: Tensor | None,
+    grads: Sequence[Tensor | None],
+    request: RowRequest,
 ) -> Coefficients:
-    """What the gradient [j + K, N] of the statistics makes of the parts of a row's gradient."""
-    names, of_selected = stat_names(request.wanted), None
-    if result.selected is not None and result.selected.shape[1] > 0:
-        grad_stats, of_selected = grad_stats[: len(names)], grad_stats[len(names) :]
-    nll, lse, *further = grad_stats.unbind(0)
-    softmax = nll + lse
-    if of_selected is not None:
-        softmax = softmax - of_selected.sum(0)
+    """What ``grads``, those of the statistics, make of the parts of a row's gradient."""
+    named = dict(zip(stat_names(request.wanted), grads, strict=False))
+    nll = named["nll"]
+    softmax = _sum(nll, named["lse"])
+    if result.selected is not None and result.selected.shape[1] > 0 and grads[-1] is not None:
+        softmax = _sum(softmax, -grads[-1].sum(0))
     smooth = entropy = None
-    if request.smooth:
-        g = further[names.index("smooth") - 2]
-        softmax = softmax + g * _total_weight(weight, request, softmax.dtype)
+    g = named.get("smooth")
+    if g is not None:
+        softmax = _sum(softmax, g * _total_weight(weight, request, g.dtype))
         smooth = _scaled(g, result, request)
-    if request.entropy:
-        place = names.index("entropy")
-        g, h = further[place - 2], result.stats[place]
+    g = named.get("entropy")
+    if g is not None:
+        h = result.stats[stat_names(request.wanted).index("entropy")]
         # Nothing where nothing depends on it: such a row may have no entropy (0 * NaN).
-        softmax = softmax - torch.where(g == 0, 0.0, g * h)
+        softmax = _sum(softmax, -torch.where(g == 0, 0.0, g * h))
         entropy = _scaled(g, result, request)
-    return Coefficients(
-        _scaled(softmax, result, request), _scaled(nll, result, request), smooth, entropy
-    )
+    if softmax is None:
+        softmax = torch.zeros_like(result.m)
+    softmax = _scaled(softmax, result, request)
+    if nll is None:
+        return Coefficients(softmax, torch.zeros_like(softmax), smooth, entropy)
+    return Coefficients(softmax, _scaled(nll, result, request), smooth, entropy)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return a if b is None else b
+    return a + b
 
 
 def _scaled(g: Tensor, result: RowResult, request: RowRequest) -> Tensor:

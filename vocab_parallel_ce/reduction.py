@@ -6,7 +6,7 @@ mean: sum l_n / sum of w_y over kept rows  +  sum z_n / number of kept rows
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,22 +29,20 @@ class RowLosses:
 
 
 def row_losses(
-    stats: Tensor, target: Tensor, weight: Tensor | None, request: RowRequest
+    stats: Sequence[Tensor], target: Tensor, weight: Tensor | None, request: RowRequest
 ) -> RowLosses:
-    """``stats`` [j, N] of the primitive and ``target`` [N] -> the losses of every row."""
+    """``stats`` of the primitive, j times [N], and ``target`` [N] -> the losses of every row."""
     names = stat_names(request.wanted)
-    row_weight, kept = row_weights(target, weight, request, stats.dtype)
-    loss = stats.select(0, names.index("nll"))
+    loss = stats[names.index("nll")]
+    row_weight, kept = row_weights(target, weight, request, loss.dtype)
     if row_weight is not None:
         loss = loss * row_weight
     eps = request.label_smoothing
     if eps > 0:
-        loss = (1 - eps) * loss + (eps / request.vocab_size) * stats.select(
-            0, names.index("smooth")
-        )
+        loss = (1 - eps) * loss + (eps / request.vocab_size) * stats[names.index("smooth")]
     zloss = None
     if is_on(request.lse_square_scale):
-        lse = stats.select(0, names.index("lse"))
+        lse = stats[names.index("lse")]
         zloss = (request.lse_square_scale * _square(lse)).masked_fill(~kept, 0.0)
     return RowLosses(loss, zloss, row_weight, kept)
 

@@ -7,7 +7,6 @@ what the header tells the other ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import cache, cached_property
 from typing import Any
 
 from .engines.contract import Wanted
@@ -17,9 +16,6 @@ from .switches import check_is_on
 def is_on(value: float) -> bool:
     """value != 0, but so that the compiler does not take a value of 0 for the only one there is."""
     return value > 0 or value < 0
-
-
-_wanted = cache(Wanted)
 
 
 @dataclass(frozen=True)
@@ -59,9 +55,9 @@ class RowRequest:
         """Number of ids, and of columns that are not padding, on this rank."""
         return self.stop - self.start
 
-    @cached_property
+    @property
     def wanted(self) -> Wanted:
-        return _wanted(self.smooth, self.entropy, self.argmax, self.squares, self.ignored_rows)
+        return Wanted(self.smooth, self.entropy, self.argmax, self.squares, self.ignored_rows)
 
     @property
     def checking(self) -> bool:

@@ -19,7 +19,6 @@ of the row follow without cancellation, because m never leaves the differences:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -41,7 +40,6 @@ class Merged:
     argmax: Tensor | None = None
 
 
-@cache
 def stat_names(wanted: Wanted) -> tuple[str, ...]:
     """Rows of the primitive's output, in order; all but "sum_p_squared" have a gradient."""
     names = ["nll", "lse"]
@@ -52,6 +50,14 @@ def stat_names(wanted: Wanted) -> tuple[str, ...]:
     if wanted.squares:
         names.append("sum_p_squared")
     return tuple(names)
+
+
+def apart(stats: Tensor, wanted: Wanted) -> tuple[Tensor, ...]:
+    """[j + K, N] as j rows [N] and, where it has more, [K, N]: what is ``selected``."""
+    j = len(stat_names(wanted))
+    if stats.shape[0] == j:
+        return stats.unbind(0)
+    return *stats[:j].unbind(0), stats[j:]
 
 
 def rescale_(parts: dict[str, Tensor], m: Tensor, shard_weight: Tensor) -> None:

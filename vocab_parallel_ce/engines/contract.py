@@ -38,7 +38,7 @@ of the result, the target's too, is multiplied by the cap's slope 1 - tanh(logit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -65,11 +65,16 @@ class Wanted:
     """Compute the statistics of IGNORED rows as well. When False their logits are never read
     and every statistic of such a row is written as 0."""
 
-    @cached_property
+    @property
     def rows(self) -> tuple[str, ...]:
         """Names of the k rows that ``partials`` fills, in order."""
-        optional = {"smooth": "u", "entropy": "t", "squares": "q", "argmax": "argmax"}
-        return ("m", "s", "x_y", *(row for name, row in optional.items() if getattr(self, name)))
+        return _rows(self.smooth, self.entropy, self.squares, self.argmax)
+
+
+@cache
+def _rows(smooth: bool, entropy: bool, squares: bool, argmax: bool) -> tuple[str, ...]:
+    optional = {"u": smooth, "t": entropy, "q": squares, "argmax": argmax}
+    return ("m", "s", "x_y", *(row for row, wanted in optional.items() if wanted))
 
 
 class Coefficients(NamedTuple):

@@ -174,7 +174,7 @@ class _InForward:
         of_loss, of_zloss = self._factor_of_loss, self._factor_of_zloss
         if self._postponed:
             of_loss, of_zloss = torch.ones_like(of_loss), of_zloss / of_loss
-        losses = row_losses(stats, call.target[rows], call.weight, self._request)
+        losses = row_losses(stats.unbind(0), call.target[rows], call.weight, self._request)
         into.loss[rows] = losses.loss
         if into.zloss is not None and losses.zloss is not None:
             into.zloss[rows] = losses.zloss
@@ -186,7 +186,6 @@ class _InForward:
             return
         chunk, self._pending = self._pending, None
         x = self._call.room_for_gradient(chunk.logits)
-        compute_gradient(
-            chunk.logits, chunk.result, self._call.weight, chunk.coefficients, self._request, x
-        )
+        grads = chunk.coefficients.unbind(0)
+        compute_gradient(chunk.logits, chunk.result, self._call.weight, grads, self._request, x)
         self._sums.add(chunk.portion, x, chunk.hidden)

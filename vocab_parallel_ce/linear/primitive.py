@@ -18,6 +18,7 @@ from torch import Tensor
 from ..kinds import Kind, has_memory, kind_of, settled, traced
 from ..passes import RowResult
 from ..primitive import refusing_second_derivative
+from ..statistics import apart
 from .backward import Gradients, Leaves, Needs, linear_gradient
 from .call import Statics, linear_call
 from .forward import linear_statistics
@@ -173,9 +174,9 @@ def linear_row_statistics(
     selected: Tensor | None,
     statics: Statics,
     group: dist.ProcessGroup | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Differentiable stats [j + K, N]; then argmax and the normalizer of all ranks, which mean
-    nothing where they were not asked for.
+) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
+    """Differentiable statistics as ``primitive.row_statistics`` returns them; then argmax and the
+    normalizer of all ranks, which mean nothing where they were not asked for.
 
     hidden [..., H], head_weight [V_r, H], head_bias [V_r] or None, target [...], scale [N] where
     each row has its own, selected [N, K].
@@ -183,14 +184,13 @@ def linear_row_statistics(
     if traced(hidden):
         from . import compiled
 
-        return compiled.linear_row_statistics(
-            hidden, head_weight, head_bias, target, weight, normalizer, scale, selected, statics,
-            group,
-        )  # fmt: skip
-    out: tuple[Tensor, Tensor | None, Tensor | None] = _LinearRowStatistics.apply(  # type: ignore[no-untyped-call]
+        call: Callable[..., Any] = compiled.linear_row_statistics
+    else:
+        call = _LinearRowStatistics.apply
+    stats, argmax, agreed = call(
         hidden, head_weight, head_bias, target, weight, normalizer, scale, selected, statics, group
     )
-    return out
+    return apart(stats, statics.request.wanted), argmax, agreed
 
 
 def _same(value: Tensor) -> Tensor:
