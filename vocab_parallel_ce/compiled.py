@@ -218,7 +218,7 @@ def _row_gradient(
     request = place.request(numbers)
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     result = RowResult(stats, m, s, local_target, scale=scales, selected=selected)
-    grads = apart(grad_stats, request.wanted)
+    grads = apart(grad_stats, request.wanted, selected)
     compute_gradient(logits, result, weight, grads, request, grad)
     return grad
 
@@ -256,7 +256,7 @@ def _row_gradient_inplace(
     )
     request = place.request(numbers)
     result = RowResult(stats, m, s, local_target, scale=scales, selected=selected)
-    grads = apart(grad_stats, request.wanted)
+    grads = apart(grad_stats, request.wanted, selected)
     compute_gradient(logits, result, weight, grads, request, logits)
 
 

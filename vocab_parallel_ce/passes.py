@@ -164,7 +164,7 @@ def exchange_statistics(
         announced: the targets that the header speaks of, where they are not ``target``.
     """
     request, logits, normalizer = plan.request, plan.logits, plan.normalizer
-    several = group if group is not None and dist.get_world_size(group) > 1 else None
+    several = group if group is not None and group.size() > 1 else None
     on_host = _on_host(logits, request)
     ids = target.reshape(-1).long()  # every comparison with an id happens in int64
     engine = select_to_read(request.engine, logits)
@@ -184,7 +184,7 @@ def exchange_statistics(
         payload = Payload.allocate(k, rows, dtype, logits.device)
         parts = payload.parts
         hidden = fill(engine, parts, steps.local_target)
-        payload.shard_weight[0] = _shard_total(weight, request, dtype)
+        payload.shard_weight.fill_(_shard_total(weight, request, dtype))
         steps.write_header(payload, hidden)
         if request.checking:
             check_group_serves(logits.device.type, several)
@@ -269,23 +269,21 @@ def compute_gradient(
         return
     if weight is not None:
         require_memory(weight, "weight")
-    softmax, target_part, smooth, entropy = gradient_coefficients(result, weight, grads, request)
+    whole = gradient_coefficients(result, weight, grads, request)
     scale = result.scale
     columns = of_selected = None
     if result.selected is not None and result.selected.shape[1] > 0 and grads[-1] is not None:
         columns = selecting.local_columns(result.selected, result.local_target, request)
         of_selected = _scaled(grads[-1], result, request)
     engine = select_to_read(request.engine, logits)
-    shard_weight = _shard_weight(weight, request, softmax.dtype)
+    shard_weight = _shard_weight(weight, request, result.m.dtype)
     for rows, source in _numbered(row_blocks(_columns(logits, size))):
-        m, s, column = (_of(v, rows) for v in (result.m, result.s, result.local_target))
-        factor = request.scale if scale is None else _of(scale, rows)
-        coefficients = Coefficients(
-            _of(softmax, rows),
-            _of(target_part, rows),
-            None if smooth is None else _of(smooth, rows),
-            None if entropy is None else _of(entropy, rows),
-        )
+        m, s, column = result.m, result.s, result.local_target
+        factor, coefficients = request.scale if scale is None else scale, whole
+        if rows is not None:
+            m, s, column = m[rows], s[rows], column[rows]
+            factor = request.scale if scale is None else scale[rows]
+            coefficients = whole.of(rows)
         touched = None
         if columns is not None and of_selected is not None:  # before the logits are overwritten
             touched = selecting.touched(

@@ -97,7 +97,7 @@ class _RowStatistics(torch.autograd.Function):
         ctx.request = request
         ctx.inplace_backward = inplace_backward
         ctx.overwritten = False
-        return *apart(result.stats, request.wanted), *further
+        return *apart(result.stats, request.wanted, selected), *further
 
     @staticmethod
     def backward(ctx: Any, *all_grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -193,12 +193,12 @@ def row_statistics(
         stats, m, s, argmax, agreed = compiled.row_statistics(
             logits, target, weight, request, group, inplace_backward, normalizer, scale, selected
         )
-        return apart(stats, request.wanted), m, s, argmax, agreed
+        return apart(stats, request.wanted, selected), m, s, argmax, agreed
     if transforms.active() and _transformed(logits, target, weight, normalizer, scale, selected):
         stats, m, s, argmax = transforms.row_statistics(
             logits, target, weight, request, scale, selected
         )
-        return apart(stats, request.wanted), m, s, argmax, normalizer
+        return apart(stats, request.wanted, selected), m, s, argmax, normalizer
     try:
         out: tuple[Any, ...] = _RowStatistics.apply(  # type: ignore[no-untyped-call]
             logits, target, weight, request, group, inplace_backward, log_prob_out, normalizer,

@@ -52,11 +52,11 @@ def stat_names(wanted: Wanted) -> tuple[str, ...]:
     return tuple(names)
 
 
-def apart(stats: Tensor, wanted: Wanted) -> tuple[Tensor, ...]:
-    """[j + K, N] as j rows [N] and, where it has more, [K, N]: what is ``selected``."""
-    j = len(stat_names(wanted))
-    if stats.shape[0] == j:
+def apart(stats: Tensor, wanted: Wanted, selected: Tensor | None) -> tuple[Tensor, ...]:
+    """[j + K, N] as j rows [N] and, where ids were ``selected``, [K, N]."""
+    if selected is None:
         return stats.unbind(0)
+    j = len(stat_names(wanted))
     return *stats[:j].unbind(0), stats[j:]
 
 

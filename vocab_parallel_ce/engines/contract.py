@@ -85,6 +85,16 @@ class Coefficients(NamedTuple):
     smooth: Tensor | None = None
     entropy: Tensor | None = None
 
+    def of(self, rows: slice) -> Coefficients:
+        """Those of some rows."""
+        softmax, target, smooth, entropy = self
+        return Coefficients(
+            softmax[rows],
+            target[rows],
+            None if smooth is None else smooth[rows],
+            None if entropy is None else entropy[rows],
+        )
+
 
 @dataclass(frozen=True)
 class Gathered:

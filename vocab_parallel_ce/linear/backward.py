@@ -95,7 +95,10 @@ def _straight(
     for portion in portions:
         some = rows_of(result, portion.rows)
         coefficients = gradient_coefficients(
-            some, call.weight, apart(grad_stats[:, portion.rows], call.request.wanted), call.request
+            some,
+            call.weight,
+            apart(grad_stats[:, portion.rows], call.request.wanted, call.selected),
+            call.request,
         )
         of_hidden, of_weight = functions.gradients(
             source.take(portion), call.head.weight, some.m, some.s, some.local_target, coefficients,
@@ -171,7 +174,7 @@ def _gradient_of_block(
     shifted = torch.where(here, column - begin, torch.where(column >= 0, ELSEWHERE, column))
     of_rows = replace(result, local_target=shifted)
     x = call.room_for_gradient(logits)
-    grads = apart(grad_stats, of_block.wanted)
+    grads = apart(grad_stats, of_block.wanted, call.selected)
     compute_gradient(logits, of_rows, call.weight, grads, of_block, x)
     return x
 
@@ -211,7 +214,7 @@ def by_rows(
             hidden = masked(hidden, alive[rows])
         logits = call.head.logits(hidden, scratch[: portion.count])
         x, some = call.room_for_gradient(logits), rows_of(result, rows)
-        grads = apart(grad_stats[:, rows], call.request.wanted)
+        grads = apart(grad_stats[:, rows], call.request.wanted, call.selected)
         compute_gradient(logits, some, call.weight, grads, call.request, x)
         sums.add(portion, x, hidden)
     return sums.result()

@@ -190,7 +190,7 @@ def linear_row_statistics(
     stats, argmax, agreed = call(
         hidden, head_weight, head_bias, target, weight, normalizer, scale, selected, statics, group
     )
-    return apart(stats, statics.request.wanted), argmax, agreed
+    return apart(stats, statics.request.wanted, selected), argmax, agreed
 
 
 def _same(value: Tensor) -> Tensor:
