@@ -94,12 +94,8 @@ def _straight(
     weight = WeightSum(leaves.weight, call.head.size, len(portions)) if needs.weight else None
     for portion in portions:
         some = rows_of(result, portion.rows)
-        coefficients = gradient_coefficients(
-            some,
-            call.weight,
-            apart(grad_stats[:, portion.rows], call.request.wanted, call.selected),
-            call.request,
-        )
+        grads = apart(grad_stats[:, portion.rows], call.request.wanted, call.selected)
+        coefficients = gradient_coefficients(some, call.weight, grads, call.request)
         of_hidden, of_weight = functions.gradients(
             source.take(portion), call.head.weight, some.m, some.s, some.local_target, coefficients,
             class_weight(call), call.request.scale, _has_one_coefficient(call.request),
