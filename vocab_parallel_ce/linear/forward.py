@@ -25,7 +25,7 @@ def linear_statistics(call: LinearCall) -> RowResult:
     """The forward pass. Nothing of the size of the logits outlives a chunk."""
     functions = functions_of(call)
     at_once = functions is not None and not call.request.sequence_parallel
-    chunk = call.rows if at_once else min(call.statics.chunk, call.rows)
+    chunk = max(1, call.rows) if at_once else call.chunk
     scratch = call.scratch(chunk if functions is None else 0, call.head.size)
 
     def fill(engine: Engine, parts: Tensor, local_target: Tensor) -> Tensor | None:
@@ -34,7 +34,7 @@ def linear_statistics(call: LinearCall) -> RowResult:
         told = Told(call)
         if kept is not None:
             parts.zero_()
-        portions = call.portions(kept, max(1, chunk))
+        portions = call.portions(kept, chunk)
         source = HiddenRows(call, portions)
         for portion in portions:
             hidden = source.take(portion)
