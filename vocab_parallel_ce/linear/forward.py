@@ -17,7 +17,7 @@ from ..passes import RowResult, exchange_statistics
 from ..preflight import together
 from .call import LinearCall
 from .hidden import HiddenRows, preflight_before_gathers
-from .kept import Rows, count, kept_rows, masked
+from .kept import Portion, Rows, count, kept_rows, masked
 from .straight import class_weight, functions_of
 
 
@@ -36,19 +36,23 @@ def linear_statistics(call: LinearCall) -> RowResult:
             parts.zero_()
         portions = call.portions(kept, chunk)
         source = HiddenRows(call, portions)
-        for portion in portions:
-            hidden = source.take(portion)
+
+        def one(portion: Portion) -> None:
+            hidden, column = source.take(portion), local_target[portion.rows]
             told.add(hidden, keep[portion.rows])
-            column = local_target[portion.rows]
             with rows_of_parts(parts, portion.rows) as some:
-                if functions is not None:
+                if functions is None:
+                    logits = call.head.logits(hidden, scratch[: portion.count])
+                    call.fill(engine, some, portion.rows, logits, column)
+                else:
                     functions.partials(
                         hidden, call.head.weight, column, class_weight(call), call.request.scale,
                         call.request.wanted, some,
                     )  # fmt: skip
-                    continue
-                logits = call.head.logits(hidden, scratch[: portion.count])
-                call.fill(engine, some, portion.rows, logits, column)
+
+        with source.sent_to_the_end():
+            for portion in portions:
+                one(portion)
         return told.bits()
 
     preflight_before_gathers(call, scratch, 0)
