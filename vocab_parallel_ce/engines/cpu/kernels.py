@@ -120,7 +120,8 @@ def partials_fast(
 def merge(
     begin: int,
     end: int,
-    pieces: int,
+    row_columns: int,
+    width: int,
     parts: Vector,
     weights: int,
     smooth: bool,
@@ -130,8 +131,12 @@ def merge(
     scale: float,
     out: Vector,
 ) -> None:
-    """The partials of rows from those of their ``pieces``, in order; each has its W in weights."""
+    """The partials of rows from those of their pieces, in order.
+
+    ``weights`` has the W of each piece; it is 0 where every class counts 1.
+    """
     size = size_of(scale)
+    pieces = -(-row_columns // width)
     for row in range(begin, end):
         source, place = parts[0] + row * pieces * size, out[0] + row * size
         m, best = -INFINITY, 0
@@ -150,7 +155,9 @@ def merge(
             x += np.float64(read(at + 2 * parts[1], scale))
             at += 3 * parts[1]
             if smooth:
-                w = np.float64(read(weights + i * size, scale))
+                w = np.float64(min(width, row_columns - i * width))
+                if weights != 0:
+                    w = np.float64(read(weights + i * size, scale))
                 u += np.float64(read(at, scale)) + w * shift
                 at += parts[1]
             if entropy:
