@@ -1,6 +1,6 @@
 """What is done to one block of a row: a short pass over each thing that is wanted of it.
 
-``address`` is contiguous; ``count`` is a multiple of PAIR unless said otherwise.
+``address`` is contiguous; ``count`` is a multiple of PAIR unless it says "any ``count``".
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from vocab_parallel_ce.engines.cpu.lanes import (
 from vocab_parallel_ce.engines.cpu.memory import (
     PAIR,
     load,
+    load_first,
     load_pair,
     prefetch,
     read,
     size_of,
     store,
+    store_first,
     store_pair,
     write,
 )
@@ -38,8 +40,15 @@ INFINITY = math.inf
 
 
 @helper
+def load_first_pair(address: int, count: int, token: Any) -> Any:
+    """``load_first`` of a PAIR."""
+    second = address + LANES * size_of(token)
+    return load_first(address, count, token), load_first(second, count - LANES, token)
+
+
+@helper
 def block_max(address: int, count: int, token: Any) -> Any:
-    """Largest of the elements that are not NaN; -inf if there is none."""
+    """Largest of any ``count`` of elements but NaN; -inf if there is none."""
     a = lanes_of(-INFINITY, token)
     b = a
     for _ in range(count // PAIR):
@@ -47,12 +56,17 @@ def block_max(address: int, count: int, token: Any) -> Any:
         a = larger(x, a)
         b = larger(z, b)
         address += PAIR * size_of(token)
+    rest = count % PAIR
+    if rest > 0:
+        x, z = load_first_pair(address, rest, token)
+        a = larger(x, a)
+        b = larger(z, b)
     return highest(larger(a, b))
 
 
 @helper
 def block_max_sum(address: int, count: int, scale: float, base: float, token: Any) -> Any:
-    """max x and sum e^(x - base)"""
+    """max x and sum e^(x - base) of any ``count``, scale > 0"""
     top = lanes_of(-INFINITY, token)
     a = lanes_of(0.0, token)
     b = a
@@ -67,6 +81,14 @@ def block_max_sum(address: int, count: int, scale: float, base: float, token: An
         a = a + exp(x - base, scale)
         b = b + exp(z - base, scale)
         address += PAIR * size_of(token)
+    rest = count % PAIR
+    if rest > 0:
+        x, z = load_first_pair(address, rest, token)
+        x = x * scale
+        z = z * scale
+        top = larger(z, larger(x, top))
+        a = a + exp(x - base, scale)
+        b = b + exp(z - base, scale)
     return np.float64(highest(top)), total(a) + total(b)
 
 
@@ -137,7 +159,7 @@ def block_smooth(address: int, count: int, m: float, weight: int, token: Any) ->
 def block_gradient(
     source: int, destination: int, count: int, scale: float, m: float, softmax: float, token: Any
 ) -> None:
-    """softmax e^(x - m)"""
+    """softmax e^(x - m) of any ``count``"""
     step = PAIR * size_of(token)
     unscaled = scale == 1.0
     for _ in range(count // PAIR):
@@ -149,6 +171,13 @@ def block_gradient(
         store_pair(destination, exp(x - m, token) * softmax, exp(z - m, token) * softmax, token)
         source += step
         destination += step
+    rest = count % PAIR
+    if rest > 0:
+        x, z = load_first_pair(source, rest, token)
+        x = exp(x * scale - m, token) * softmax
+        z = exp(z * scale - m, token) * softmax
+        store_first(destination, x, rest, token)
+        store_first(destination + LANES * size_of(token), z, rest - LANES, token)
 
 
 @helper
