@@ -37,6 +37,7 @@ from vocab_parallel_ce.engines.cpu.memory import (
 )
 
 INFINITY = math.inf
+CHAIN = 8  # numbers added up before their sum goes to the next: equal ones err to one side in fp32
 
 
 @helper
@@ -71,16 +72,20 @@ def block_max_sum(address: int, count: int, scale: float, base: float, token: An
     a = lanes_of(0.0, token)
     b = a
     unscaled = scale == 1.0
-    for _ in range(count // PAIR):
-        prefetch(address, token)
-        x, z = load_pair(address, token)
-        if not unscaled:
-            x = x * scale
-            z = z * scale
-        top = larger(z, larger(x, top))
-        a = a + exp(x - base, scale)
-        b = b + exp(z - base, scale)
-        address += PAIR * size_of(token)
+    zero = a
+    for start in range(0, count // PAIR, CHAIN):
+        c, c2 = zero, zero
+        for _ in range(min(CHAIN, count // PAIR - start)):
+            prefetch(address, token)
+            x, z = load_pair(address, token)
+            if not unscaled:
+                x = x * scale
+                z = z * scale
+            top = larger(z, larger(x, top))
+            c = c + exp(x - base, scale)
+            c2 = c2 + exp(z - base, scale)
+            address += PAIR * size_of(token)
+        a, b = a + c, b + c2
     rest = count % PAIR
     if rest > 0:
         x, z = load_first_pair(address, rest, token)
@@ -95,19 +100,21 @@ def block_max_sum(address: int, count: int, scale: float, base: float, token: An
 @helper
 def block_entropy(address: int, count: int, m: float, token: Any) -> Any:
     """sum e^(x - m) and sum e^(x - m) (x - m)"""
-    s = lanes_of(0.0, token)
-    t = s
-    s2, t2 = s, s
-    for _ in range(count // PAIR):
-        x, z = load_pair(address, token)
-        d, d2 = x - m, z - m
-        e, e2 = exp(d, token), exp(d2, token)
-        s = s + e
-        s2 = s2 + e2
-        # Without a product where e is 0 (d may be -inf), with NaN where it is NaN.
-        t = where_less(0.0, e, multiply_add(e, d, t), t + e)
-        t2 = where_less(0.0, e2, multiply_add(e2, d2, t2), t2 + e2)
-        address += PAIR * size_of(token)
+    zero = lanes_of(0.0, token)
+    s, s2, t, t2 = zero, zero, zero, zero
+    for start in range(0, count, CHAIN * PAIR):
+        a, a2, c, c2 = zero, zero, zero, zero
+        for _ in range(min(CHAIN, (count - start) // PAIR)):
+            x, z = load_pair(address, token)
+            d, d2 = x - m, z - m
+            e, e2 = exp(d, token), exp(d2, token)
+            a = a + e
+            a2 = a2 + e2
+            # Without a product where e is 0 (d may be -inf), with NaN where it is NaN.
+            c = where_less(0.0, e, multiply_add(e, d, c), c + e)
+            c2 = where_less(0.0, e2, multiply_add(e2, d2, c2), c2 + e2)
+            address += PAIR * size_of(token)
+        s, s2, t, t2 = s + a, s2 + a2, t + c, t2 + c2
     return total(s) + total(s2), total(t) + total(t2)
 
 
