@@ -128,7 +128,7 @@ def partials(
         e = d.exp() if wanted.entropy else _exp_(d)
         torch.sum(e, 1, out=named["s"][rows])
         if wanted.entropy:
-            named["t"][rows] = torch.where(e == 0, 0.0, e * d).sum(1)
+            named["t"][rows] = d.mul_(e).masked_fill_(e == 0, 0.0).sum(1)
         if wanted.squares:
             torch.sum(e.square_(), 1, out=named["q"][rows])
     if not wanted.ignored_rows:
@@ -167,10 +167,10 @@ def gradient(
         if entropy is None:
             _exp_(dx).mul_(factor[rows, None])
         else:
-            log_p = dx.sub_(s[rows].log()[:, None])
-            p = log_p.exp()
-            bend = torch.where(p == 0, 0.0, log_p * entropy[rows, None])
-            torch.mul(p, softmax[rows, None] - bend, out=dx)
+            p = dx.sub_(s[rows].log()[:, None]).exp()  # dx is log p now
+            dx.mul_(-entropy[rows, None]).masked_fill_(p == 0, 0.0).add_(softmax[rows, None]).mul_(
+                p
+            )
         if smooth is not None:
             g = smooth[rows, None]
             dx -= g if weight is None else g * weight
