@@ -108,14 +108,12 @@ def admit(
     """
     if torch.compiler.is_compiling():
         return input, target, weight, options
-    normalizer = options.normalizer
-    named = {
-        "input": input, "target": target, "weight": weight, "normalizer": normalizer,
-        "scale": options.scale, "selected": options.selected,
-    }  # fmt: skip
-    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-    if forward_ad._current_level < 0 and ordinary(*tensors.values()):
+    values = (input, target, weight, options.normalizer, options.scale, options.selected)
+    if forward_ad._current_level < 0 and ordinary(*(v for v in values if isinstance(v, Tensor))):
         return input, target, weight, options
+    names = ("input", "target", "weight", "normalizer", "scale", "selected")
+    named = dict(zip(names, values, strict=True))
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     rank, world = group_rank_and_size(options.group)
     where = f" (rank {rank} of the group)" if world > 1 else ""
     check_kinds(tensors, where)
