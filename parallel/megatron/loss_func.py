@@ -72,8 +72,8 @@ def loss_func(
         ValueError: where the mask adds up to no int and ``calculate_per_token_loss`` is on, whose
             sums over ranks that could not be right, or where ``model`` is missing, so that nobody
             knows. Found on CPU and with ``check``; else the loss is NaN in the first case, and
-            off is assumed in the second. With ``check`` all data- and context-parallel ranks raise it,
-            whichever of them has such a mask: one more collective of 1 KB a micro-batch.
+            off is assumed in the second. With ``check`` all data-parallel and context-parallel
+            ranks raise it, whichever has such a mask: a collective of 1 KB more a micro-batch.
 
     The z part is that of the last call of the loss: call this right after the model, as Megatron's
     schedules do. Raises ValueError where that call was for another number of tokens.
