@@ -170,9 +170,8 @@ def gradient(
             _exp_(dx).mul_(factor[rows, None])
         else:
             p = dx.sub_(s[rows].log()[:, None]).exp()  # dx is log p now
-            dx.mul_(-entropy[rows, None]).masked_fill_(p == 0, 0.0).add_(softmax[rows, None]).mul_(
-                p
-            )
+            dx.mul_(-entropy[rows, None]).masked_fill_(p == 0, 0.0)
+            dx.add_(softmax[rows, None]).mul_(p)
         if smooth is not None:
             g = smooth[rows, None]
             dx -= g if weight is None else g * weight
