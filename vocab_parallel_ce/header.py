@@ -188,12 +188,13 @@ def write_static(out: Tensor, request: RowRequest) -> None:
 
 def write_findings(out: Tensor, problems: ValueProblems, hidden: Tensor | None) -> None:
     """What is known on the host alone, into a header that has everything else."""
+    if hidden is None and problems == NO_PROBLEMS:
+        return
     numbers = out[STATIC_INTS:].view(torch.int64)
     if hidden is not None:
         numbers[0] = hidden
-    if problems != NO_PROBLEMS:
-        first = _DYNAMIC.index("bad_row")
-        numbers[first : first + 6] = torch.tensor(astuple(problems), device=out.device)
+    first = _DYNAMIC.index("bad_row")
+    numbers[first : first + 6] = torch.tensor(astuple(problems), device=out.device)
 
 
 def write_header(

@@ -112,8 +112,7 @@ class Gathered:
     @classmethod
     def of_one_rank(cls, parts: Tensor) -> Gathered:
         """[k, N] of a rank alone: nobody asks what it weighs, or where it starts."""
-        nobody = parts.new_empty(1)
-        return cls(parts[None], nobody, nobody, None)
+        return cls(parts[None], parts, parts, None)
 
 
 class HeaderLayout(NamedTuple):
