@@ -378,8 +378,8 @@ def test_a_mistake_names_its_rank_and_the_way_out(pool: Pool, name: str) -> None
         assert "use gradient=" in text or "or None for the default" in text
 
 
-def _in_a_late_chunk(group: dist.ProcessGroup) -> str:
-    """The engine of rank 1 fails in its second chunk."""
+def _in_a_late_chunk(group: dist.ProcessGroup, gradient: str, split: bool) -> str:
+    """The engine of rank 1 fails in its second chunk of six."""
     from unittest import mock
 
     from vocab_parallel_ce.engines import eager
@@ -392,8 +392,12 @@ def _in_a_late_chunk(group: dist.ProcessGroup) -> str:
             raise MemoryError("no room")
         usual(*arguments)
 
-    bad = dist.get_rank(group) == 1
-    call = _sharded(group, gradient="forward", check=True, engine="eager")
+    rank = dist.get_rank(group)
+    bad = rank == 1
+    scratch = scratch_for(N // 6, V, torch.float32)
+    call = _sharded(group, gradient=gradient, check=True, engine="eager", scratch_mib=scratch)
+    if split:
+        call |= {"input": call["input"].chunk(2)[rank], "sequence_parallel": True}
     with mock.patch.object(eager, "partials", partials if bad else usual):
         try:
             linear_cross_entropy(**call)
@@ -402,8 +406,12 @@ def _in_a_late_chunk(group: dist.ProcessGroup) -> str:
     return ""
 
 
-def test_what_fails_in_a_late_chunk_reaches_all_ranks(pool: Pool) -> None:
-    first, second = pool.run(_in_a_late_chunk, 2)
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+@pytest.mark.parametrize("gradient", ["forward", "recompute"])
+def test_what_fails_in_a_late_chunk_reaches_all_ranks(
+    pool: Pool, gradient: str, split: bool
+) -> None:
+    first, second = pool.run(_in_a_late_chunk, 2, (gradient, split))
     assert "rank 1 of the group: MemoryError: no room" in first
     assert second == "no room"
 

@@ -121,6 +121,16 @@ def test_a_maximum_that_moves_from_block_to_block(
     check(c)
 
 
+@every_dtype
+@pytest.mark.parametrize("gap", [0.0, 0.3, 0.5, 1.0, 2.0])
+def test_equal_logits_do_not_err_to_one_side(gap: float, dtype: torch.dtype) -> None:
+    """As of a head that knows nothing yet. In one long chain, sums of equal numbers drift."""
+    c = case(64, 4096, dtype)
+    c.logits.copy_(torch.zeros(()))
+    c.logits[:, 5] = gap
+    check(c)
+
+
 # In place, threads
 
 
