@@ -6,6 +6,7 @@ is, because that is where a reader looks them up.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, cast, overload
 
 import torch
@@ -354,7 +355,7 @@ def cross_entropy_loss(
     if return_log_prob and log_prob is None:
         log_prob = shard_log_prob(input, m, s, request, of_rows(options.scale, input, target))
     empty = input.new_empty(0)
-    lse = stats.detach().select(0, 1).reshape(target.shape) if has_lse else None
+    lse = stats[1].detach().reshape(target.shape) if has_lse else None
     if return_zloss and zloss is None:
         zloss = torch.zeros_like(loss)
     return CrossEntropyLossOutput(
@@ -484,8 +485,8 @@ def token_statistics(
 
 
 def named_statistics(
-    stats: Tensor,
-    argmax: Tensor,
+    stats: Sequence[Tensor],
+    best: Tensor | None,
     shape: torch.Size,
     layout: Layout,
     outputs: Outputs,
@@ -495,17 +496,17 @@ def named_statistics(
     """What ``row_statistics`` returned, in the ``shape`` of the targets."""
 
     def row(place: int) -> Tensor:
-        return layout.rows(stats.select(0, place).reshape(shape))
+        return layout.rows(stats[place].reshape(shape))
 
-    of_target = layout.rows(0.0 - stats.select(0, 0).reshape(shape)) if log_prob else None
+    of_target = layout.rows(0.0 - stats[0].reshape(shape)) if log_prob else None
     named = 2 + outputs.entropy + outputs.squares
     return TokenStatistics(
         log_prob=cast(Tensor, of_target),
         lse=row(1),
         entropy=row(2) if outputs.entropy else None,
-        argmax=layout.rows(argmax.reshape(shape)) if outputs.argmax else None,
+        argmax=layout.rows(best.reshape(shape)) if outputs.argmax and best is not None else None,
         sum_p_squared=row(2 + outputs.entropy).detach() if outputs.squares else None,
-        selected_log_prob=layout.selected(by_row(stats[named:], shape)) if selected else None,
+        selected_log_prob=layout.selected(by_row(stats[named], shape)) if selected else None,
     )
 
 
@@ -525,8 +526,8 @@ def _loss(
     request: RowRequest,
     layout: Layout,
     log_prob_out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """(loss, zloss or None for 0, stats, m, s): the first two reduced, the others [..., N]."""
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], Tensor, Tensor]:
+    """(loss, zloss or None for 0, stats, m, s): the first two reduced, the others [N]."""
     stats, m, s, _, normalizer = row_statistics(
         input, target, weight, request, options.group, options.inplace_backward, log_prob_out,
         as_scalar(options.normalizer, input), of_rows(options.scale, input, target),

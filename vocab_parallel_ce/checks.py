@@ -6,6 +6,7 @@ exchange, so that all ranks raise together.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from typing import Any, NamedTuple, TypeGuard
@@ -108,14 +109,12 @@ def admit(
     """
     if torch.compiler.is_compiling():
         return input, target, weight, options
-    normalizer = options.normalizer
-    named = {
-        "input": input, "target": target, "weight": weight, "normalizer": normalizer,
-        "scale": options.scale, "selected": options.selected,
-    }  # fmt: skip
-    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-    if forward_ad._current_level < 0 and ordinary(*tensors.values()):
+    values = (input, target, weight, options.normalizer, options.scale, options.selected)
+    if forward_ad._current_level < 0 and ordinary(*(v for v in values if isinstance(v, Tensor))):
         return input, target, weight, options
+    names = ("input", "target", "weight", "normalizer", "scale", "selected")
+    named = dict(zip(names, values, strict=True))
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     rank, world = group_rank_and_size(options.group)
     where = f" (rank {rank} of the group)" if world > 1 else ""
     check_kinds(tensors, where)
@@ -198,43 +197,69 @@ def check_group(group: object) -> None:
 
 def check_numbers(options: Options, where: str = "") -> None:
     """Raise for an option whose value alone is wrong, whatever the tensors."""
-    if options.reduction not in REDUCTIONS:
+    plain = (
+        options.reduction, options.ignore_index, options.label_smoothing, options.lse_square_scale,
+        options.softcap, options.engine, options.collective, options.finite_logits, options.check,
+    )  # fmt: skip
+    once = not torch.compiler.is_compiling() and _is_hashable(plain)
+    (_check_plain_once if once else _check_plain)(*plain, where)
+    _check_scale(options.scale, where)
+    _check_normalizer(options.normalizer, options.reduction, where)
+
+
+def _check_plain(
+    reduction: object,
+    ignore_index: object,
+    label_smoothing: object,
+    lse_square_scale: object,
+    softcap: object,
+    engine: object,
+    collective: object,
+    finite_logits: object,
+    check: object,
+    where: str,
+) -> None:
+    if reduction not in REDUCTIONS:
         raise ValueError(
-            f"reduction must be one of {', '.join(REDUCTIONS)}, got {options.reduction!r}{where}"
+            f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}{where}"
         )
-    if not _is_int(options.ignore_index):
-        raise TypeError(f"ignore_index must be an int, got {options.ignore_index!r}{where}")
-    if not _INT64.min <= options.ignore_index <= _INT64.max:
+    if not _is_int(ignore_index):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}{where}")
+    if not _INT64.min <= ignore_index <= _INT64.max:
         raise ValueError(
-            f"ignore_index must be an int64, got {options.ignore_index}{where}; targets are ids in "
+            f"ignore_index must be an int64, got {ignore_index}{where}; targets are ids in "
             "int64 or int32, and none can have this value"
         )
-    if not is_number(options.label_smoothing) or not 0 <= options.label_smoothing <= 1:
-        raise ValueError(
-            f"label_smoothing must lie in [0, 1], got {options.label_smoothing!r}{where}"
-        )
-    if not is_number(options.lse_square_scale) or not _is_finite(options.lse_square_scale):
+    if not is_number(label_smoothing) or not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing!r}{where}")
+    if not is_number(lse_square_scale) or not _is_finite(lse_square_scale):
         raise ValueError(
             "the z-loss scale (lse_square_scale) must be a finite number, got "
-            f"{options.lse_square_scale!r}{where}"
+            f"{lse_square_scale!r}{where}"
         )
-    _check_scale(options.scale, where)
-    _check_softcap(options.softcap, where)
-    if options.engine not in ENGINES:
+    _check_softcap(softcap, where)
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}{where}")
+    if collective not in COLLECTIVES:
         raise ValueError(
-            f"engine must be one of {', '.join(ENGINES)}, got {options.engine!r}{where}"
+            f"collective must be one of {', '.join(COLLECTIVES)}, got {collective!r}{where}"
         )
-    if options.collective not in COLLECTIVES:
-        raise ValueError(
-            f"collective must be one of {', '.join(COLLECTIVES)}, got {options.collective!r}{where}"
-        )
-    if not isinstance(options.finite_logits, bool):
-        raise TypeError(
-            f"finite_logits must be True or False, got {options.finite_logits!r}{where}"
-        )
-    if options.check is not None and not isinstance(options.check, bool):
-        raise TypeError(f"check must be True, False or None, got {options.check!r}{where}")
-    _check_normalizer(options.normalizer, options.reduction, where)
+    if not isinstance(finite_logits, bool):
+        raise TypeError(f"finite_logits must be True or False, got {finite_logits!r}{where}")
+    if check is not None and not isinstance(check, bool):
+        raise TypeError(f"check must be True, False or None, got {check!r}{where}")
+
+
+def _is_hashable(values: tuple[object, ...]) -> bool:
+    try:
+        hash(values)
+    except TypeError:
+        return False
+    return True
+
+
+# Most calls of a program have the options of the one before. By type: True is no 1 here.
+_check_plain_once = functools.lru_cache(maxsize=64, typed=True)(_check_plain)
 
 
 def _check_scale(scale: object, where: str) -> None:
@@ -383,7 +408,8 @@ def _resolve_shard(
                 f"{name} has no {places}{where}; an empty shard must be told: "
                 "shard=VocabShard(start, start, vocab_size)"
             )
-        return VocabShard(rank * columns, (rank + 1) * columns, world * columns)
+        shard_of = VocabShard if torch.compiler.is_compiling() else _shard_once
+        return shard_of(rank * columns, (rank + 1) * columns, world * columns)
     if not isinstance(shard, VocabShard):
         raise TypeError(f"shard must be a VocabShard or None, got {type(shard).__name__}{where}")
     if columns < shard.size:
@@ -404,6 +430,9 @@ def _resolve_shard(
             f"holds [{shard.start}, {shard.stop}){where}; pass this rank's part, {part}"
         )
     return shard
+
+
+_shard_once = functools.lru_cache(maxsize=64)(VocabShard)
 
 
 def check_overwritable(input: Tensor, where: str) -> None:

@@ -56,13 +56,10 @@ class Payload:
     def view(cls, buffer: Tensor, k: int, rows: int, dtype: torch.dtype) -> Payload:
         """Read [..., ints] int32 as payloads."""
         lead = buffer.shape[:-1]
-        numbers = buffer[..., HEADER_INTS:].view(dtype)
-        return cls(
-            buffer,
-            buffer[..., :HEADER_INTS],
-            numbers[..., :1],
-            numbers[..., 1:].view(*lead, k, rows) if rows else numbers.new_empty(*lead, k, 0),
-        )
+        header, rest = buffer.tensor_split((HEADER_INTS,), -1)
+        shard_weight, parts = rest.view(dtype).tensor_split((1,), -1)
+        parts = parts.view(*lead, k, rows) if rows else parts.new_empty(*lead, k, 0)
+        return cls(buffer, header, shard_weight, parts)
 
 
 def exchange(
@@ -72,7 +69,7 @@ def exchange(
     backend = check_group_serves(payload.buffer.device.type, group)
     check_backend_dtype(backend, payload.parts.dtype)
     k, rows = payload.parts.shape
-    world = dist.get_world_size(group)
+    world = group.size()
     gathered_bytes = world * k * rows * payload.parts.element_size()
     small = gathered_bytes <= GATHER_LIMIT_BYTES
     # An argmax cannot be summed or maximised with its value: it always gathers.

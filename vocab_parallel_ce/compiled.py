@@ -30,6 +30,7 @@ from .passes import (
 )
 from .preflight import together
 from .request import RowRequest
+from .statistics import apart
 
 NO_GROUP = ""
 _FLOATS: dict[str, Any] = {
@@ -129,7 +130,7 @@ def _row_statistics(
             logits, target, weight, request, group, normalizer=normalizer, scale=scales,
             selected=selected,
         )  # fmt: skip
-    return r.stats, r.m, r.s, r.local_target, r.argmax, r.normalizer
+    return r.outputs()
 
 
 @_row_statistics.register_fake
@@ -216,8 +217,9 @@ def _row_gradient(
     )
     request = place.request(numbers)
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    result = RowResult(stats, m, s, local_target, m, m, scales, selected)
-    compute_gradient(logits, result, weight, grad_stats, request, grad)
+    result = RowResult(stats, m, s, local_target, scale=scales, selected=selected)
+    grads = apart(grad_stats, request.wanted, selected)
+    compute_gradient(logits, result, weight, grads, request, grad)
     return grad
 
 
@@ -253,8 +255,9 @@ def _row_gradient_inplace(
         start, stop, vocab_size, smooth, entropy, squares, finite_logits, scale, softcap, engine
     )
     request = place.request(numbers)
-    result = RowResult(stats, m, s, local_target, m, m, scales, selected)
-    compute_gradient(logits, result, weight, grad_stats, request, logits)
+    result = RowResult(stats, m, s, local_target, scale=scales, selected=selected)
+    grads = apart(grad_stats, request.wanted, selected)
+    compute_gradient(logits, result, weight, grads, request, logits)
 
 
 @_row_gradient_inplace.register_fake
@@ -349,7 +352,7 @@ def row_statistics(
     scale: Tensor | None = None,
     selected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``primitive.row_statistics`` as one node of a compiled graph."""
+    """``primitive.row_statistics`` as one node of a compiled graph, its statistics one tensor."""
     name = NO_GROUP if group is None else group.group_name
     static, numbers = closed(request)
     stats, m, s, _, argmax, agreed = _row_statistics(

@@ -118,10 +118,8 @@ def unwrap(
     rows of ``input``.
     """
     if not isinstance(input, DTensor):
-        for name, value in (
-            ("target", target), ("weight", weight), ("scale", options.scale),
-            ("selected", options.selected),
-        ):  # fmt: skip
+        others = (target, weight, options.scale, options.selected)
+        for name, value in zip(("target", "weight", "scale", "selected"), others, strict=True):
             if isinstance(value, DTensor):
                 raise ValueError(
                     f"{name} is a DTensor but input is not: pass both as DTensors, or "

@@ -16,11 +16,12 @@ from __future__ import annotations
 import functools
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 
+from . import repeated_head
 from .engines.contract import CHECKSUM_ROUNDS, CHECKSUM_STEP, HeaderLayout
 from .request import RowRequest
 
@@ -90,6 +91,10 @@ class ValueProblems:
     """the row"""
     bad_selected_row: int = _NONE
     bad_selected: int = 0
+
+
+NO_PROBLEMS = ValueProblems()
+_NO_PROBLEMS_INTS = list(struct.unpack("<12i", struct.pack("<6q", *astuple(NO_PROBLEMS))))
 
 
 @functools.lru_cache(maxsize=256)
@@ -181,6 +186,17 @@ def write_static(out: Tensor, request: RowRequest) -> None:
     out[: STATIC_INTS + 2] = _static_tensor(request, out.device)
 
 
+def write_findings(out: Tensor, problems: ValueProblems, hidden: Tensor | None) -> None:
+    """What is known on the host alone, into a header that has everything else."""
+    if hidden is None and problems == NO_PROBLEMS:
+        return
+    numbers = out[STATIC_INTS:].view(torch.int64)
+    if hidden is not None:
+        numbers[0] = hidden
+    first = _DYNAMIC.index("bad_row")
+    numbers[first : first + 6] = torch.tensor(astuple(problems), device=out.device)
+
+
 def write_header(
     out: Tensor,
     request: RowRequest,
@@ -259,6 +275,24 @@ def read_headers(headers: Tensor, dtype: torch.dtype = torch.float32) -> list[He
     return out
 
 
+def agree(headers: list[list[int]]) -> bool:
+    """Whether nothing at all is to be said of these headers: sure of a yes.
+
+    The usual case, told apart by a few comparisons: shards in rank order that tile the vocabulary,
+    everything else alike, no problem of values. A no is for ``raise_on_problems`` to explain.
+    """
+    first, reached = headers[0], 0
+    begin, end = _CHECKSUMS["content"], _CHECKSUMS["content"] + 2
+    for header in headers:
+        same = header[_VOCAB:begin] == first[_VOCAB:begin] and header[end:] == first[end:]
+        if header[_START] != reached or not same:
+            return False
+        reached = header[_STOP]
+    fine = first[_CHECKSUMS["bad_row"] : _CHECKSUMS["normalizer"]] == _NO_PROBLEMS_INTS
+    alike = any(first[begin:end]) and all(h[begin:end] == first[begin:end] for h in headers)
+    return fine and reached == first[_VOCAB] and not alike
+
+
 def raise_on_problems(
     headers: list[Header], target: Tensor, constant_rows: bool, from_hidden: bool = False
 ) -> None:
@@ -301,6 +335,8 @@ def raise_on_problems(
                 )
     if from_hidden:
         _raise_on_hidden(headers)
+    if not constant_rows and from_hidden and not first.options["implicit_shard"]:
+        repeated_head.warn_if_repeated([header.checksums["content"] for header in headers])
     if looks_gathered(headers) and not constant_rows:
         size = first.stop - first.start
         ignore_index = first.options["ignore_index"]

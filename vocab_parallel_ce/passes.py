@@ -12,7 +12,7 @@ dimensions that cannot be flattened are looped over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,14 +43,26 @@ class RowResult:
     """[N] the softmax of every row is e^(x - m) / s; kept apart, see the backward"""
     local_target: Tensor
     """[N] int64 column, ELSEWHERE or IGNORED"""
-    argmax: Tensor
-    """[N] int64, or empty when not asked for"""
-    normalizer: Tensor
-    """0-d: rank 0's, for all ranks; empty when the call has none"""
+    argmax: Tensor | None = None
+    """[N] int64, where it was asked for"""
+    normalizer: Tensor | None = None
+    """0-d: rank 0's, for all ranks; None when the call has none"""
     scale: Tensor | None = None
     """[N] where each row has its own; counts in place of the request's"""
     selected: Tensor | None = None
     """[N, K] int64 ids whose log-probabilities were asked for"""
+
+    def outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """All that was computed, for an operator's schema: empty what was not asked for."""
+        argmax, agreed = self.argmax, self.normalizer
+        return (
+            self.stats,
+            self.m,
+            self.s,
+            self.local_target,
+            self.local_target.new_empty(0) if argmax is None else argmax,
+            self.m.new_empty(0) if agreed is None else agreed,
+        )
 
 
 def row_blocks(x: Tensor) -> list[Tensor]:
@@ -152,7 +164,7 @@ def exchange_statistics(
         announced: the targets that the header speaks of, where they are not ``target``.
     """
     request, logits, normalizer = plan.request, plan.logits, plan.normalizer
-    several = group if group is not None and dist.get_world_size(group) > 1 else None
+    several = group if group is not None and group.size() > 1 else None
     on_host = _on_host(logits, request)
     ids = target.reshape(-1).long()  # every comparison with an id happens in int64
     engine = select_to_read(request.engine, logits)
@@ -172,7 +184,7 @@ def exchange_statistics(
         payload = Payload.allocate(k, rows, dtype, logits.device)
         parts = payload.parts
         hidden = fill(engine, parts, steps.local_target)
-        payload.shard_weight[0] = _shard_total(weight, request, dtype)
+        payload.shard_weight.fill_(_shard_total(weight, request, dtype))
         steps.write_header(payload, hidden)
         if request.checking:
             check_group_serves(logits.device.type, several)
@@ -190,14 +202,11 @@ def exchange_statistics(
             s, stats = s.masked_fill(bad, torch.nan), stats.masked_fill_(bad, torch.nan)
             argmax = None if argmax is None else argmax.masked_fill_(bad, -1)
         stats = torch.cat([stats, selecting.log_prob(x_selected, m, s, ignored)])
-    if argmax is None:
-        argmax = steps.local_target.new_empty(0)
-    if normalizer is None:
-        agreed = stats.new_empty(0)
-    elif gathered.headers is None:
-        agreed = normalizer.clone()  # neither autograd nor an operator may hand out its input
-    else:
-        agreed = read_normalizers(gathered.headers[:1], dtype)[0].clone()
+    agreed = normalizer
+    if normalizer is not None:  # cloned: neither autograd nor an operator may hand out its input
+        headers = gathered.headers
+        agreed = normalizer if headers is None else read_normalizers(headers[:1], dtype)[0]
+        agreed = agreed.clone()
     return RowResult(stats, m, s, steps.local_target, argmax, agreed, plan.scale, selected)
 
 
@@ -245,11 +254,14 @@ def compute_gradient(
     logits: Tensor,
     result: RowResult,
     weight: Tensor | None,
-    grad_stats: Tensor,
+    grads: Sequence[Tensor | None],
     request: RowRequest,
     out: Tensor,
 ) -> None:
-    """The backward pass: write d(logits) into ``out`` [..., C_r], which may be ``logits``."""
+    """The backward pass: write d(logits) into ``out`` [..., C_r], which may be ``logits``.
+
+    ``grads`` are those of the statistics, ``apart``; not of all of them None.
+    """
     size = request.size
     if size < out.shape[-1]:
         out[..., size:].zero_()
@@ -257,25 +269,21 @@ def compute_gradient(
         return
     if weight is not None:
         require_memory(weight, "weight")
-    softmax, target_part, smooth, entropy = gradient_coefficients(
-        result, weight, grad_stats, request
-    )
+    whole = gradient_coefficients(result, weight, grads, request)
     scale = result.scale
     columns = of_selected = None
-    if result.selected is not None and result.selected.shape[1] > 0:
+    if result.selected is not None and result.selected.shape[1] > 0 and grads[-1] is not None:
         columns = selecting.local_columns(result.selected, result.local_target, request)
-        of_selected = _scaled(grad_stats[-columns.shape[1] :], result, request)
+        of_selected = _scaled(grads[-1], result, request)
     engine = select_to_read(request.engine, logits)
-    shard_weight = _shard_weight(weight, request, softmax.dtype)
+    shard_weight = _shard_weight(weight, request, result.m.dtype)
     for rows, source in _numbered(row_blocks(_columns(logits, size))):
-        m, s, column = (_of(v, rows) for v in (result.m, result.s, result.local_target))
-        factor = request.scale if scale is None else _of(scale, rows)
-        coefficients = Coefficients(
-            _of(softmax, rows),
-            _of(target_part, rows),
-            None if smooth is None else _of(smooth, rows),
-            None if entropy is None else _of(entropy, rows),
-        )
+        m, s, column = result.m, result.s, result.local_target
+        factor, coefficients = request.scale if scale is None else scale, whole
+        if rows is not None:
+            m, s, column = m[rows], s[rows], column[rows]
+            factor = request.scale if scale is None else scale[rows]
+            coefficients = whole.of(rows)
         touched = None
         if columns is not None and of_selected is not None:  # before the logits are overwritten
             touched = selecting.touched(
@@ -292,27 +300,40 @@ def compute_gradient(
 
 
 def gradient_coefficients(
-    result: RowResult, weight: Tensor | None, grad_stats: Tensor, request: RowRequest
+    result: RowResult,
+    weight: Tensor | None,
+    grads: Sequence[Tensor | None],
+    request: RowRequest,
 ) -> Coefficients:
-    """What the gradient [j + K, N] of the statistics makes of the parts of a row's gradient."""
-    names, of_selected = stat_names(request.wanted), None
-    if result.selected is not None and result.selected.shape[1] > 0:
-        grad_stats, of_selected = grad_stats[: len(names)], grad_stats[len(names) :]
-    g = dict(zip(names, grad_stats.unbind(0), strict=True))
-    softmax = g["nll"] + g["lse"]
-    if of_selected is not None:
-        softmax = softmax - of_selected.sum(0)
+    """What ``grads``, those of the statistics, make of the parts of a row's gradient."""
+    named = dict(zip(stat_names(request.wanted), grads, strict=False))
+    nll = named["nll"]
+    softmax = _sum(nll, named["lse"])
+    if result.selected is not None and result.selected.shape[1] > 0 and grads[-1] is not None:
+        softmax = _sum(softmax, -grads[-1].sum(0))
     smooth = entropy = None
-    if request.smooth:
-        softmax = softmax + g["smooth"] * _total_weight(weight, request, softmax.dtype)
-        smooth = _scaled(g["smooth"], result, request)
-    if request.entropy:
-        h = result.stats[names.index("entropy")]
+    g = named.get("smooth")
+    if g is not None:
+        softmax = _sum(softmax, g * _total_weight(weight, request, g.dtype))
+        smooth = _scaled(g, result, request)
+    g = named.get("entropy")
+    if g is not None:
+        h = result.stats[stat_names(request.wanted).index("entropy")]
         # Nothing where nothing depends on it: such a row may have no entropy (0 * NaN).
-        softmax = softmax - torch.where(g["entropy"] == 0, 0.0, g["entropy"] * h)
-        entropy = _scaled(g["entropy"], result, request)
-    softmax, target = (_scaled(part, result, request) for part in (softmax, g["nll"]))
-    return Coefficients(softmax, target, smooth, entropy)
+        softmax = _sum(softmax, -torch.where(g == 0, 0.0, g * h))
+        entropy = _scaled(g, result, request)
+    if softmax is None:
+        softmax = torch.zeros_like(result.m)
+    softmax = _scaled(softmax, result, request)
+    if nll is None:
+        return Coefficients(softmax, torch.zeros_like(softmax), smooth, entropy)
+    return Coefficients(softmax, _scaled(nll, result, request), smooth, entropy)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return a if b is None else b
+    return a + b
 
 
 def _scaled(g: Tensor, result: RowResult, request: RowRequest) -> Tensor:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,22 +141,28 @@ def is_told(problem: Exception) -> bool:
     return getattr(problem, _TOLD, False)
 
 
-@contextmanager
-def together(group: object, check: object) -> Iterator[None]:
+class together:  # noqa: N801 (a context manager, read as a word)
     """Tells the other ranks of ``group`` of whatever is raised inside: a wrong call, an argument,
     memory that is not there, an engine that cannot. They raise as well.
 
     Not of what comes after the preflight: the others no longer listen.
     ``check`` is the argument of the public functions, or the word of a request.
     """
-    held = _held.count
-    try:
-        yield
-    except Exception as problem:
-        listening = _held.count == held and check_is_on(check_word(check)) and not is_told(problem)
-        if listening and isinstance(group, dist.ProcessGroup) and dist.get_world_size(group) > 1:
+
+    def __init__(self, group: object, check: object) -> None:
+        self._group, self._check, self._held = group, check, _held.count
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, _kind: object, problem: BaseException | None, _trace: object) -> None:
+        group = self._group
+        if not isinstance(problem, Exception) or _held.count != self._held or is_told(problem):
+            return
+        if not check_is_on(check_word(self._check)) or not isinstance(group, dist.ProcessGroup):
+            return
+        if dist.get_world_size(group) > 1:
             preflight(problem, group)
-        raise
 
 
 def _exchange(

@@ -15,6 +15,7 @@ rules of autograd and of in-place backward are kept. Eager calls go through an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from .passes import (
     empty_log_prob,
 )
 from .request import RowRequest
+from .statistics import apart
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
@@ -61,6 +63,10 @@ def refusing_second_derivative(grad: Tensor, *origins: Tensor) -> Tensor:
     return out
 
 
+_FURTHER = 4
+"""outputs behind the statistics: m, s, argmax and the normalizer"""
+
+
 class _RowStatistics(torch.autograd.Function):
     """The primitive in eager mode."""
 
@@ -77,7 +83,7 @@ class _RowStatistics(torch.autograd.Function):
         normalizer: Tensor | None,
         scale: Tensor | None,
         selected: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor | None, ...]:
         result = compute_statistics(
             logits, target, weight, request, group, log_prob_out, normalizer, scale, selected
         )
@@ -85,36 +91,37 @@ class _RowStatistics(torch.autograd.Function):
         ctx.save_for_backward(
             logits, result.m, result.s, result.local_target, stats, weight, scale, selected
         )
-        ctx.mark_non_differentiable(result.m, result.s, result.argmax, result.normalizer)
+        further = (result.m, result.s, result.argmax, result.normalizer)
+        ctx.mark_non_differentiable(*(value for value in further if value is not None))
         ctx.set_materialize_grads(False)  # m, s and argmax never have one: no zeros for them
         ctx.request = request
         ctx.inplace_backward = inplace_backward
         ctx.overwritten = False
-        return result.stats, result.m, result.s, result.argmax, result.normalizer
+        return *apart(result.stats, request.wanted, selected), *further
 
     @staticmethod
-    def backward(ctx: Any, grad_stats: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        if grad_stats is None:  # nothing upstream depends on the statistics
+    def backward(ctx: Any, *all_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grads = all_grads[:-_FURTHER]
+        if all(grad is None for grad in grads):  # nothing upstream depends on the statistics
             return (None,) * 10
         refuse_second_backward(ctx)
         try:
             saved = ctx.saved_tensors
         except RuntimeError as problem:
             raise_explained(problem)
-        recording = torch.is_grad_enabled()  # create_graph=True
+        if not torch.is_grad_enabled():  # create_graph=False
+            return (_RowStatistics._gradient(ctx, saved, grads), *(None,) * 9)
         # Fresh memory, taken before the logits are overwritten: a view would be refused.
-        origins = (grad_stats, saved[0][..., :0].sum()) if recording else ()
+        origins = (*(g for g in grads if g is not None), saved[0][..., :0].sum())
         with torch.no_grad():
-            grad = _RowStatistics._gradient(ctx, saved, grad_stats)
-        if recording:
-            grad = refusing_second_derivative(grad, *origins)
-        return (grad, *(None,) * 9)
+            grad = _RowStatistics._gradient(ctx, saved, grads)
+        return (refusing_second_derivative(grad, *origins), *(None,) * 9)
 
     @staticmethod
-    def _gradient(ctx: Any, saved: tuple[Any, ...], grad_stats: Tensor) -> Tensor:
+    def _gradient(ctx: Any, saved: tuple[Any, ...], grads: Sequence[Tensor | None]) -> Tensor:
         logits, m, s, local_target, stats, weight, scale, selected = saved
         request: RowRequest = ctx.request
-        result = RowResult(stats, m, s, local_target, m, m, scale, selected)
+        result = RowResult(stats, m, s, local_target, scale=scale, selected=selected)
         if torch.compiler.is_compiling():
             from . import compiled
 
@@ -122,29 +129,42 @@ class _RowStatistics(torch.autograd.Function):
             # The operator's schema has no optional statistics; it reads those of the entropy only.
             result.stats = m.new_empty(0) if stats is None else stats
             return compiled.gradient(
-                logits, result, weight, grad_stats, request, ctx.inplace_backward
+                logits, result, weight, _whole(grads, result), request, ctx.inplace_backward
             )
-        if not has_memory(grad_stats):
-            grad_stats = settled(grad_stats)
-            if kind_of(grad_stats) is Kind.TRANSFORMED:  # is_grads_batched: many gradients at once
+        if not all(grad is None or has_memory(grad) for grad in grads):
+            grads = [None if grad is None else settled(grad) for grad in grads]
+            if _transformed(*grads):  # is_grads_batched: many gradients at once
                 if ctx.inplace_backward:
                     raise ValueError(
                         "inplace_backward=True has room for one gradient, and is_grads_batched "
                         "asks for many; use inplace_backward=False"
                     )
                 return transforms.gradient(
-                    logits, local_target, weight, request, grad_stats, scale, selected
+                    logits, local_target, weight, request, _whole(grads, result), scale, selected
                 )
         if not ctx.inplace_backward:
             grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-            compute_gradient(logits, result, weight, grad_stats, request, grad)
+            compute_gradient(logits, result, weight, grads, request, grad)
             return grad
         ctx.overwritten = True
         # Without the tape's view of it: the engine writes, this function tells autograd.
         memory: Tensor = logits.detach()
-        compute_gradient(memory, result, weight, grad_stats, request, memory)
+        compute_gradient(memory, result, weight, grads, request, memory)
         mark(logits)
         return memory
+
+
+def _whole(grads: Sequence[Tensor | None], result: RowResult) -> Tensor:
+    """[j + K, N] of gradients that are ``apart``: zeros where there is none."""
+    m, selected = result.m, result.selected
+    shapes = [m.shape] * len(grads)
+    if selected is not None:
+        shapes[-1] = selected.t().shape
+    full = (
+        m.new_zeros(shape) if grad is None else grad
+        for grad, shape in zip(grads, shapes, strict=True)
+    )
+    return torch.cat([grad if grad.dim() == 2 else grad[None] for grad in full])
 
 
 def row_statistics(
@@ -158,34 +178,36 @@ def row_statistics(
     normalizer: Tensor | None = None,
     scale: Tensor | None = None,
     selected: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Differentiable stats [j + K, N]; then m [N], s [N], argmax and the normalizer of all ranks.
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Differentiable statistics; then m [N], s [N], argmax and the normalizer of all ranks, which
+    mean nothing where they were not asked for.
 
-    Only the first carries a gradient: the statistics of ``statistics.stat_names``, and behind them
-    the log-probabilities of ``selected`` [N, K] int64. ``normalizer`` is 0-d and ``scale`` [N]
+    Only the first carry a gradient: [N] for each of ``statistics.stat_names``, and behind them the
+    log-probabilities [K, N] of ``selected`` [N, K] int64. ``normalizer`` is 0-d and ``scale`` [N]
     where each row has its own, in the arithmetic dtype. ``log_prob_out``: see ``log_prob_space``.
     """
     usual = not torch.compiler.is_compiling() and ordinary(logits)
     if not usual and traced(logits):
         from . import compiled
 
-        return compiled.row_statistics(
+        stats, m, s, argmax, agreed = compiled.row_statistics(
             logits, target, weight, request, group, inplace_backward, normalizer, scale, selected
         )
+        return apart(stats, request.wanted, selected), m, s, argmax, agreed
     if transforms.active() and _transformed(logits, target, weight, normalizer, scale, selected):
         stats, m, s, argmax = transforms.row_statistics(
             logits, target, weight, request, scale, selected
         )
-        agreed = stats.new_empty(0) if normalizer is None else normalizer
-        return stats, m, s, argmax, agreed
+        return apart(stats, request.wanted, selected), m, s, argmax, normalizer
     try:
-        out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _RowStatistics.apply(  # type: ignore[no-untyped-call]
+        out: tuple[Any, ...] = _RowStatistics.apply(  # type: ignore[no-untyped-call]
             logits, target, weight, request, group, inplace_backward, log_prob_out, normalizer,
             scale, selected,
         )  # fmt: skip
     except RuntimeError as problem:
         raise_explained(problem)
-    return out
+    m, s, argmax, normalizer = out[-_FURTHER:]
+    return out[:-_FURTHER], m, s, argmax, normalizer
 
 
 def _transformed(*tensors: Tensor | None) -> bool:

@@ -6,7 +6,7 @@ mean: sum l_n / sum of w_y over kept rows  +  sum z_n / number of kept rows
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,33 +23,33 @@ class RowLosses:
 
     loss: Tensor
     zloss: Tensor | None
-    row_weight: Tensor
-    """w_y of kept rows, 0 of ignored ones"""
+    row_weight: Tensor | None
+    """w_y of kept rows, 0 of ignored ones; None where there are no class weights"""
     kept: Tensor
 
 
 def row_losses(
-    stats: Tensor, target: Tensor, weight: Tensor | None, request: RowRequest
+    stats: Sequence[Tensor], target: Tensor, weight: Tensor | None, request: RowRequest
 ) -> RowLosses:
-    """``stats`` [j, N] of the primitive and ``target`` [N] -> the losses of every row."""
-    named = dict(zip(stat_names(request.wanted), stats.unbind(0), strict=True))
-    row_weight, kept = row_weights(target, weight, request, stats.dtype)
-    loss = named["nll"]
-    if weight is not None:
+    """``stats`` of the primitive, j times [N], and ``target`` [N] -> the losses of every row."""
+    names = stat_names(request.wanted)
+    loss = stats[names.index("nll")]
+    row_weight, kept = row_weights(target, weight, request, loss.dtype)
+    if row_weight is not None:
         loss = loss * row_weight
     eps = request.label_smoothing
     if eps > 0:
-        loss = (1 - eps) * loss + (eps / request.vocab_size) * named["smooth"]
+        loss = (1 - eps) * loss + (eps / request.vocab_size) * stats[names.index("smooth")]
     zloss = None
     if is_on(request.lse_square_scale):
-        zloss = (request.lse_square_scale * _square(named["lse"])).masked_fill(~kept, 0.0)
+        lse = stats[names.index("lse")]
+        zloss = (request.lse_square_scale * _square(lse)).masked_fill(~kept, 0.0)
     return RowLosses(loss, zloss, row_weight, kept)
 
 
 def row_coefficients(
     stats: Tensor,
     losses: RowLosses,
-    weighted: bool,
     request: RowRequest,
     of_loss: Tensor,
     of_zloss: Tensor,
@@ -63,7 +63,7 @@ def row_coefficients(
     out = torch.zeros_like(stats)
     named = dict(zip(stat_names(request.wanted), out.unbind(0), strict=True))
     named["nll"].copy_(of_loss * (1 - eps))
-    if weighted:
+    if losses.row_weight is not None:
         named["nll"].mul_(losses.row_weight)
     if eps > 0:
         named["smooth"].copy_(of_loss * (eps / request.vocab_size))
@@ -77,16 +77,15 @@ def row_coefficients(
 
 def row_weights(
     target: Tensor, weight: Tensor | None, request: RowRequest, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor]:
     """``row_weight`` and ``kept`` of ``RowLosses``, from the targets [N] alone."""
     target = target.long()
     kept = target != request.ignore_index
-    row_weight = kept.to(dtype)
-    if weight is not None:
-        # Clamped, because an ignored or an invalid target must not index out of bounds.
-        column = target.clamp(0, request.vocab_size - 1)
-        row_weight = row_weight * weight.to(dtype)[column]
-    return row_weight, kept
+    if weight is None:
+        return None, kept
+    # Clamped, because an ignored or an invalid target must not index out of bounds.
+    column = target.clamp(0, request.vocab_size - 1)
+    return kept.to(dtype) * weight.to(dtype)[column], kept
 
 
 def _square(lse: Tensor) -> Tensor:
@@ -117,7 +116,7 @@ def reduce_rows(
         zloss = None if zloss is None else total(zloss.sum())
     if reduction == "mean":
         of_loss, of_zloss = denominators(
-            rows.row_weight, rows.kept, zloss is not None, normalizer, total
+            rows.row_weight, rows.kept, loss.dtype, zloss is not None, normalizer, total
         )
         loss = loss / of_loss
         zloss = None if zloss is None else zloss / of_zloss
@@ -125,20 +124,24 @@ def reduce_rows(
 
 
 def denominators(
-    row_weight: Tensor,
+    row_weight: Tensor | None,
     kept: Tensor,
+    dtype: torch.dtype,
     has_zloss: bool,
     normalizer: Tensor | None = None,
     total: Callable[[Tensor], Tensor] = _same,
 ) -> tuple[Tensor, Tensor]:
-    """What "mean" divides the sum of losses by, and that of z-losses: 0-d each."""
+    """What "mean" divides the sum of losses by, and that of z-losses: 0-d each, in ``dtype``."""
     if normalizer is not None:
         # Nothing kept, nothing counted: 0 and a gradient of 0, where 0 / 0 would be NaN.
         empty = (normalizer == 0) & ~kept.any()
         both = torch.where(empty, torch.ones_like(normalizer), normalizer)
         return both, both
-    of_zloss = total(kept.sum().to(row_weight.dtype)) if has_zloss else row_weight.new_ones(())
-    return total(row_weight.sum()), of_zloss
+    if row_weight is None:
+        of_loss = total(kept.sum(dtype=dtype))
+        return of_loss, of_loss
+    of_loss = total(row_weight.sum())
+    return of_loss, total(kept.sum(dtype=dtype)) if has_zloss else of_loss
 
 
 def as_scalar(normalizer: Tensor | float | None, logits: Tensor) -> Tensor | None:

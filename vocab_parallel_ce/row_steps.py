@@ -5,8 +5,8 @@
     conclude         partials of all ranks -> the statistics of every row; NaN where ranks disagree
 
 ``TorchSteps`` is made of the functions of ``targets``, ``header`` and ``statistics``: the one to
-read, and the one that raises where values may be looked at. On an accelerator those are a hundred
-launches of small kernels; an engine that has ``ROW_FUNCTIONS`` does the same with three.
+read. Those are a hundred small calls, on an accelerator as many launches; an engine that has
+``ROW_FUNCTIONS`` does the same with three. Both raise where values may be looked at.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from torch import Tensor
 
 from . import forgotten_group
 from .collectives import Payload
-from .engines.contract import Engine, Gathered, RowFunctions
+from .engines.contract import IGNORED, Engine, Gathered, RowFunctions
 from .header import (
     HEADER_LAYOUT,
+    NO_PROBLEMS,
     ValueProblems,
+    agree,
     checksum,
     disagreement,
     float_checksum,
-    looks_gathered,
     raise_on_own_values,
     raise_on_problems,
     read_headers,
+    write_findings,
     write_header,
     write_static,
 )
@@ -95,20 +97,19 @@ class TorchSteps:
         self.local_target = self._located.local_target
         self._target = target if announced is None else announced
         self._from_hidden = False
-        self._problems = ValueProblems()
+        self._problems = NO_PROBLEMS
         if on_host:
             located = self._located if announced is None else locate(announced, request)
             self._problems = find_problems(
                 self._target, located, weight, scale, selected, request.vocab_size
             )
-        if group_rank_and_size(group)[1] == 1:  # several raise together, after the exchange
-            cause = forgotten_group.cause(group, not request.implicit_shard, request.size)
-            raise_on_own_values(self._problems, request, cause)
+            _raise_if_alone(self._problems, request, group)
 
     def write_header(self, payload: Payload, hidden: Tensor | None = None) -> None:
         """See ``RowSteps``."""
-        content = payload.parts[:2] if self._request.implicit_shard else None
         self._from_hidden = hidden is not None
+        told = self._request.implicit_shard or self._from_hidden
+        content = payload.parts[:2] if told else None
         write_header(
             payload.header, self._request, self._target, content, self._weight, self._problems,
             self._normalizer, hidden, self._scale, self._selected,
@@ -125,7 +126,10 @@ class TorchSteps:
             merged = merge(gathered.parts, wanted, gathered.shard_weight, gathered.starts)
         if self._on_host:
             if gathered.headers is not None:
-                self._raise(gathered.headers, parts)
+                _raise_on_headers(
+                    gathered.headers, parts, self._target, self._request.size, self.local_target,
+                    self._from_hidden,
+                )  # fmt: skip
         else:
             poison = ~self._located.allowed
             if gathered.headers is not None:
@@ -138,18 +142,12 @@ class TorchSteps:
             finish(merged, wanted, total_weight, ignored), merged.m, merged.s, merged.argmax
         )
 
-    def _raise(self, headers: Tensor, parts: Tensor) -> None:
-        read = read_headers(headers, parts.dtype)
-        excused = looks_gathered(read) and bool(self._constant_rows(parts))
-        raise_on_problems(read, self._target, excused, self._from_hidden)
-
     def _constant_rows(self, parts: Tensor) -> Tensor:
-        """0-d: every kept row of this shard holds one value, so that s counts its columns."""
-        return ((parts[1] == self._request.size) | self._located.ignored).all()
+        return _constant_rows(parts, self._request.size, self.local_target)
 
 
 class FusedSteps:
-    """An engine's own kernels; nothing is looked at on the host."""
+    """An engine's own kernels. What raises on the host they find; torch's functions explain it."""
 
     def __init__(
         self,
@@ -158,25 +156,48 @@ class FusedSteps:
         weight: Tensor | None,
         request: RowRequest,
         normalizer: Tensor | None,
+        group: dist.ProcessGroup | None = None,
+        announced: Tensor | None = None,
         scale: Tensor | None = None,
         selected: Tensor | None = None,
     ) -> None:
         self._functions, self._target, self._weight = functions, target, weight
         self._request, self._normalizer, self._scale = request, normalizer, scale
-        self._selected = selected
+        self._announced = target if announced is None else announced
+        self._selected, self._from_hidden = selected, False
         self._excuse: Tensor | None = None
-        self.local_target = functions.locate(
-            target, request.start, request.stop, request.ignore_index
+        self._problems = NO_PROBLEMS
+        self.local_target, bad_row = self._locate(target)
+        if functions.ON_HOST:
+            if announced is not None:
+                bad_row = self._locate(announced)[1]
+            self._find_problems(bad_row, group)
+
+    def _locate(self, target: Tensor) -> tuple[Tensor, int]:
+        request = self._request
+        return self._functions.locate(
+            target, request.start, request.stop, request.vocab_size, request.ignore_index
         )
+
+    def _find_problems(self, bad_row: int, group: dist.ProcessGroup | None) -> None:
+        weight, scale, selected = self._weight, self._scale, self._selected
+        if bad_row < 0 and weight is None and scale is None and selected is None:
+            return
+        target, request = self._announced, self._request
+        self._problems = find_problems(
+            target, locate(target, request), weight, scale, selected, request.vocab_size
+        )
+        _raise_if_alone(self._problems, request, group)
 
     def write_header(self, payload: Payload, hidden: Tensor | None = None) -> None:
         """See ``RowSteps``. Hidden states are compared on the host only."""
         request, weight = self._request, self._weight
+        told = request.implicit_shard or (hidden is not None and self._functions.ON_HOST)
         write_static(payload.header, request)
         self._excuse = self._functions.sign(
             payload.header[HEADER_LAYOUT.static :].view(torch.int64),
-            self._target,
-            payload.parts[:2] if request.implicit_shard else None,
+            self._announced,
+            payload.parts[:2] if told else None,
             None if weight is None else float_checksum(weight),
             self._normalizer,
             None if self._scale is None else float_checksum(self._scale),
@@ -184,18 +205,51 @@ class FusedSteps:
             request.size,
             request.ignore_index,
         )
+        if self._functions.ON_HOST:
+            self._from_hidden = hidden is not None
+            write_findings(payload.header, self._problems, hidden)
 
     def conclude(
         self, gathered: Gathered, parts: Tensor, total_weight: Tensor | float
     ) -> Concluded:
         """See ``RowSteps``."""
         request = self._request
+        if self._functions.ON_HOST and gathered.headers is not None:
+            _raise_on_headers(
+                gathered.headers, parts, self._announced, request.size, self.local_target,
+                self._from_hidden,
+            )  # fmt: skip
         return Concluded(
             *self._functions.conclude(
                 gathered, request.wanted, self._target, request.vocab_size, request.ignore_index,
                 total_weight, HEADER_LAYOUT, self._excuse,
             )
         )  # fmt: skip
+
+
+def _raise_if_alone(
+    problems: ValueProblems, request: RowRequest, group: dist.ProcessGroup | None
+) -> None:
+    """Ranks that are several raise together, after the exchange."""
+    if problems != NO_PROBLEMS and group_rank_and_size(group)[1] == 1:
+        cause = forgotten_group.cause(group, not request.implicit_shard, request.size)
+        raise_on_own_values(problems, request, cause)
+
+
+def _raise_on_headers(
+    headers: Tensor, parts: Tensor, target: Tensor, size: int, local_target: Tensor, hidden: bool
+) -> None:
+    """``target`` is what was announced; ``hidden``: the logits are made of hidden states."""
+    if agree(headers.tolist()):
+        return
+    read = read_headers(headers, parts.dtype)
+    constant = bool(_constant_rows(parts, size, local_target))
+    raise_on_problems(read, target, constant, hidden)
+
+
+def _constant_rows(parts: Tensor, size: int, local_target: Tensor) -> Tensor:
+    """0-d: every kept row of this shard of ``size`` columns holds one value, so that s is size."""
+    return ((parts[1] == size) | (local_target == IGNORED)).all()
 
 
 def row_steps(
@@ -216,8 +270,10 @@ def row_steps(
     a whole batch, of which ``target`` is a part. On the host only.
     """
     functions = engine.ROW_FUNCTIONS
-    if functions is None or on_host or target.numel() == 0:
+    if functions is None or on_host != functions.ON_HOST or target.numel() == 0:
         return TorchSteps(
             target, weight, request, normalizer, on_host, group, announced, scale, selected
         )
-    return FusedSteps(functions, target, weight, request, normalizer, scale, selected)
+    return FusedSteps(
+        functions, target, weight, request, normalizer, group, announced, scale, selected
+    )

@@ -52,6 +52,14 @@ def stat_names(wanted: Wanted) -> tuple[str, ...]:
     return tuple(names)
 
 
+def apart(stats: Tensor, wanted: Wanted, selected: Tensor | None) -> tuple[Tensor, ...]:
+    """[j + K, N] as j rows [N] and, where ids were ``selected``, [K, N]."""
+    if selected is None:
+        return stats.unbind(0)
+    j = len(stat_names(wanted))
+    return *stats[:j].unbind(0), stats[j:]
+
+
 def rescale_(parts: dict[str, Tensor], m: Tensor, shard_weight: Tensor) -> None:
     """Make partials relative to the global ``m``, in place: then they can be summed.
 

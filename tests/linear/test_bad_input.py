@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from vocab_parallel_ce import VocabShard, linear_cross_entropy, linear_token_statistics
+from vocab_parallel_ce import (
+    VocabShard,
+    linear_cross_entropy,
+    linear_token_statistics,
+    repeated_head,
+)
 
 from ..ranks import Pool
 from .cases import scratch_for
@@ -351,6 +357,32 @@ def test_what_one_rank_has_and_another_has_not(pool: Pool, name: str, gradient: 
     texts = pool.run(_checked, 2, (name, gradient))
     assert texts[0] == texts[1]
     assert f"ranks disagree on {said}: rank 0 of the group passed False, rank 1" in texts[0]
+
+
+def _warnings(group: dist.ProcessGroup, head: str) -> list[str]:
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    call = _sharded(group)
+    if head == "repeated":
+        first = torch.Generator().manual_seed(0)
+        call["linear_weight"] = torch.randn(V, H, generator=first).requires_grad_()
+    elif head == "zero":
+        call["linear_weight"] = torch.zeros(V, H, requires_grad=True)
+    call["shard"] = VocabShard(rank * V, (rank + 1) * V, world * V)
+    repeated_head._warned = False
+    with warnings.catch_warnings(record=True) as caught, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")  # the others leave it to the first of the host
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert _said(call) == ""
+    return [str(one.message) for one in caught]
+
+
+@pytest.mark.parametrize("head", ["repeated", "zero", "right"])
+def test_a_head_that_is_the_same_on_every_rank_warns_once(pool: Pool, head: str) -> None:
+    """With shards that were told: else it is an error, above."""
+    for said in pool.run(_warnings, 2, (head,)):
+        assert len(said) == (head == "repeated"), said
+        assert all("linear_weight of all 2 ranks of the group give the same" in w for w in said)
 
 
 def _own_mistake(group: dist.ProcessGroup, name: str) -> tuple[int, str]:

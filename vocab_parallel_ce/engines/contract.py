@@ -38,6 +38,7 @@ of the result, the target's too, is multiplied by the cap's slope 1 - tanh(logit
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -67,8 +68,13 @@ class Wanted:
     @property
     def rows(self) -> tuple[str, ...]:
         """Names of the k rows that ``partials`` fills, in order."""
-        optional = {"smooth": "u", "entropy": "t", "squares": "q", "argmax": "argmax"}
-        return ("m", "s", "x_y", *(row for name, row in optional.items() if getattr(self, name)))
+        return _rows(self.smooth, self.entropy, self.squares, self.argmax)
+
+
+@cache
+def _rows(smooth: bool, entropy: bool, squares: bool, argmax: bool) -> tuple[str, ...]:
+    optional = {"u": smooth, "t": entropy, "q": squares, "argmax": argmax}
+    return ("m", "s", "x_y", *(row for row, wanted in optional.items() if wanted))
 
 
 class Coefficients(NamedTuple):
@@ -78,6 +84,16 @@ class Coefficients(NamedTuple):
     target: Tensor
     smooth: Tensor | None = None
     entropy: Tensor | None = None
+
+    def of(self, rows: slice) -> Coefficients:
+        """Those of some rows."""
+        softmax, target, smooth, entropy = self
+        return Coefficients(
+            softmax[rows],
+            target[rows],
+            None if smooth is None else smooth[rows],
+            None if entropy is None else entropy[rows],
+        )
 
 
 @dataclass(frozen=True)
@@ -96,8 +112,7 @@ class Gathered:
     @classmethod
     def of_one_rank(cls, parts: Tensor) -> Gathered:
         """[k, N] of a rank alone: nobody asks what it weighs, or where it starts."""
-        nobody = parts.new_empty(1)
-        return cls(parts[None], nobody, nobody, None)
+        return cls(parts[None], parts, parts, None)
 
 
 class HeaderLayout(NamedTuple):
@@ -124,12 +139,21 @@ class HeaderLayout(NamedTuple):
 class RowFunctions(Protocol):
     """An engine's own versions of the arithmetic on [N] vectors around its three functions.
 
-    ``row_steps`` uses them on accelerators, where plain torch would launch a hundred kernels for
-    it. The same numbers as the torch functions that each stands for, without looking at any.
+    Plain torch would make a hundred small calls of it. The same numbers as the torch functions that
+    each stands for.
     """
 
-    def locate(self, target: Tensor, start: int, stop: int, ignore_index: int) -> Tensor:
-        """``targets.locate``: the local_target of ``target`` [N]."""
+    ON_HOST: bool
+    """True: they serve where values may be looked at, and whoever calls them looks at headers.
+    False: they look at none and judge on the device."""
+
+    def locate(
+        self, target: Tensor, start: int, stop: int, vocab_size: int, ignore_index: int
+    ) -> tuple[Tensor, int]:
+        """``targets.locate``: the local_target of ``target`` [N] int64.
+
+        And the first row whose target is no class; -1 where there is none, or nobody looked.
+        """
         ...
 
     def sign(
@@ -143,12 +167,14 @@ class RowFunctions(Protocol):
         selected_checksum: Tensor | None,
         size: int,
         ignore_index: int,
-    ) -> Tensor:
-        """``header.write_header``: the int64 values of a header, into ``slots``.
+    ) -> Tensor | None:
+        """``header.write_header``: the int64 values of a header of a rank without problems, into
+        ``slots``.
 
-        ``content`` are the m and s [2, N] of a shard of ``size`` columns, ``normalizer`` is a 0-d
-        fp32. Returns a 0-d int32: 1 if rows that all ranks hold alike are no sign of gathered
-        logits, because every kept row is constant or some target lies beyond the shard.
+        ``content`` are the m and s [2, N] of a shard of ``size`` columns, ``normalizer`` is 0-d, in
+        the arithmetic dtype. Returns a 0-d int32, unless ``ON_HOST``: 1 if rows that all ranks hold
+        alike are no sign of gathered logits, because every kept row is constant or some target lies
+        beyond the shard.
         """
         ...
 
@@ -165,7 +191,8 @@ class RowFunctions(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """``statistics.merge`` and ``finish`` and ``header.disagreement``: stats, m, s, argmax.
 
-        ``excuse`` is what ``sign`` returned.
+        ``excuse`` is what ``sign`` returned. ``ON_HOST``: the headers were judged, and no target is
+        wrong.
         """
         ...
 

@@ -158,12 +158,14 @@ def gradient(
     # Only a CPU can look first, without waiting for a device.
     no_zeros = logits.device.type == "cpu" and not bool(ignored.any())
     scratch = _scratch(logits, logits.shape[1])
+    # Dense memory, always: elsewhere torch's exp2 gives some elements another last bit.
+    here = out.dtype == scratch.dtype and out.is_contiguous()
     for rows in _blocks(logits):
         # Read before the gradient may take the place of the logits.
         slope = 1 - _capped(logits[rows], softcap, scratch).square_() if softcap != 0 else None
         x = _x(logits, rows, scale, softcap, scratch)
         # The target's gradient is added before anything is rounded.
-        dx = _less(x, m[rows], out=out[rows] if out.dtype == scratch.dtype else scratch)
+        dx = _less(x, m[rows], out=out[rows] if here else scratch)
         if entropy is None:
             _exp_(dx).mul_(factor[rows, None])
         else:
@@ -178,7 +180,7 @@ def gradient(
             dx *= slope
         if not no_zeros:  # written as zeros, never multiplied into them: 0 * NaN is NaN
             dx.masked_fill_(ignored[rows], 0.0)
-        if out.dtype != dx.dtype:
+        if not here:
             out[rows] = dx
 
 

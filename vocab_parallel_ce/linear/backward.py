@@ -16,6 +16,7 @@ from torch import Tensor
 from ..engines.contract import ELSEWHERE, IGNORED, LinearFunctions
 from ..passes import RowResult, compute_gradient, gradient_coefficients
 from ..request import RowRequest, is_on
+from ..statistics import apart
 from .call import LinearCall
 from .hidden import HiddenRows, HiddenSum
 from .kept import Portion, Rows, is_narrow, kept_rows, masked, some_of
@@ -93,9 +94,8 @@ def _straight(
     weight = WeightSum(leaves.weight, call.head.size, len(portions)) if needs.weight else None
     for portion in portions:
         some = rows_of(result, portion.rows)
-        coefficients = gradient_coefficients(
-            some, call.weight, grad_stats[:, portion.rows], call.request
-        )
+        grads = apart(grad_stats[:, portion.rows], call.request.wanted, call.selected)
+        coefficients = gradient_coefficients(some, call.weight, grads, call.request)
         of_hidden, of_weight = functions.gradients(
             source.take(portion), call.head.weight, some.m, some.s, some.local_target, coefficients,
             class_weight(call), call.request.scale, _has_one_coefficient(call.request),
@@ -170,7 +170,8 @@ def _gradient_of_block(
     shifted = torch.where(here, column - begin, torch.where(column >= 0, ELSEWHERE, column))
     of_rows = replace(result, local_target=shifted)
     x = call.room_for_gradient(logits)
-    compute_gradient(logits, of_rows, call.weight, grad_stats, of_block, x)
+    grads = apart(grad_stats, of_block.wanted, call.selected)
+    compute_gradient(logits, of_rows, call.weight, grads, of_block, x)
     return x
 
 
@@ -209,7 +210,8 @@ def by_rows(
             hidden = masked(hidden, alive[rows])
         logits = call.head.logits(hidden, scratch[: portion.count])
         x, some = call.room_for_gradient(logits), rows_of(result, rows)
-        compute_gradient(logits, some, call.weight, grad_stats[:, rows], call.request, x)
+        grads = apart(grad_stats[:, rows], call.request.wanted, call.selected)
+        compute_gradient(logits, some, call.weight, grads, call.request, x)
         sums.add(portion, x, hidden)
     return sums.result()
 

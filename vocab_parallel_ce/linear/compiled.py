@@ -78,7 +78,7 @@ def _fresh(value: Tensor | None, like: Tensor) -> Tensor:
 def _statistics(*arguments: Any) -> tuple[Tensor, ...]:
     with together(group_named(arguments[_GROUP]), _request_of(arguments).check):
         r = linear_statistics(_restored(arguments))
-    return r.stats, r.m, r.s, r.local_target, r.argmax, r.normalizer
+    return r.outputs()
 
 
 def _request_of(arguments: tuple[Any, ...]) -> LinearRequest:
@@ -104,7 +104,7 @@ def _gradient(*arguments: Any) -> tuple[Tensor, ...]:
     stats, m, s, local_target, grad_stats, *needs = arguments[_CALLS:]
     call = _restored(arguments)
     leaves = Leaves(arguments[1], arguments[2])
-    result = RowResult(stats, m, s, local_target, m, m, call.scale, call.selected)
+    result = RowResult(stats, m, s, local_target, scale=call.scale, selected=call.selected)
     out = linear_gradient(call, leaves, result, grad_stats, Needs(*needs))
     return _handed_out(out, arguments[0])
 

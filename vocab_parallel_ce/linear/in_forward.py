@@ -98,7 +98,7 @@ class _InForward:
         dtype = arithmetic_dtype(call.hidden.dtype)
         row_weight, keep = row_weights(call.target, call.weight, self._request, dtype)
         has_z = is_on(self._request.lse_square_scale)
-        zeros = torch.zeros_like(row_weight)
+        zeros = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
         self._losses = RowLosses(
             zeros, torch.zeros_like(zeros) if has_z else None, row_weight, keep
         )
@@ -146,7 +146,7 @@ class _InForward:
         result = exchange_statistics(fill, plan, target, call.weight, call.group, announced)
         result = replace(result, scale=scale)
         if first:
-            self._settle(result.normalizer if self._request.normalized else None)
+            self._settle(result.normalizer)
         coefficients = self._coefficients(rows, result.stats[:, :n])
         self._pending = _Pending(
             portion, logits, hidden, rows_of(result, slice(0, n)), coefficients
@@ -160,7 +160,9 @@ class _InForward:
         if not self._mean:
             return
         rows, has_z = self._losses, self._losses.zloss is not None
-        of_loss, of_zloss = denominators(rows.row_weight, rows.kept, has_z, agreed, self._total)
+        of_loss, of_zloss = denominators(
+            rows.row_weight, rows.kept, one.dtype, has_z, agreed, self._total
+        )
         # Where no row counts every gradient is 0: divided by 1, not by 0.
         none = self._total(rows.kept.sum().to(of_loss.dtype)) == 0
         self._factor_of_loss = 1 / torch.where(none, one, of_loss)
@@ -172,12 +174,11 @@ class _InForward:
         of_loss, of_zloss = self._factor_of_loss, self._factor_of_zloss
         if self._postponed:
             of_loss, of_zloss = torch.ones_like(of_loss), of_zloss / of_loss
-        losses = row_losses(stats, call.target[rows], call.weight, self._request)
+        losses = row_losses(stats.unbind(0), call.target[rows], call.weight, self._request)
         into.loss[rows] = losses.loss
         if into.zloss is not None and losses.zloss is not None:
             into.zloss[rows] = losses.zloss
-        weighted = call.weight is not None
-        return row_coefficients(stats, losses, weighted, self._request, of_loss, of_zloss)
+        return row_coefficients(stats, losses, self._request, of_loss, of_zloss)
 
     def _finish(self) -> None:
         """The gradients of the chunk that is pending."""
@@ -185,7 +186,6 @@ class _InForward:
             return
         chunk, self._pending = self._pending, None
         x = self._call.room_for_gradient(chunk.logits)
-        compute_gradient(
-            chunk.logits, chunk.result, self._call.weight, chunk.coefficients, self._request, x
-        )
+        grads = chunk.coefficients.unbind(0)
+        compute_gradient(chunk.logits, chunk.result, self._call.weight, grads, self._request, x)
         self._sums.add(chunk.portion, x, chunk.hidden)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..kinds import Kind, has_memory, kind_of, settled, traced
 from ..passes import RowResult
 from ..primitive import refusing_second_derivative
+from ..statistics import apart
 from .backward import Gradients, Leaves, Needs, linear_gradient
 from .call import Statics, linear_call
 from .forward import linear_statistics
@@ -41,7 +42,7 @@ class _LinearRowStatistics(torch.autograd.Function):
         selected: Tensor | None,
         statics: Statics,
         group: dist.ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         call = linear_call(
             hidden, head_weight, head_bias, target, weight, normalizer, scale, selected, statics,
             group,
@@ -51,10 +52,11 @@ class _LinearRowStatistics(torch.autograd.Function):
             hidden, head_weight, head_bias, target, weight, result.stats, result.m, result.s,
             result.local_target, scale, selected,
         )  # fmt: skip
-        ctx.mark_non_differentiable(result.argmax, result.normalizer)
+        further = (result.argmax, result.normalizer)
+        ctx.mark_non_differentiable(*(value for value in further if value is not None))
         ctx.set_materialize_grads(False)
         ctx.statics, ctx.group = statics, group
-        return result.stats, result.argmax, result.normalizer
+        return result.stats, *further
 
     @staticmethod
     def backward(ctx: Any, grad_stats: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -73,7 +75,7 @@ class _LinearRowStatistics(torch.autograd.Function):
             out = linear_gradient(
                 call,
                 Leaves(head_weight, head_bias),
-                RowResult(stats, m, s, local, m, m, scale, selected),
+                RowResult(stats, m, s, local, scale=scale, selected=selected),
                 grad_stats,
                 Needs(*ctx.needs_input_grad[:3]),
             )
@@ -172,8 +174,9 @@ def linear_row_statistics(
     selected: Tensor | None,
     statics: Statics,
     group: dist.ProcessGroup | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiable stats [j + K, N]; then argmax and the normalizer of all ranks.
+) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
+    """Differentiable statistics as ``primitive.row_statistics`` returns them; then argmax and the
+    normalizer of all ranks, which mean nothing where they were not asked for.
 
     hidden [..., H], head_weight [V_r, H], head_bias [V_r] or None, target [...], scale [N] where
     each row has its own, selected [N, K].
@@ -181,14 +184,13 @@ def linear_row_statistics(
     if traced(hidden):
         from . import compiled
 
-        return compiled.linear_row_statistics(
-            hidden, head_weight, head_bias, target, weight, normalizer, scale, selected, statics,
-            group,
-        )  # fmt: skip
-    out: tuple[Tensor, Tensor, Tensor] = _LinearRowStatistics.apply(  # type: ignore[no-untyped-call]
+        call: Callable[..., Any] = compiled.linear_row_statistics
+    else:
+        call = _LinearRowStatistics.apply
+    stats, argmax, agreed = call(
         hidden, head_weight, head_bias, target, weight, normalizer, scale, selected, statics, group
     )
-    return out
+    return apart(stats, statics.request.wanted, selected), argmax, agreed
 
 
 def _same(value: Tensor) -> Tensor:

@@ -1,8 +1,10 @@
 """vocab-parallel-ce call-cost: the fixed cost of a call, however few its logits.
 
-Two fixed costs that the benchmark's large shapes hide: the microseconds of a forward and backward
-at N = 1, C = 8 beside F.cross_entropy's, and the seconds that the first call of a process takes,
-once with an empty kernel cache (everything is compiled) and once with the cache of that run.
+Fixed costs that the benchmark's large shapes hide. The microseconds of a forward and backward at
+N = 1, C = 8: on one process, beside F.cross_entropy's; on two ranks, beside the exchange alone; and
+those of the host where the Triton engine serves, without the launches of kernels (``host_side.py``
+says what that is). And the seconds that the first call of a process takes, once with an empty
+kernel cache (everything is compiled) and once with the cache of that run.
 """
 
 from __future__ import annotations
@@ -17,8 +19,14 @@ import torch.nn.functional as F
 import typer
 
 from vocab_parallel_ce import cross_entropy
+from vocab_parallel_ce.launch.bench.call_cost.ranks import ALONE, fixed_cost_of_ranks
 from vocab_parallel_ce.launch.command_line import job, whole
 from vocab_parallel_ce.launch.measuring.calls import first_call_seconds, fixed_costs
+from vocab_parallel_ce.launch.measuring.host_side import (
+    Launches,
+    launches,
+    triton_without_launches,
+)
 from vocab_parallel_ce.launch.terminal import Table, numbers, show, words
 
 ROWS, VOCAB = 1, 8
@@ -49,6 +57,30 @@ def fixed_cost(rounds: int = 30, calls: int = 100) -> dict[str, float]:
     return fixed_costs({name: partial(step, loss) for name, loss in losses.items()}, rounds, calls)
 
 
+def host_cost(rounds: int = 30, calls: int = 100) -> tuple[float, Launches]:
+    """Microseconds of the host where the Triton engine serves, and the launches not in it."""
+    logits = torch.zeros(ROWS, VOCAB, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.zeros(ROWS, dtype=torch.int64)
+
+    def step() -> None:
+        cross_entropy(logits, target, engine="triton").backward()
+
+    with triton_without_launches() as kernels:
+        step()  # the gradient is there from now on
+        counted = launches(step, kernels)
+        return fixed_costs({"host": step}, rounds, calls)["host"], counted
+
+
+def _show(what: str, cost: dict[str, float], against: str) -> None:
+    table = Table(
+        f"Forward and backward at N={ROWS}, C={VOCAB}, {what}",
+        [*words("loss"), *numbers("us", f"against {against}")],
+    )
+    for name, value in cost.items():
+        table.add(name, f"{value:.0f}", f"{value / cost[against]:.1f}x")
+    show(table)
+
+
 def main(
     rounds: Annotated[int, whole("Timed rounds; the median is shown.")] = 30,
     first_calls: Annotated[
@@ -56,13 +88,15 @@ def main(
     ] = True,
 ) -> None:
     """Microseconds of a call on one row of 8 logits, and seconds of a process's first call."""
-    cost = fixed_cost(rounds)
+    _show("fp32, one process", fixed_cost(rounds), "F.cross_entropy")
+    _show("fp32, two ranks", fixed_cost_of_ranks(ROWS, VOCAB, rounds), ALONE)
+    micros, counted = host_cost(rounds)
     table = Table(
-        f"Forward and backward at N={ROWS}, C={VOCAB}, fp32, one process",
-        [*words("loss"), *numbers("us", "against F.cross_entropy")],
+        "The host on the Triton engine's path, bf16, one process: without launches, seen on CPU "
+        "tensors",
+        numbers("us", "launches of\nthe engine", "launches of\ntorch"),
     )
-    for name, value in cost.items():
-        table.add(name, f"{value:.0f}", f"{value / cost['F.cross_entropy']:.1f}x")
+    table.add(f"{micros:.0f}", str(counted.own), str(counted.torch))
     show(table)
     if not first_calls:
         return

@@ -143,7 +143,7 @@ def _call_row_functions(v: Variant, target: torch.Tensor, wanted: Wanted) -> Non
     """As on rank 0 of two."""
     rows = engine.ROW_FUNCTIONS
     assert rows is not None
-    rows.locate(target, 0, v.columns, -100)
+    rows.locate(target, 0, v.columns, 2 * v.columns, -100)
     headers = torch.zeros(2, HEADER_LAYOUT.ints, dtype=torch.int32)
     slots = headers[0, HEADER_LAYOUT.static :].view(torch.int64)
     checksum = torch.zeros((), dtype=torch.int64) if v.weight else None

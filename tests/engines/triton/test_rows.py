@@ -59,7 +59,7 @@ def _steps(
     scale = torch.linspace(0.5, 2.0, len(target)) if request.row_scale else None
     if fused:
         assert triton.ROW_FUNCTIONS is not None
-        return FusedSteps(triton.ROW_FUNCTIONS, target, weight, request, given, scale)
+        return FusedSteps(triton.ROW_FUNCTIONS, target, weight, request, given, scale=scale)
     return TorchSteps(target, weight, request, given, False, None, scale=scale)
 
 

@@ -30,10 +30,10 @@ from vocab_parallel_ce.engines.contract import (
     Wanted,
     arithmetic_dtype,
 )
-from vocab_parallel_ce.engines.cpu import threads
+from vocab_parallel_ce.engines.cpu import threads, vectors
 from vocab_parallel_ce.engines.cpu.pieces import piece_width
 
-ROW_FUNCTIONS: RowFunctions | None = None
+ROW_FUNCTIONS: RowFunctions | None = vectors
 LINEAR_FUNCTIONS: LinearFunctions | None = None
 LEAVES_LOG_PROB = False
 MINIMUM_NUMBA = (0, 60)
@@ -167,16 +167,9 @@ def _narrowed(
     step = max(1, NARROWED_ELEMENTS // logits.shape[1])
     for begin in range(0, logits.shape[0], step):
         rows = slice(begin, begin + step)
-        softmax, target_part, smooth, entropy = coefficients
-        some = Coefficients(
-            softmax[rows],
-            target_part[rows],
-            None if smooth is None else smooth[rows],
-            None if entropy is None else entropy[rows],
-        )
         beside = torch.empty_like(logits[rows], memory_format=torch.contiguous_format)
         each = scale[rows] if isinstance(scale, Tensor) else scale
-        of_rows = (logits[rows], m[rows], s[rows], local_target[rows], some)
+        of_rows = (logits[rows], m[rows], s[rows], local_target[rows], coefficients.of(rows))
         gradient(*of_rows, weight, each, softcap, beside)
         out[rows] = beside
 
@@ -222,14 +215,14 @@ def _vector(tensor: Tensor | None, dtype: torch.dtype) -> tuple[int, int]:
         return 0, 0
     if tensor.dtype != dtype:  # a wrong type would be read, or written, beyond its end
         raise TypeError(f"expected {dtype}, got {tensor.dtype}")
-    return tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
+    return tensor.data_ptr(), tensor.stride(0) * dtype.itemsize
 
 
 def _matrix(tensor: Tensor, dtype: torch.dtype) -> tuple[int, int, int]:
     if tensor.dtype != dtype:
         raise TypeError(f"expected {dtype}, got {tensor.dtype}")
     row, column = tensor.stride()
-    size = tensor.element_size()
+    size = dtype.itemsize
     return tensor.data_ptr(), row * size, column * size
 
 
@@ -237,5 +230,4 @@ def _run(kernel: Any, logits: Tensor, *args: Any) -> None:
     """Run ``kernel`` over all pieces of all rows."""
     rows, columns = logits.shape
     width = piece_width(rows, columns)
-    pieces = -(-columns // width)
-    threads.run(kernel, rows * pieces, rows * columns, columns, width, *args)
+    threads.run(kernel, rows * -(-columns // width), rows * columns, columns, width, *args)

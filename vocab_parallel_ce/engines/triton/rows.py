@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..contract import Gathered, HeaderLayout, Wanted
 
+ON_HOST = False
 _BLOCK = 256
 _WARPS = 4
 _SIGN_BLOCK = 4096  # one program reads all rows: the more at once, the fewer rounds trips
@@ -28,7 +29,9 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def locate(target: Tensor, start: int, stop: int, ignore_index: int) -> Tensor:
+def locate(
+    target: Tensor, start: int, stop: int, vocab_size: int, ignore_index: int
+) -> tuple[Tensor, int]:
     """See ``contract.RowFunctions``."""
     target = target.contiguous()
     rows = target.shape[0]
@@ -37,7 +40,7 @@ def locate(target: Tensor, start: int, stop: int, ignore_index: int) -> Tensor:
         _kernels().locate_rows[(-(-rows // _BLOCK),)](
             target, out, rows, start, stop, ignore_index, BLOCK=_BLOCK, num_warps=_WARPS
         )
-    return out
+    return out, -1
 
 
 def sign(

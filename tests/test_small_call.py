@@ -1,0 +1,66 @@
+"""What a call asks of torch, however few its logits: a count, which no machine is too slow for.
+
+Each operation costs a microsecond or more of the host. Whoever adds one to the path of every call
+raises a number here, and knows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vocab_parallel_ce import cross_entropy
+
+from .ranks import Pool
+
+pytest.importorskip("numba")
+
+ONE_RANK = 18
+TWO_RANKS = 43
+
+
+class _Operations(TorchDispatchMode):
+    """Their names, views and allocations among them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _operations(group: dist.ProcessGroup | None, inplace_backward: bool) -> list[str]:
+    """Of forward and backward at N = 1, C = 8, whose logits have no gradient yet."""
+    rank = 0 if group is None else dist.get_rank(group)
+    logits = torch.full((1, 8), float(rank), requires_grad=True) * 1
+    target = torch.zeros(1, dtype=torch.int64)
+    with _Operations() as seen:
+        loss = cross_entropy(logits, target, group=group, inplace_backward=inplace_backward)
+        torch.autograd.grad(loss, logits)
+    names: list[str] = seen.names
+    return names
+
+
+@pytest.mark.parametrize("inplace_backward", [False, True])
+def test_of_one_rank(inplace_backward: bool) -> None:
+    names = _operations(None, inplace_backward)
+    assert len(names) <= ONE_RANK, names
+
+
+def test_of_two_ranks(pool: Pool) -> None:
+    for names in pool.run(_operations, 2, (False,)):
+        assert len(names) <= TWO_RANKS, names

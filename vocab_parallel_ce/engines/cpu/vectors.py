@@ -1,0 +1,96 @@
+"""The cpu engine's ``RowFunctions``: one compiled loop each."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vocab_parallel_ce.engines.contract import Gathered, HeaderLayout, Wanted
+from vocab_parallel_ce.engines.cpu import threads
+
+ON_HOST = True
+ELEMENTS_PER_ROW = 16  # how many logits take as long as what is done to a row here
+_TOKENS: dict[torch.dtype, Any] = {torch.float32: np.float32(0), torch.float64: np.float64(0)}
+
+
+@cache
+def _kernels() -> Any:
+    return import_module("vocab_parallel_ce.engines.cpu.vector_kernels")
+
+
+def locate(
+    target: Tensor, start: int, stop: int, vocab_size: int, ignore_index: int
+) -> tuple[Tensor, int]:
+    """See ``contract.RowFunctions``."""
+    out = torch.empty_like(target, memory_format=torch.contiguous_format)
+    bad: int = _kernels().locate_rows(
+        0, target.shape[0], target.data_ptr(), target.stride(0) * 8, start, stop, vocab_size,
+        ignore_index, out.data_ptr(),
+    )  # fmt: skip
+    return out, bad
+
+
+def sign(
+    slots: Tensor,
+    target: Tensor,
+    content: Tensor | None,
+    weight_checksum: Tensor | None,
+    normalizer: Tensor | None,
+    scale_checksum: Tensor | None,
+    selected_checksum: Tensor | None,
+    size: int,
+    ignore_index: int,
+) -> None:
+    """See ``contract.RowFunctions``."""
+    kernels, rows, of_content = _kernels(), target.shape[0], 0
+    of_target = kernels.checksum_rows(rows, target.data_ptr(), target.stride(0) * 8, 1, 0)
+    if content is not None and content.dtype == torch.float64:
+        of_content = kernels.checksum_rows(
+            rows, content.data_ptr(), 8, content.shape[0], content.stride(0) * 8
+        )
+    elif content is not None:
+        of_content = kernels.checksum_bits(
+            rows, content.data_ptr(), content.shape[0], content.stride(0) * 4
+        )
+    checksums = (
+        0 if value is None else int(value)
+        for value in (weight_checksum, scale_checksum, selected_checksum)
+    )
+    bits = 0
+    if normalizer is not None:
+        bits = int(normalizer.view(torch.int64 if normalizer.itemsize == 8 else torch.int32))
+    slots.numpy()[:] = (of_target, of_content, *checksums, -1, 0, -1, -1, -1, 0, bits)
+
+
+def conclude(
+    gathered: Gathered,
+    wanted: Wanted,
+    target: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    total_weight: Tensor | float,
+    layout: HeaderLayout,
+    excuse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """See ``contract.RowFunctions``."""
+    parts, weights, starts = gathered.parts, gathered.shard_weight, gathered.starts
+    rows, size = target.shape[0], parts.itemsize
+    # m and s are apart from stats: they outlive the call.
+    stats = parts.new_empty(2 + wanted.smooth + wanted.entropy + wanted.squares, rows)
+    m, s = parts.new_empty(rows), parts.new_empty(rows)
+    argmax = torch.empty_like(target) if wanted.argmax else None
+    part, row, _ = parts.stride()
+    threads.run(
+        _kernels().conclude_rows, rows, rows * ELEMENTS_PER_ROW, parts.data_ptr(), part * size,
+        row * size, parts.shape[0], weights.data_ptr(), weights.stride(0) * size,
+        starts.data_ptr(), starts.stride(0) * 4, target.data_ptr(), target.stride(0) * 8,
+        ignore_index, float(total_weight), wanted.smooth, wanted.entropy, wanted.squares,
+        wanted.argmax, wanted.ignored_rows, _TOKENS[parts.dtype], stats.data_ptr(), rows * size,
+        m.data_ptr(), s.data_ptr(), 0 if argmax is None else argmax.data_ptr(),
+    )  # fmt: skip
+    return stats, m, s, argmax
