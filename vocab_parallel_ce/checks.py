@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from typing import Any, NamedTuple, TypeGuard
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeGuard, TypeVar, cast
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ from .scales import number_of
 from .shard import VocabShard, group_rank_and_size
 from .switches import check_word
 from .transforms import check_transforms
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TARGET_DTYPES = (torch.int64, torch.int32)
@@ -159,7 +163,7 @@ def _prepare(
         )
     if options.inplace_backward and input.requires_grad and torch.is_grad_enabled():
         check_overwritable(input, where)
-    return RowRequest(
+    return _once(RowRequest, shard.stop, options.ignore_index)(
         start=shard.start,
         stop=shard.stop,
         vocab_size=shard.vocab_size,
@@ -201,8 +205,7 @@ def check_numbers(options: Options, where: str = "") -> None:
         options.reduction, options.ignore_index, options.label_smoothing, options.lse_square_scale,
         options.softcap, options.engine, options.collective, options.finite_logits, options.check,
     )  # fmt: skip
-    once = not torch.compiler.is_compiling() and _is_hashable(plain)
-    (_check_plain_once if once else _check_plain)(*plain, where)
+    _once(_check_plain, *plain)(*plain, where)
     _check_scale(options.scale, where)
     _check_normalizer(options.normalizer, options.reduction, where)
 
@@ -250,16 +253,25 @@ def _check_plain(
         raise TypeError(f"check must be True, False or None, got {check!r}{where}")
 
 
-def _is_hashable(values: tuple[object, ...]) -> bool:
+def _once(function: Callable[P, T], *arguments: object) -> Callable[P, T]:
+    """``function``, which need not run again for arguments that it has had.
+
+    Most calls of a program are like the one before. Not where ``arguments``, some of them, cannot
+    be looked up, as symbols of the compiler cannot.
+    """
+    if torch.compiler.is_compiling():
+        return function
     try:
-        hash(values)
+        hash(arguments)
     except TypeError:
-        return False
-    return True
+        return function
+    return _remembering(function)
 
 
-# Most calls of a program have the options of the one before. By type: True is no 1 here.
-_check_plain_once = functools.lru_cache(maxsize=64, typed=True)(_check_plain)
+@functools.cache
+def _remembering(function: Callable[P, T]) -> Callable[P, T]:
+    """By type as well: True is no 1 here."""
+    return cast(Callable[P, T], functools.lru_cache(maxsize=64, typed=True)(function))
 
 
 def _check_scale(scale: object, where: str) -> None:
@@ -408,8 +420,7 @@ def _resolve_shard(
                 f"{name} has no {places}{where}; an empty shard must be told: "
                 "shard=VocabShard(start, start, vocab_size)"
             )
-        shard_of = VocabShard if torch.compiler.is_compiling() else _shard_once
-        return shard_of(rank * columns, (rank + 1) * columns, world * columns)
+        return _once(VocabShard, columns)(rank * columns, (rank + 1) * columns, world * columns)
     if not isinstance(shard, VocabShard):
         raise TypeError(f"shard must be a VocabShard or None, got {type(shard).__name__}{where}")
     if columns < shard.size:
@@ -430,9 +441,6 @@ def _resolve_shard(
             f"holds [{shard.start}, {shard.stop}){where}; pass this rank's part, {part}"
         )
     return shard
-
-
-_shard_once = functools.lru_cache(maxsize=64)(VocabShard)
 
 
 def check_overwritable(input: Tensor, where: str) -> None:

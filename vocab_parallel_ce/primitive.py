@@ -143,7 +143,7 @@ class _RowStatistics(torch.autograd.Function):
                     logits, local_target, weight, request, _whole(grads, result), scale, selected
                 )
         if not ctx.inplace_backward:
-            grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+            grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
             compute_gradient(logits, result, weight, grads, request, grad)
             return grad
         ctx.overwritten = True

@@ -47,7 +47,7 @@ def _warn_once(name: str, device_type: str, reason: str) -> None:
 def select(name: str, logits: Tensor) -> Engine:
     """The engine of that name for such logits; "auto" takes the fastest that is available."""
     kind = logits.device.type
-    wanted = engine_of_device(kind) if name == "auto" else name
+    wanted = _OF_DEVICE.get(kind, "eager") if name == "auto" else name
     found = _engine_or_reason(wanted)
     if isinstance(found, str):
         if name != "auto":
