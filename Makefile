@@ -191,7 +191,7 @@ unit-megatron: $(MEGATRON_FOLDER)/installed ## the tests of the Megatron hook on
 # Frameworks that are no part of CI, each without what it asks for beside torch.
 HOOKS := deepspeed==0.19.8 torchtitan==0.3.0 verl==0.9.1 nemo-automodel==0.7.0
 HOOKS_NEED := hjson py-cpuinfo msgpack einops ninja pydantic pydantic-core annotated-types \
-    typing-inspection spmd-types tyro docstring-parser shtab typeguard psutil
+    typing-inspection spmd-types==0.2.3 tyro docstring-parser shtab typeguard psutil torchdata
 .hooks/installed: $(VENV)/installed
 	@echo "== install $(HOOKS) into .hooks"
 	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
@@ -200,7 +200,8 @@ HOOKS_NEED := hjson py-cpuinfo msgpack einops ninja pydantic pydantic-core annot
 
 hooks: .hooks/installed ## the hooks of DeepSpeed, torchtitan, verl, NeMo-Automodel against the real packages
 	@start=$$(date +%s); echo "== hooks: $(HOOKS)"; \
-	PYTHONPATH=$(CURDIR)/.hooks $(BIN)/python -m pytest -q -o addopts= tests/hooks && \
+	PYTHONPATH=$(CURDIR)/.hooks $(BIN)/python -m pytest -q -o addopts= $(if $(GRIDS),,-m "not full") \
+	    tests/hooks && \
 	echo "== hooks: $$(( $$(date +%s) - start )) s"
 
 # What only an NPU has, and the tests of the loss that run on any device.

@@ -66,7 +66,8 @@ def masked_loss(
 
     Raises:
         ValueError: for a reduction that ``num_label_tokens`` or ``loss_weights`` does not go with,
-            and what ``cross_entropy`` raises: for labels beyond the vocabulary, Partial logits.
+            and what ``cross_entropy`` raises: for labels beyond the vocabulary, Partial logits,
+            whole logits where parts are told by ``tp_group``, parts that are not equal.
 
     Communication:
         That of ``cross_entropy``.
@@ -88,7 +89,9 @@ def masked_loss(
     if mask is not None:
         dropped = dropped | (mask.to(labels.device).reshape(labels.shape) == 0)
     split = isinstance(logits, DTensor)
-    shard = None if split else VocabShard.even(_vocabulary(logits, tp_group), tp_group)
+    # Equal parts are not named: then whole logits in their place are found by their contents.
+    whole = not split and tp_group is None
+    shard = VocabShard(0, logits.shape[-1], logits.shape[-1]) if whole else None
     loss = cross_entropy(
         logits,
         labels.masked_fill(dropped, ignore_index),
@@ -105,10 +108,6 @@ def masked_loss(
     if num_label_tokens is None:
         return cast(Tensor, loss)
     return cast(Tensor, loss * 0.0 if num_label_tokens == 0 else loss / num_label_tokens)
-
-
-def _vocabulary(part: Tensor, group: dist.ProcessGroup | None) -> int:
-    return part.shape[-1] * (1 if group is None else group.size())
 
 
 @cache

@@ -26,7 +26,7 @@ from .allocations import allocations, peak
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 1 << 20
-# The eager engine works on blocks of 2^18 elements and holds a handful of them in fp32.
+# The eager engine works on blocks of 2^19 elements and holds a handful of them in fp32.
 EAGER_SCRATCH = 8 * MIB
 
 

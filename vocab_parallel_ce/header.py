@@ -21,6 +21,7 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor
 
+from . import repeated_head
 from .engines.contract import CHECKSUM_ROUNDS, CHECKSUM_STEP, HeaderLayout
 from .request import RowRequest
 
@@ -288,9 +289,8 @@ def agree(headers: list[list[int]]) -> bool:
             return False
         reached = header[_STOP]
     fine = first[_CHECKSUMS["bad_row"] : _CHECKSUMS["normalizer"]] == _NO_PROBLEMS_INTS
-    alike = all(header[begin:end] == first[begin:end] for header in headers)
-    implicit = first[3] >> _FLAGS.index("implicit_shard") & 1
-    return fine and reached == first[_VOCAB] and not (implicit and alike)
+    alike = any(first[begin:end]) and all(h[begin:end] == first[begin:end] for h in headers)
+    return fine and reached == first[_VOCAB] and not alike
 
 
 def raise_on_problems(
@@ -335,6 +335,8 @@ def raise_on_problems(
                 )
     if from_hidden:
         _raise_on_hidden(headers)
+    if not constant_rows and from_hidden and not first.options["implicit_shard"]:
+        repeated_head.warn_if_repeated([header.checksums["content"] for header in headers])
     if looks_gathered(headers) and not constant_rows:
         size = first.stop - first.start
         ignore_index = first.options["ignore_index"]

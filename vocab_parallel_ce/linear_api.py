@@ -108,7 +108,8 @@ def linear_cross_entropy(
             part of it, [S / tp, ..., H]; ``target`` [S, ...] is whole on every rank, and so is what
             is returned. Rows are gathered, and their gradient scattered, a chunk at a time.
         scratch_mib: what logits may take at a time, in MiB, for an even share of the vocabulary.
-            None: 128 on a CPU and 256 on accelerators, and at least 128 rows.
+            None: 128 on a CPU and 256 on accelerators, of fp32 logits at most half, and at least
+            128 rows.
         drop_ignored: leave ignored rows out of the matrix products on an accelerator too. They must
             be counted for that, so the call waits for the device, and what is wrong with values
             raises there as on a CPU. On a CPU they always are left out. Not for a split sequence.
@@ -245,7 +246,8 @@ def linear_token_statistics(
             part of it, [S / tp, ..., H]; ``target`` [S, ...] is whole on every rank, and so is what
             is returned. Rows are gathered, and their gradient scattered, a chunk at a time.
         scratch_mib: what logits may take at a time, in MiB, for an even share of the vocabulary.
-            None: 128 on a CPU and 256 on accelerators, and at least 128 rows.
+            None: 128 on a CPU and 256 on accelerators, of fp32 logits at most half, and at least
+            128 rows.
         drop_ignored: leave ignored rows out of the matrix products on an accelerator too. They must
             be counted for that, so the call waits for the device, and what is wrong with values
             raises there as on a CPU. On a CPU they always are left out. Not for a split sequence.

@@ -28,7 +28,6 @@ from .header import (
     checksum,
     disagreement,
     float_checksum,
-    looks_gathered,
     raise_on_own_values,
     raise_on_problems,
     read_headers,
@@ -108,8 +107,9 @@ class TorchSteps:
 
     def write_header(self, payload: Payload, hidden: Tensor | None = None) -> None:
         """See ``RowSteps``."""
-        content = payload.parts[:2] if self._request.implicit_shard else None
         self._from_hidden = hidden is not None
+        told = self._request.implicit_shard or self._from_hidden
+        content = payload.parts[:2] if told else None
         write_header(
             payload.header, self._request, self._target, content, self._weight, self._problems,
             self._normalizer, hidden, self._scale, self._selected,
@@ -192,11 +192,12 @@ class FusedSteps:
     def write_header(self, payload: Payload, hidden: Tensor | None = None) -> None:
         """See ``RowSteps``. Hidden states are compared on the host only."""
         request, weight = self._request, self._weight
+        told = request.implicit_shard or (hidden is not None and self._functions.ON_HOST)
         write_static(payload.header, request)
         self._excuse = self._functions.sign(
             payload.header[HEADER_LAYOUT.static :].view(torch.int64),
             self._announced,
-            payload.parts[:2] if request.implicit_shard else None,
+            payload.parts[:2] if told else None,
             None if weight is None else float_checksum(weight),
             self._normalizer,
             None if self._scale is None else float_checksum(self._scale),
@@ -242,8 +243,8 @@ def _raise_on_headers(
     if agree(headers.tolist()):
         return
     read = read_headers(headers, parts.dtype)
-    excused = looks_gathered(read) and bool(_constant_rows(parts, size, local_target))
-    raise_on_problems(read, target, excused, hidden)
+    constant = bool(_constant_rows(parts, size, local_target))
+    raise_on_problems(read, target, constant, hidden)
 
 
 def _constant_rows(parts: Tensor, size: int, local_target: Tensor) -> Tensor:

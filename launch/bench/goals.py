@@ -46,6 +46,10 @@ RATIOS = (
     Ratio(2, "bf16", "ours-inplace", "megatron-fused", 12),
     Ratio(2, "bf16", "ours", "megatron", 4),
     Ratio(2, "bf16", "ours", "megatron-fused", 4),
+    Ratio(1, "fp32", "ours-eager", "torch", 1.5),
+    Ratio(1, "bf16", "ours-eager", "torch", 1.5),
+    Ratio(2, "fp32", "ours-eager", "megatron", 1.5),
+    Ratio(2, "bf16", "ours-eager", "megatron", 1.5),
     Ratio(2, "fp32", "ours-inplace", "loss-parallel", 25),
     Ratio(2, "bf16", "ours-inplace", "loss-parallel", 25),
 )

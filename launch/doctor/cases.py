@@ -23,6 +23,7 @@ from vocab_parallel_ce.launch.doctor.truth import (
     Truth,
     batch,
     objective,
+    selected_ids,
     truth,
 )
 from vocab_parallel_ce.testing import Batch, Comparison, compare, sharding
@@ -90,6 +91,7 @@ class Prepared:
     """what is handed to the library: the leaf, a view of it, or a copy that may be overwritten"""
     target: Tensor
     weight: Tensor | None
+    selected: Tensor | None
     shard: VocabShard | None
     start: int
     stop: int
@@ -110,6 +112,7 @@ def prepare(case: Case, b: Batch, place: Place) -> Prepared:
     if case.strided:
         local = torch.cat([local, local[:, :3]], 1)
     shape = (q.rows,) if case.lead is None else case.lead
+    selected = selected_ids(q)
     leaf = local.view(*shape, local.shape[1]).to(place.device, copy=True).requires_grad_()
     logits = leaf[..., :columns] if case.strided else leaf
     return Prepared(
@@ -117,6 +120,9 @@ def prepare(case: Case, b: Batch, place: Place) -> Prepared:
         logits=logits.clone() if case.inplace else logits,
         target=b.target.view(shape).to(place.device, copy=True),
         weight=b.weight.to(place.device) if q.weight else None,
+        selected=None
+        if selected is None
+        else selected.view(*shape, q.selected).to(place.device, copy=True),
         shard=plan.shard(place.rank),
         start=start,
         stop=stop,
@@ -140,13 +146,16 @@ def ask(case: Case, made: Prepared, place: Place) -> dict[str, Tensor]:
     }
     if case.function == "tokens":
         tokens = token_statistics(
-            made.logits, made.target, entropy=True, argmax=True, sum_p_squared=True, **common
-        )
+            made.logits, made.target, entropy=True, argmax=True, sum_p_squared=True,
+            selected=made.selected, **common,
+        )  # fmt: skip
         assert tokens.entropy is not None
         assert tokens.argmax is not None
         assert tokens.sum_p_squared is not None
         answers = {"token": tokens.log_prob, "lse": tokens.lse, "entropy": tokens.entropy}
-        return answers | {"argmax": tokens.argmax, "sum_p_squared": tokens.sum_p_squared}
+        answers |= {"argmax": tokens.argmax, "sum_p_squared": tokens.sum_p_squared}
+        found = tokens.selected_log_prob
+        return answers if found is None else answers | {"selected": found}
     common |= {"weight": made.weight, "reduction": q.reduction}
     common |= {"label_smoothing": q.label_smoothing}
     common |= {"normalizer": None if q.normalizer is None else torch.tensor(q.normalizer)}

@@ -66,6 +66,9 @@ def for_dtype(place: Place, dtype: torch.dtype) -> list[Check]:
         "token_statistics": Case(tokens, "tokens"),
         "token_statistics, in place": Case(replace(tokens, scale=0.7), "tokens", inplace=True),
         "token_statistics, extreme logits": Case(replace(tokens, extreme=True), "tokens"),
+        "token_statistics, selected ids": Case(
+            replace(tokens, selected=5, scale=1.25), "tokens", scale_of_rows=True
+        ),
         "a large vocabulary": Case(replace(wide, reduction="none")),
     }
     if place.world > 1:
@@ -75,6 +78,9 @@ def for_dtype(place: Place, dtype: torch.dtype) -> list[Check]:
             "all_reduce, every option": Case(everything, collective="all_reduce"),
             "uneven shards": Case(replace(everything, reduction="none"), sharding="uneven"),
             "shards out of rank order": Case(per_row, sharding="backwards"),
+            "selected ids, all_reduce, uneven shards": Case(
+                replace(tokens, selected=5), "tokens", sharding="uneven", collective="all_reduce"
+            ),
             "an empty shard": Case(per_row, sharding="empty"),
         }
     if not place.quick and dtype == torch.float32:

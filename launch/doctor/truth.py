@@ -42,6 +42,8 @@ class Question:
     scale: float = 1.0
     softcap: float = 0.0
     normalizer: float | None = None
+    selected: int = 0
+    """ids a row whose log-probabilities are asked for"""
     extreme: bool = False
     """rows near +-10,000 and near 0, and columns of -inf"""
 
@@ -74,6 +76,15 @@ def batch(q: Question) -> Batch:
     )
 
 
+def selected_ids(q: Question) -> Tensor | None:
+    """[N, K] where the question asks for ids: the target twice, then ids of every shard."""
+    if not q.selected:
+        return None
+    target = batch(q).target.clamp(min=0)[:, None]
+    steps = torch.arange(q.selected).sub(1).clamp(min=0)
+    return (target + steps * (q.vocab // q.selected + 1)) % q.vocab
+
+
 def class_weight(q: Question) -> Tensor | None:
     """[V] of the batch, where the question has weights."""
     return batch(q).weight if q.weight else None
@@ -87,20 +98,24 @@ def objective(function: str, values: Answers, upstream: Tensor) -> Tensor:
     names = {
         "loss": ("loss",),
         "operator": ("loss", "zloss"),
-        "tokens": ("token", "lse", "entropy"),
+        "tokens": ("token", "lse", "entropy", "selected"),
     }
-    weights = (upstream, upstream / -2, upstream.flip(0) / 2 + 0.25)  # exact in every dtype
-    parts = [
-        (values[name].reshape(-1) * u[: values[name].numel()].to(values[name])).sum()
-        for name, u in zip(names[function], weights, strict=False)
-        if name in values
-    ]
+    back = upstream.flip(0)
+    weights = (upstream, upstream / -2, back / 2 + 0.25, back / -2 + 0.5)  # exact in every dtype
+    parts = []
+    for name, of_row in zip(names[function], weights, strict=False):
+        if name in values:
+            value = values[name].reshape(min(len(upstream), values[name].numel()), -1)
+            column = 1 + torch.arange(value.shape[1], device=value.device) / 4
+            parts.append((value * of_row[: len(value), None].to(value) * column.to(value)).sum())
     return torch.stack(parts).sum()
 
 
 def _named(outcome: ReferenceLoss) -> Answers:
     """By the names of the library's results; ``token`` belongs to questions without options."""
     named = outcome._asdict()
+    selected = named.pop("selected_log_prob")
+    named |= {"selected": selected} if selected.numel() else {}
     return {name: named[name] for name in named if name != "argmax"} | {"token": -outcome.loss}
 
 
@@ -120,7 +135,9 @@ def truth(q: Question, function: str, device: torch.device) -> Truth:
     def scalar(outcome: ReferenceLoss) -> Tensor:
         return objective(function, _named(outcome), b.upstream)
 
-    want = testing.expected(b.logits, b.target, class_weight(q), **q.options)
+    want = testing.expected(
+        b.logits, b.target, class_weight(q), **q.options, selected=selected_ids(q)
+    )
     exact, plain = _named(want.exact), _named(want.naive)
     exact["gradient"], plain["gradient"] = want.gradients(scalar)
     exact = {name: value.detach() for name, value in exact.items()}
@@ -147,9 +164,11 @@ def _on_device(q: Question, exact: Answers, scalar: Any, device: torch.device) -
     x = b.logits.to(device, torch.float32, copy=True).requires_grad_()
     target = b.target.to(device)
     weight = None if weight is None else weight.to(device)
+    ids = selected_ids(q)
+    ids = None if ids is None else ids.to(device)
 
     def formulas(**changes: Any) -> ReferenceLoss:
-        options = q.options | changes
+        options = q.options | {"selected": ids} | changes
         return testing.cross_entropy(x, target, weight, **options, dtype=torch.float32)
 
     outcome = formulas()

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vocab_parallel_ce.engines.contract import arithmetic_dtype
+from vocab_parallel_ce.preflight import tell
 from vocab_parallel_ce.switches import check_is_on, check_word
 
 from .installation import current, installed_loss
@@ -71,7 +72,8 @@ def loss_func(
         ValueError: where the mask adds up to no int and ``calculate_per_token_loss`` is on, whose
             sums over ranks that could not be right, or where ``model`` is missing, so that nobody
             knows. Found on CPU and with ``check``; else the loss is NaN in the first case, and
-            off is assumed in the second.
+            off is assumed in the second. With ``check`` all data-parallel and context-parallel
+            ranks raise it, whichever has such a mask: a collective of 1 KB more a micro-batch.
 
     The z part is that of the last call of the loss: call this right after the model, as Megatron's
     schedules do. Raises ValueError where that call was for another number of tokens.
@@ -173,12 +175,22 @@ def _divisible(
     """
     tokens = count.ceil()
     if refuse and per_token is not False:
-        if count.device.type == "cpu" or _checking():
-            if bool(tokens != count):
-                raise ValueError(_no_int(count.item(), per_token))
+        checking = _checking()
+        if count.device.type == "cpu" or checking:
+            wrong = bool(tokens != count)
+            _raise(ValueError(_no_int(count.item(), per_token)) if wrong else None, checking)
         elif per_token:
             total = total.masked_fill(tokens != count, torch.nan)
     return total * torch.where(count > 0, tokens / count, 1.0), tokens.to(torch.int)
+
+
+def _raise(problem: Exception | None, checking: bool) -> None:
+    """With ``check`` on every rank whose gradients are summed: the others would wait for them."""
+    state = _parallel_state() if checking else None
+    if state is not None:
+        problem = tell(problem, state.get_data_parallel_group(with_context_parallel=True))
+    if problem is not None:
+        raise problem
 
 
 def _no_int(count: float, per_token: bool | None) -> str:

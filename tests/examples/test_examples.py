@@ -47,6 +47,7 @@ def test_rl_statistics_are_the_same_on_every_rank() -> None:
     assert all(line.endswith("prompt gradient 0.0") for line in lines)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="transformers 5.24 needs Python 3.11")
 def test_a_model_of_transformers_learns() -> None:
     lines = [line.partition(": ")[2] for line in _run("transformers_finetuning.py")]
     told = sorted(line for line in lines if line.startswith("step"))

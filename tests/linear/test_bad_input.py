@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from vocab_parallel_ce import VocabShard, linear_cross_entropy, linear_token_statistics
+from vocab_parallel_ce import (
+    VocabShard,
+    linear_cross_entropy,
+    linear_token_statistics,
+    repeated_head,
+)
 
 from ..ranks import Pool
 from .cases import scratch_for
@@ -353,6 +359,32 @@ def test_what_one_rank_has_and_another_has_not(pool: Pool, name: str, gradient: 
     assert f"ranks disagree on {said}: rank 0 of the group passed False, rank 1" in texts[0]
 
 
+def _warnings(group: dist.ProcessGroup, head: str) -> list[str]:
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    call = _sharded(group)
+    if head == "repeated":
+        first = torch.Generator().manual_seed(0)
+        call["linear_weight"] = torch.randn(V, H, generator=first).requires_grad_()
+    elif head == "zero":
+        call["linear_weight"] = torch.zeros(V, H, requires_grad=True)
+    call["shard"] = VocabShard(rank * V, (rank + 1) * V, world * V)
+    repeated_head._warned = False
+    with warnings.catch_warnings(record=True) as caught, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")  # the others leave it to the first of the host
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert _said(call) == ""
+    return [str(one.message) for one in caught]
+
+
+@pytest.mark.parametrize("head", ["repeated", "zero", "right"])
+def test_a_head_that_is_the_same_on_every_rank_warns_once(pool: Pool, head: str) -> None:
+    """With shards that were told: else it is an error, above."""
+    for said in pool.run(_warnings, 2, (head,)):
+        assert len(said) == (head == "repeated"), said
+        assert all("linear_weight of all 2 ranks of the group give the same" in w for w in said)
+
+
 def _own_mistake(group: dist.ProcessGroup, name: str) -> tuple[int, str]:
     """Of every rank alike; what it says of itself, with the budget that it asks for."""
     rank = dist.get_rank(group)
@@ -378,8 +410,8 @@ def test_a_mistake_names_its_rank_and_the_way_out(pool: Pool, name: str) -> None
         assert "use gradient=" in text or "or None for the default" in text
 
 
-def _in_a_late_chunk(group: dist.ProcessGroup) -> str:
-    """The engine of rank 1 fails in its second chunk."""
+def _in_a_late_chunk(group: dist.ProcessGroup, gradient: str, split: bool) -> str:
+    """The engine of rank 1 fails in its second chunk of six."""
     from unittest import mock
 
     from vocab_parallel_ce.engines import eager
@@ -392,8 +424,12 @@ def _in_a_late_chunk(group: dist.ProcessGroup) -> str:
             raise MemoryError("no room")
         usual(*arguments)
 
-    bad = dist.get_rank(group) == 1
-    call = _sharded(group, gradient="forward", check=True, engine="eager")
+    rank = dist.get_rank(group)
+    bad = rank == 1
+    scratch = scratch_for(N // 6, V, torch.float32)
+    call = _sharded(group, gradient=gradient, check=True, engine="eager", scratch_mib=scratch)
+    if split:
+        call |= {"input": call["input"].chunk(2)[rank], "sequence_parallel": True}
     with mock.patch.object(eager, "partials", partials if bad else usual):
         try:
             linear_cross_entropy(**call)
@@ -402,8 +438,12 @@ def _in_a_late_chunk(group: dist.ProcessGroup) -> str:
     return ""
 
 
-def test_what_fails_in_a_late_chunk_reaches_all_ranks(pool: Pool) -> None:
-    first, second = pool.run(_in_a_late_chunk, 2)
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+@pytest.mark.parametrize("gradient", ["forward", "recompute"])
+def test_what_fails_in_a_late_chunk_reaches_all_ranks(
+    pool: Pool, gradient: str, split: bool
+) -> None:
+    first, second = pool.run(_in_a_late_chunk, 2, (gradient, split))
     assert "rank 1 of the group: MemoryError: no room" in first
     assert second == "no room"
 

@@ -337,6 +337,18 @@ def test_memory_is_gradients_and_a_chunk(gradient: str, dtype: torch.dtype) -> N
     assert max(sizes) <= max(head.nbytes * (wide + 1) // 2, chunk * classes * dtype.itemsize + 64)
 
 
+@pytest.mark.parametrize("gradient", WAYS)
+def test_by_default_at_most_half_of_the_logits_exist(gradient: str) -> None:
+    rows, width, classes = 1024, 64, 4096  # 16 MiB of logits, far below the budget
+    hidden = torch.randn(rows, width, requires_grad=True)
+    head = torch.randn(classes, width, requires_grad=True)
+    run = functools.partial(_step, hidden, head, torch.randint(classes, (rows,)), gradient=gradient)
+    run()
+    hidden.grad = head.grad = None
+    half = rows * classes * 4 // 2
+    assert peak(allocations(run)) <= hidden.nbytes + head.nbytes + half + (1 << 20)
+
+
 def test_statistics_hold_no_logits() -> None:
     rows, width, classes = 2048, 64, 8192
     hidden, head = torch.randn(rows, width), torch.randn(classes, width)

@@ -51,11 +51,14 @@ def test_tune(tmp_path: Path) -> None:
     (left,) = (one for one in report["ways"] if one["problem"])
     assert left["way"] == "triton"
     assert "triton" in left["problem"]
+    heads = [(one["way"], one["loss"]) for one in report["fused_head"] if not one["problem"]]
+    losses = ("mean", "a loss per token")
+    assert heads[1:] == [(way, loss) for way in ("chunks", "fused") for loss in losses]
     failed = {one["what"]: one["problem"] for one in report["kernels"] if one["problem"]}
     assert set(failed) <= {"npu_scatter_nd_update_"}  # which the stand-in does not have
     for line in report["exports"]:
         assert line in done.stdout
-    assert len(report["exports"]) == 2
+    assert len(report["exports"]) == 3
 
 
 def test_the_doctor_names_the_way() -> None:

@@ -200,7 +200,7 @@ def by_rows(
     kept: Tensor | None,
 ) -> Gradients:
     """The same by portions of rows."""
-    chunk = max(1, min(call.statics.chunk, call.rows))
+    chunk = call.chunk
     scratch = call.scratch(chunk, call.head.size)
     portions = call.portions(kept, chunk)
     sums, source = RowSums(call, leaves, needs, len(portions)), HiddenRows(call, portions)

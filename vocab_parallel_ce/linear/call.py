@@ -13,9 +13,9 @@ from ..engines.contract import Engine
 from ..passes import fill_partials
 from ..preflight import Plan
 from ..request import LinearRequest, RowRequest
-from .chunks import columns_of_a_block
+from .chunks import at_most_half, columns_of_a_block
 from .head import Head
-from .kept import Portion, Rows, portions, portions_of_parts, some_of
+from .kept import Portion, Rows, is_narrow, portions, portions_of_parts, some_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Statics:
 
     request: LinearRequest
     chunk: int
-    """rows of logits that exist at a time"""
+    """rows of logits that the budget has room for"""
     scratch_mib: float | None = None
     partial: bool = False
     """the gradient of the hidden states is left unsummed"""
@@ -66,6 +66,14 @@ class LinearCall:
     @property
     def rows(self) -> int:
         return self.target.shape[0]
+
+    @property
+    def chunk(self) -> int:
+        """Rows of logits that exist at a time; at least 1."""
+        return max(1, self._at_most_half(min(self.statics.chunk, self.rows), self.rows))
+
+    def _at_most_half(self, count: int, whole: int) -> int:
+        return at_most_half(count, whole, self.statics.scratch_mib, is_narrow(self.hidden.dtype))
 
     @property
     def leaves_out(self) -> bool:
@@ -111,7 +119,9 @@ class LinearCall:
         if self.request.sequence_parallel:  # all rows at once are what nobody holds
             return None
         itemsize = bytes_of_a_logit(self.hidden.dtype, self.statics.wide)
-        return columns_of_a_block(rows, itemsize, self.hidden.device.type, self.statics.scratch_mib)
+        device, size = self.hidden.device.type, self.head.size
+        columns = columns_of_a_block(rows, itemsize, device, self.statics.scratch_mib)
+        return None if columns is None else self._at_most_half(columns, size)
 
 
 def linear_call(

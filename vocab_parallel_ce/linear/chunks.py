@@ -4,6 +4,9 @@ A budget of bytes divided by those of a row, because few rows starve the matrix 
 of n rows the product that makes the weight's gradient reads and writes [V_r, H] for 2 n V_r H
 operations. All ranks must come to the same number, so a row is that of an even share of the
 vocabulary; a rank that holds more takes more in proportion.
+
+By default no more than half of the logits exist at a time, however few there are: the second half
+costs no memory, and two products of half the rows take as long as one.
 """
 
 from __future__ import annotations
@@ -41,6 +44,17 @@ def rows_of_a_chunk(
             f"{itemsize} bytes{where}; pass at least {least_mib(row)}, or None for the default"
         )
     return rows
+
+
+def at_most_half(count: int, whole: int, scratch_mib: float | None, summed_wide: bool) -> int:
+    """``count`` of ``whole`` rows or columns, or half of them where that needs less memory.
+
+    ``summed_wide``: what the parts are added up in is wider than one part's result would be, so
+    that a second part would cost memory.
+    """
+    if scratch_mib is not None or summed_wide:
+        return count
+    return min(count, max(LEAST, -(-whole // 2)))
 
 
 def least_mib(size: int) -> float:

@@ -17,7 +17,7 @@ from ..passes import RowResult, exchange_statistics
 from ..preflight import together
 from .call import LinearCall
 from .hidden import HiddenRows, preflight_before_gathers
-from .kept import Rows, count, kept_rows, masked
+from .kept import Portion, Rows, count, kept_rows, masked
 from .straight import class_weight, functions_of
 
 
@@ -25,7 +25,7 @@ def linear_statistics(call: LinearCall) -> RowResult:
     """The forward pass. Nothing of the size of the logits outlives a chunk."""
     functions = functions_of(call)
     at_once = functions is not None and not call.request.sequence_parallel
-    chunk = call.rows if at_once else min(call.statics.chunk, call.rows)
+    chunk = max(1, call.rows) if at_once else call.chunk
     scratch = call.scratch(chunk if functions is None else 0, call.head.size)
 
     def fill(engine: Engine, parts: Tensor, local_target: Tensor) -> Tensor | None:
@@ -34,21 +34,25 @@ def linear_statistics(call: LinearCall) -> RowResult:
         told = Told(call)
         if kept is not None:
             parts.zero_()
-        portions = call.portions(kept, max(1, chunk))
+        portions = call.portions(kept, chunk)
         source = HiddenRows(call, portions)
-        for portion in portions:
-            hidden = source.take(portion)
+
+        def one(portion: Portion) -> None:
+            hidden, column = source.take(portion), local_target[portion.rows]
             told.add(hidden, keep[portion.rows])
-            column = local_target[portion.rows]
             with rows_of_parts(parts, portion.rows) as some:
-                if functions is not None:
+                if functions is None:
+                    logits = call.head.logits(hidden, scratch[: portion.count])
+                    call.fill(engine, some, portion.rows, logits, column)
+                else:
                     functions.partials(
                         hidden, call.head.weight, column, class_weight(call), call.request.scale,
                         call.request.wanted, some,
                     )  # fmt: skip
-                    continue
-                logits = call.head.logits(hidden, scratch[: portion.count])
-                call.fill(engine, some, portion.rows, logits, column)
+
+        with source.sent_to_the_end():
+            for portion in portions:
+                one(portion)
         return told.bits()
 
     preflight_before_gathers(call, scratch, 0)

@@ -8,6 +8,8 @@ runs beside the work on this one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +51,20 @@ class HiddenRows:
             work.wait()
         self._ahead = self._gather(self._portions[self._next]) if more else None
         return gathered
+
+    @contextmanager
+    def sent_to_the_end(self) -> Iterator[None]:
+        """With check: who fails inside still sends the rest of its part, which others wait for.
+
+        Else they would meet its error in a gather, and not where they compare notes.
+        """
+        try:
+            yield
+        except Exception:
+            if self._call.request.sequence_parallel and self._call.request.checking:
+                for portion in self._portions[self._next :]:
+                    self.take(portion)
+            raise
 
     def _gather(self, portion: Portion) -> tuple[Any, Tensor]:
         call = self._call

@@ -86,7 +86,7 @@ class _InForward:
         self._call, self._request, self._total = call, call.request, total
         self._mean = call.request.reduction == "mean"
         self._postponed = self._mean and call.hidden.dtype == torch.float16
-        self._chunk = max(1, min(call.statics.chunk, call.rows))
+        self._chunk = call.chunk
         self._scratch = call.scratch(self._chunk, call.head.size)
         self._keep = call.target != call.request.ignore_index
         kept = kept_rows(self._keep) if call.leaves_out else None

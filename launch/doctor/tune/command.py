@@ -1,4 +1,4 @@
-"""doctor --tune from the sizes to the table, the file and the two lines to keep."""
+"""doctor --tune from the sizes to the tables, the file and the lines to keep."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from vocab_parallel_ce.launch.doctor.environment import DTYPES
 from vocab_parallel_ce.launch.doctor.findings import Environment
 from vocab_parallel_ce.launch.doctor.report import as_json, write_json
 from vocab_parallel_ce.launch.doctor.scrub import Names, scrub
-from vocab_parallel_ce.launch.doctor.tune import blocks, ways
+from vocab_parallel_ce.launch.doctor.tune import blocks, head, ways
 from vocab_parallel_ce.launch.doctor.tune.blocks import Block
+from vocab_parallel_ce.launch.doctor.tune.head import Headed
 from vocab_parallel_ce.launch.doctor.tune.ways import MEGATRON, Size, Timed
 from vocab_parallel_ce.launch.refusal import Refusal
 from vocab_parallel_ce.launch.terminal import Coloured, Table, numbers, show, show_line, words
@@ -53,10 +54,13 @@ def tune(found: Environment, asked: Asked, path: Path) -> None:
     scratch = ways.QUICK_SCRATCH_MIB if asked.quick else ways.SCRATCH_MIB
     timed = list(ways.time_ways(device, size, scratch))
     show(ways_table(timed, asked))
+    width = head.QUICK_WIDTH if asked.quick else head.WIDTH
+    heads = list(head.time_head(device, size, width))
+    show(head_table(heads, asked, width))
     kernels = list(blocks.measure(device, blocks.QUICK if asked.quick else blocks.Sizes()))
     show(blocks_table(kernels))
     best = ways.best(timed)
-    lines = [] if best is None else ways.exports(best)
+    lines = [*([] if best is None else ways.exports(best)), *head.exports(heads)]
     if lines:
         show_line("The fastest of these, for every shell that trains:")
         for line in lines:
@@ -64,7 +68,8 @@ def tune(found: Environment, asked: Asked, path: Path) -> None:
     else:
         show_line(f"No way of the npu engine ran on {found.device}: there is nothing to export")
     report = as_json([found], None, Names.of_this_process())
-    report["tune"] = scrub(_as_json(asked, unreal, timed, kernels, lines), Names.of_this_process())
+    tuned = _as_json(asked, unreal, timed, heads, kernels, lines)
+    report["tune"] = scrub(tuned, Names.of_this_process())
     write_json(path, report)
     print(f"Written to {path}", flush=True)
 
@@ -100,6 +105,18 @@ def ways_table(timed: list[Timed], asked: Asked) -> Table:
     return table
 
 
+def head_table(heads: list[Headed], asked: Asked, width: int) -> Table:
+    table = Table(
+        f"The fused head, [{asked.rows}, {width}] x [{asked.columns}, {width}] {asked.dtype}",
+        [*words("way", "loss"), *numbers("both\nms", "three\nproducts"), *words("remark")],
+    )
+    alone = heads[0].seconds
+    for one in heads:
+        share = f"{one.seconds / alone:.2f}x" if one.seconds and alone else ""
+        table.add(one.way, one.loss, _ms(one.seconds), share, one.problem)
+    return table
+
+
 def blocks_table(kernels: list[Block]) -> Table:
     table = Table(
         "Kernels, each alone",
@@ -117,12 +134,18 @@ def blocks_table(kernels: list[Block]) -> Table:
 
 
 def _as_json(
-    asked: Asked, unreal: str, timed: list[Timed], kernels: list[Block], lines: list[str]
+    asked: Asked,
+    unreal: str,
+    timed: list[Timed],
+    heads: list[Headed],
+    kernels: list[Block],
+    lines: list[str],
 ) -> dict[str, Any]:
     return {
         "asked": asdict(asked),
         "times_mean_nothing": unreal,
         "ways": [asdict(one) for one in timed],
+        "fused_head": [asdict(one) for one in heads],
         "kernels": [asdict(one) | {"bytes_per_s": one.bytes_per_s} for one in kernels],
         "exports": lines,
     }

@@ -67,7 +67,7 @@ def time_ways(device: torch.device, size: Size, scratch: tuple[int, ...]) -> Ite
             yield Timed(way, None, problem=problem)
             continue
         for mib in scratch:
-            with _setting(way, mib):
+            with variables({WAY_VARIABLE: way, SCRATCH_VARIABLE: str(mib)}):
                 yield _timed(way, mib, logits.time_ours)
 
 
@@ -76,10 +76,10 @@ def _why_not(way: str, dtype: torch.dtype) -> str:
 
 
 @contextmanager
-def _setting(way: str, mib: int) -> Iterator[None]:
-    """The two variables for a while; the engine reads them at every call."""
-    before = {name: os.environ.get(name) for name in (WAY_VARIABLE, SCRATCH_VARIABLE)}
-    os.environ.update({WAY_VARIABLE: way, SCRATCH_VARIABLE: str(mib)})
+def variables(words: dict[str, str]) -> Iterator[None]:
+    """Some variables of the environment for a while; the engine reads them at every call."""
+    before = {name: os.environ.get(name) for name in words}
+    os.environ.update(words)
     try:
         yield
     finally:

@@ -26,7 +26,7 @@ from vocab_parallel_ce.engines.contract import (
     arithmetic_dtype,
 )
 from vocab_parallel_ce.engines.cpu import engine as cpu
-from vocab_parallel_ce.engines.cpu.threads import SEQUENTIAL_BELOW
+from vocab_parallel_ce.engines.cpu import threads as pool
 from vocab_parallel_ce.testing.engine import Shard, Subject
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -41,7 +41,9 @@ every_half = pytest.mark.parametrize("dtype", HALVES, ids=str)
 
 
 @pytest.fixture(autouse=True)
-def _threads() -> Any:
+def _threads(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Small cases are work for several threads, too."""
+    monkeypatch.setattr(pool, "SEQUENTIAL_BELOW", 1 << 16)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -121,6 +123,16 @@ def test_a_maximum_that_moves_from_block_to_block(
     check(c)
 
 
+@every_dtype
+@pytest.mark.parametrize("gap", [0.0, 0.3, 0.5, 1.0, 2.0])
+def test_equal_logits_do_not_err_to_one_side(gap: float, dtype: torch.dtype) -> None:
+    """As of a head that knows nothing yet. In one long chain, sums of equal numbers drift."""
+    c = case(64, 4096, dtype)
+    c.logits.copy_(torch.zeros(()))
+    c.logits[:, 5] = gap
+    check(c)
+
+
 # In place, threads
 
 
@@ -136,7 +148,7 @@ def test_in_place_is_the_same_bits(parts: int, dtype: torch.dtype) -> None:
 @every_dtype
 def test_any_number_of_threads_is_the_same_bits(dtype: torch.dtype) -> None:
     c = case(301, 1055, dtype)
-    assert c.logits.numel() > 2 * SEQUENTIAL_BELOW
+    assert c.logits.numel() > 2 * pool.SEQUENTIAL_BELOW
     answers = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)

@@ -37,6 +37,16 @@ def copy_in_pairs(source: int, result: int, count: int, stored: Any, _: Any) -> 
         memory.store_pair(result + i * memory.size_of(stored), a, b, stored)
 
 
+@numba.njit
+def copy_first(source: int, result: int, count: int, stored: Any, _: Any) -> None:
+    memory.store_first(result, memory.load_first(source, count, stored), count, stored)
+
+
+@numba.njit
+def load_first(source: int, result: int, count: int, stored: Any, wanted: Any) -> None:
+    memory.store(result, memory.load_first(source, count, stored), wanted)
+
+
 def converted(function: Any, values: Tensor, dtype: torch.dtype) -> Tensor:
     result = torch.empty(values.shape, dtype=dtype)
     tokens = TOKENS[values.dtype], TOKENS[dtype]
@@ -78,3 +88,27 @@ def test_rounding_is_that_of_torch(function: Any, dtype: torch.dtype) -> None:
     tiny = torch.linspace(-7e-5, 7e-5, 1 << 16)  # subnormal fp16
     for values in (patterns, edges, tiny):
         assert_same_bits(converted(function, values, dtype), values.to(dtype))
+
+
+@pytest.mark.parametrize("count", [-1, 0, 1, 7, 15, 16, 17])
+@pytest.mark.parametrize("dtype", TOKENS, ids=str)
+def test_the_first_elements_and_nothing_behind_them(dtype: torch.dtype, count: int) -> None:
+    values = torch.randn(LANES, dtype=torch.float64).to(dtype)
+    there = min(max(count, 0), LANES)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    read, written = torch.zeros(LANES, dtype=wide), torch.full((LANES,), 7.0).to(dtype)
+    load_first(values.data_ptr(), read.data_ptr(), count, TOKENS[dtype], TOKENS[wide])
+    copy_first(values.data_ptr(), written.data_ptr(), count, TOKENS[dtype], TOKENS[dtype])
+    assert torch.equal(read[:there], values[:there].to(wide))
+    assert bool((read[there:] == -torch.inf).all())
+    assert torch.equal(written[:there], values[:there])
+    assert bool((written[there:] == 7.0).all())
+
+
+@every_half
+def test_every_16_bit_pattern_survives_a_mask(dtype: torch.dtype) -> None:
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    result = torch.empty_like(patterns)
+    for one, place in zip(patterns.split(LANES), result.split(LANES), strict=True):
+        copy_first(one.data_ptr(), place.data_ptr(), LANES, TOKENS[dtype], TOKENS[dtype])
+    assert_same_bits(result, patterns)

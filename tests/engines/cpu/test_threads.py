@@ -14,7 +14,7 @@ import torch
 from vocab_parallel_ce import cross_entropy
 from vocab_parallel_ce.engines.cpu import threads
 
-ROWS, COLUMNS = 64, 4096  # enough for four threads
+ROWS, COLUMNS = 64, 1 << 15  # enough for four threads
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.launch.doctor.asking import DTYPES, MODULE, SMALL, invoke, read
 from tests.launch.running import launch
+from vocab_parallel_ce import selected
 from vocab_parallel_ce.engines.cpu import engine as cpu
 from vocab_parallel_ce.launch.doctor import behaviour, checks, environment
 from vocab_parallel_ce.launch.doctor.cases import Case, Place, against_truth
@@ -32,7 +33,7 @@ def test_a_healthy_engine_passes_alone(tmp_path: Path, monkeypatch: pytest.Monke
     assert (test["rows"], test["vocab"]) == (8, 64)
     assert {v["word"] for v in test["verdicts"]} == {"ok"}
     of_dtype = {d: [v["check"] for v in test["verdicts"] if v["dtype"] == d] for d in DTYPES}
-    assert len(of_dtype["fp32"]) == 32
+    assert len(of_dtype["fp32"]) == 33
     assert set(map(tuple, of_dtype.values())) == {tuple(of_dtype["fp32"])}
     for timing in test["speed"]["passes"]:
         assert timing["forward_s"] > 0
@@ -62,6 +63,7 @@ def test_two_ranks_pass_and_are_timed(tmp_path: Path) -> None:
         "all_reduce, every option",
         "uneven shards",
         "an empty shard",
+        "selected ids, all_reduce, uneven shards",
         "ranks with different targets",
         "number of collectives",
         "target out of range",
@@ -203,6 +205,28 @@ def test_sabotage_is_noticed(
     found = verdict()
     assert found.word == "FAILED"
     assert any(complaint in problem for problem in found.problems), found.problems
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"), [("log_prob", "selected is off by"), ("touched", "gradient is off by")]
+)
+def test_selected_ids_that_are_wrong_are_noticed(
+    name: str, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(torch.device("cpu"), 0, 1, None, rows=8, vocab=64, quick=True)
+    every = checks.for_dtype(place, torch.float32)
+    (check,) = (c for c in every if c.name == "token_statistics, selected ids")
+    assert judge("", "", [Outcome(check.run(place, torch.float32))]).word == "ok"
+    right = getattr(selected, name)
+
+    def wrong(*arguments: Any) -> Any:
+        result = right(*arguments)
+        (result if name == "log_prob" else result.values)[2, 3] += 1e-4
+        return result
+
+    monkeypatch.setattr(selected, name, wrong)
+    (problem,) = judge("", "", [Outcome(check.run(place, torch.float32))]).problems
+    assert complaint in problem
 
 
 def test_an_engine_that_writes_elsewhere_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

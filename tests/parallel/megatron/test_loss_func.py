@@ -269,6 +269,27 @@ def test_weights_cannot_be_counted_per_token(pair: Pool, layout: Layout) -> None
         assert "on this rank, which is no int: with calculate_per_token_loss Megatron" in message
 
 
+def _refused_together(rank: dist.ProcessGroup) -> tuple[str, str]:
+    """Of two data-parallel ranks, one with a fraction in its mask; and then none."""
+    mask = torch.tensor([[1.0, 0.5 if dist.get_rank() == 1 else 1.0]])
+    told = []
+    with megatron(tp=1), install(check=True):
+        for some in (mask, mask.ceil()):
+            try:
+                loss_func(some, torch.ones(1, 2), _Configured(True))
+                told.append("")
+            except ValueError as problem:
+                told.append(str(problem))
+    return told[0], told[1]
+
+
+def test_with_check_every_data_parallel_rank_refuses(pair: Pool) -> None:
+    other, own = pair.run(_refused_together, 2)
+    assert own[0].startswith("loss_mask adds up to 1.5 on this rank, which is no int")
+    assert other == ("rank 1: " + own[0], "")
+    assert own[1] == ""
+
+
 class _Configured:
     """As much of a wrapped model as says how the schedule divides."""
 

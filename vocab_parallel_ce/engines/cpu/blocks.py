@@ -1,6 +1,6 @@
 """What is done to one block of a row: a short pass over each thing that is wanted of it.
 
-``address`` is contiguous; ``count`` is a multiple of PAIR unless said otherwise.
+``address`` is contiguous; ``count`` is a multiple of PAIR unless it says "any ``count``".
 """
 
 from __future__ import annotations
@@ -25,21 +25,31 @@ from vocab_parallel_ce.engines.cpu.lanes import (
 from vocab_parallel_ce.engines.cpu.memory import (
     PAIR,
     load,
+    load_first,
     load_pair,
     prefetch,
     read,
     size_of,
     store,
+    store_first,
     store_pair,
     write,
 )
 
 INFINITY = math.inf
+CHAIN = 8  # numbers added up before their sum goes to the next: equal ones err to one side in fp32
+
+
+@helper
+def load_first_pair(address: int, count: int, token: Any) -> Any:
+    """``load_first`` of a PAIR."""
+    second = address + LANES * size_of(token)
+    return load_first(address, count, token), load_first(second, count - LANES, token)
 
 
 @helper
 def block_max(address: int, count: int, token: Any) -> Any:
-    """Largest of the elements that are not NaN; -inf if there is none."""
+    """Largest of any ``count`` of elements but NaN; -inf if there is none."""
     a = lanes_of(-INFINITY, token)
     b = a
     for _ in range(count // PAIR):
@@ -47,45 +57,64 @@ def block_max(address: int, count: int, token: Any) -> Any:
         a = larger(x, a)
         b = larger(z, b)
         address += PAIR * size_of(token)
+    rest = count % PAIR
+    if rest > 0:
+        x, z = load_first_pair(address, rest, token)
+        a = larger(x, a)
+        b = larger(z, b)
     return highest(larger(a, b))
 
 
 @helper
 def block_max_sum(address: int, count: int, scale: float, base: float, token: Any) -> Any:
-    """max x and sum e^(x - base)"""
+    """max x and sum e^(x - base) of any ``count``, scale > 0"""
     top = lanes_of(-INFINITY, token)
     a = lanes_of(0.0, token)
     b = a
     unscaled = scale == 1.0
-    for _ in range(count // PAIR):
-        prefetch(address, token)
-        x, z = load_pair(address, token)
-        if not unscaled:
-            x = x * scale
-            z = z * scale
+    zero = a
+    for start in range(0, count // PAIR, CHAIN):
+        c, c2 = zero, zero
+        for _ in range(min(CHAIN, count // PAIR - start)):
+            prefetch(address, token)
+            x, z = load_pair(address, token)
+            if not unscaled:
+                x = x * scale
+                z = z * scale
+            top = larger(z, larger(x, top))
+            c = c + exp(x - base, scale)
+            c2 = c2 + exp(z - base, scale)
+            address += PAIR * size_of(token)
+        a, b = a + c, b + c2
+    rest = count % PAIR
+    if rest > 0:
+        x, z = load_first_pair(address, rest, token)
+        x = x * scale
+        z = z * scale
         top = larger(z, larger(x, top))
         a = a + exp(x - base, scale)
         b = b + exp(z - base, scale)
-        address += PAIR * size_of(token)
     return np.float64(highest(top)), total(a) + total(b)
 
 
 @helper
 def block_entropy(address: int, count: int, m: float, token: Any) -> Any:
     """sum e^(x - m) and sum e^(x - m) (x - m)"""
-    s = lanes_of(0.0, token)
-    t = s
-    s2, t2 = s, s
-    for _ in range(count // PAIR):
-        x, z = load_pair(address, token)
-        d, d2 = x - m, z - m
-        e, e2 = exp(d, token), exp(d2, token)
-        s = s + e
-        s2 = s2 + e2
-        # Without a product where e is 0 (d may be -inf), with NaN where it is NaN.
-        t = where_less(0.0, e, multiply_add(e, d, t), t + e)
-        t2 = where_less(0.0, e2, multiply_add(e2, d2, t2), t2 + e2)
-        address += PAIR * size_of(token)
+    zero = lanes_of(0.0, token)
+    s, s2, t, t2 = zero, zero, zero, zero
+    for start in range(0, count, CHAIN * PAIR):
+        a, a2, c, c2 = zero, zero, zero, zero
+        for _ in range(min(CHAIN, (count - start) // PAIR)):
+            x, z = load_pair(address, token)
+            d, d2 = x - m, z - m
+            e, e2 = exp(d, token), exp(d2, token)
+            a = a + e
+            a2 = a2 + e2
+            # Without a product where e is 0 (d may be -inf), with NaN where it is NaN.
+            c = where_less(0.0, e, multiply_add(e, d, c), c + e)
+            c2 = where_less(0.0, e2, multiply_add(e2, d2, c2), c2 + e2)
+            address += PAIR * size_of(token)
+        s, s2, t, t2 = s + a, s2 + a2, t + c, t2 + c2
     return total(s) + total(s2), total(t) + total(t2)
 
 
@@ -137,7 +166,7 @@ def block_smooth(address: int, count: int, m: float, weight: int, token: Any) ->
 def block_gradient(
     source: int, destination: int, count: int, scale: float, m: float, softmax: float, token: Any
 ) -> None:
-    """softmax e^(x - m)"""
+    """softmax e^(x - m) of any ``count``"""
     step = PAIR * size_of(token)
     unscaled = scale == 1.0
     for _ in range(count // PAIR):
@@ -149,6 +178,13 @@ def block_gradient(
         store_pair(destination, exp(x - m, token) * softmax, exp(z - m, token) * softmax, token)
         source += step
         destination += step
+    rest = count % PAIR
+    if rest > 0:
+        x, z = load_first_pair(source, rest, token)
+        x = exp(x * scale - m, token) * softmax
+        z = exp(z * scale - m, token) * softmax
+        store_first(destination, x, rest, token)
+        store_first(destination + LANES * size_of(token), z, rest - LANES, token)
 
 
 @helper

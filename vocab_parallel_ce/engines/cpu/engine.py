@@ -102,20 +102,16 @@ def partials(
             scales, factor, float(softcap), token, place,
         )  # fmt: skip
     if pieces > 1:
-        weights = _weights_of_pieces(weight, logits.shape[1], width, arithmetic)
+        weights = None if weight is None else _sums_of_pieces(weight, width)
         _kernels().merge(
-            0, logits.shape[0], pieces, place, _vector(weights, arithmetic)[0], wanted.smooth,
-            wanted.entropy, wanted.squares, wanted.argmax, _SCALARS[arithmetic](1.0),
-            _vector(out, arithmetic),
+            0, logits.shape[0], logits.shape[1], width, place, _vector(weights, arithmetic)[0],
+            wanted.smooth, wanted.entropy, wanted.squares, wanted.argmax,
+            _SCALARS[arithmetic](1.0), _vector(out, arithmetic),
         )  # fmt: skip
 
 
-def _weights_of_pieces(
-    weight: Tensor | None, columns: int, width: int, arithmetic: torch.dtype
-) -> Tensor:
+def _sums_of_pieces(weight: Tensor, width: int) -> Tensor:
     """The sum of the class weights of each piece of a row."""
-    if weight is None:
-        weight = torch.ones((), dtype=arithmetic, device="cpu").expand(columns)
     return torch.stack([piece.sum() for piece in weight.split(width)])
 
 

@@ -4,7 +4,8 @@ A row is read once from memory, in blocks of BLOCK elements. Its sums are kept i
 a block and in fp64 across blocks. The fast kernels work on contiguous logits where they lie and
 take one pass a block: the sum of e^(x - base) is formed together with the block's maximum, where
 ``base`` is a maximum seen earlier. Only if the block rises above it is the block, still in the
-first-level cache, summed again. The last columns, which fill no vector, go through a buffer.
+first-level cache, summed again. The last columns, which fill no vector, are read and written under
+a mask.
 
 The general kernels first copy each block, capped and times ``scale``, into a buffer on the stack,
 whatever the strides, and then make one short pass over it for each thing that is wanted. All
@@ -55,7 +56,6 @@ from vocab_parallel_ce.engines.cpu.rows import (
     clean,
     column_of,
     fold,
-    gather,
     gather_x,
     item,
     multiply_by_slopes,
@@ -90,7 +90,6 @@ def partials_fast(
 ) -> None:
     """m, s and x_y; contiguous columns, every scale > 0, no cap."""
     size = size_of(token)
-    tail = scratch(every_scale)
     for index in range(begin, end):
         row, first, columns = piece(index, row_columns, width)
         scale = scale_of(scales, row, every_scale)
@@ -100,14 +99,10 @@ def partials_fast(
             m = 0.0
         else:
             address = logits[0] + row * logits[1] + first * size
-            full = columns // PAIR * PAIR
             x = target_logit(address, size, columns, y, scale, token)
-            for start in range(0, full, BLOCK):
-                block, count = address + start * size, min(BLOCK, full - start)
+            for start in range(0, columns, BLOCK):
+                block, count = address + start * size, min(BLOCK, columns - start)
                 m, base, s = fold(m, base, s, block, count, scale, token)
-            if full < columns:
-                gather(tail, address + full * size, size, columns - full, scale, token)
-                m, base, s = fold(m, base, s, tail, PAIR, number(1.0, scale), scale)
             if m > base:
                 s *= math.exp(base - m)
         place = out[0] + index * size_of(scale)
@@ -120,7 +115,8 @@ def partials_fast(
 def merge(
     begin: int,
     end: int,
-    pieces: int,
+    row_columns: int,
+    width: int,
     parts: Vector,
     weights: int,
     smooth: bool,
@@ -130,8 +126,12 @@ def merge(
     scale: float,
     out: Vector,
 ) -> None:
-    """The partials of rows from those of their ``pieces``, in order; each has its W in weights."""
+    """The partials of rows from those of their pieces, in order.
+
+    ``weights`` has the W of each piece; it is 0 where every class counts 1.
+    """
     size = size_of(scale)
+    pieces = -(-row_columns // width)
     for row in range(begin, end):
         source, place = parts[0] + row * pieces * size, out[0] + row * size
         m, best = -INFINITY, 0
@@ -150,7 +150,9 @@ def merge(
             x += np.float64(read(at + 2 * parts[1], scale))
             at += 3 * parts[1]
             if smooth:
-                w = np.float64(read(weights + i * size, scale))
+                w = np.float64(min(width, row_columns - i * width))
+                if weights != 0:
+                    w = np.float64(read(weights + i * size, scale))
                 u += np.float64(read(at, scale)) + w * shift
                 at += parts[1]
             if entropy:
@@ -193,13 +195,9 @@ def gradient_fast(
 ) -> None:
     """Softmax and target parts only; contiguous columns of logits and out, no cap."""
     size = size_of(token)
-    tail = scratch(every_scale)
-    one = number(1.0, every_scale)
     for index in range(begin, end):
         row, first, columns = piece(index, row_columns, width)
         scale = scale_of(scales, row, every_scale)
-        full = columns // PAIR * PAIR
-        rest = columns - full
         source = logits[0] + row * logits[1] + first * size
         destination = out[0] + row * out[1] + first * size
         y = column_of(read(target[0] + row * target[1], INT64), first)
@@ -211,11 +209,7 @@ def gradient_fast(
         factor = clean(row_softmax / row_s)
         # Read before it is overwritten.
         x = target_logit(source, size, columns, y, scale, token)
-        block_gradient(source, destination, full, scale, row_m, factor, token)
-        if rest > 0:
-            gather(tail, source + full * size, size, rest, scale, token)
-            block_gradient(tail, tail, PAIR, one, row_m, factor, scale)
-            scatter(destination + full * size, size, tail, rest, scale, token)
+        block_gradient(source, destination, columns, scale, row_m, factor, token)
         if 0 <= y < columns:
             place = destination + y * size
             write_target(

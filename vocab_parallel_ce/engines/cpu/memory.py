@@ -9,6 +9,7 @@ integer operations. Addresses are integers, so one compilation serves every layo
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from llvmlite import ir
@@ -17,6 +18,7 @@ from numba.core import cgutils, types
 from vocab_parallel_ce.engines.cpu.compiling import operation
 from vocab_parallel_ce.engines.cpu.lanes import (
     F32,
+    F64,
     I16,
     I32,
     LANES,
@@ -30,6 +32,7 @@ from vocab_parallel_ce.engines.cpu.lanes import (
 
 PAIR = 2 * LANES  # what load_pair reads
 BLOCK = 1024  # elements worked on while they stay in the first-level cache
+_MINUS_INFINITY = {types.uint16: 0xFF80, types.int16: 0xFC00}  # bits of bf16 and of fp16
 CACHE_LINE = 64  # bytes, or a divisor of what the processor has
 AHEAD = 4096  # bytes between what is computed and what is asked of memory: behind arithmetic alone
 # the processor's own prefetcher is late. The next rows lie behind this one, so it spans their ends.
@@ -185,6 +188,65 @@ def store_pair(typing: Any, address: Any, a: Any, b: Any, token: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, a, b, token), codegen
+
+
+def _first_lanes(builder: Any, count: Any) -> Any:
+    """Which lanes are the first ``count``: all, some or none."""
+    kind = vector(I32)
+    number = builder.trunc(count, I32)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(I32, 0))
+    zeros = ir.Constant(kind, [ir.Constant(I32, 0)] * LANES)
+    counts = builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), zeros)
+    places = ir.Constant(kind, [ir.Constant(I32, lane) for lane in range(LANES)])
+    return builder.icmp_signed("<", places, counts)
+
+
+def _masked(builder: Any, operation: str, result: Any, kind: Any, args: list[Any]) -> Any:
+    """Call llvm.masked.load or .store of vectors of this ``kind``."""
+    element = kind.element
+    width = element.width if isinstance(element, ir.IntType) else {F32: 32, F64: 64}[element]
+    letter = "i" if isinstance(element, ir.IntType) else "f"
+    # LLVM puts the name right where pointers have types, and drops the alignment after version 21.
+    name = f"llvm.masked.{operation}.v{LANES}{letter}{width}.p0"
+    prototype = ir.FunctionType(result, [arg.type for arg in args])
+    function = cgutils.get_or_insert_function(builder.module, prototype, name)
+    return builder.call(function, args)
+
+
+@operation
+def load_first(typing: Any, address: Any, count: Any, token: Any) -> Any:
+    """The first ``count`` of LANES elements, -inf behind them; what is there is not touched."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        element, size = STORED[token]
+        kind = vector(element)
+        nothing = constant(kind, _MINUS_INFINITY.get(token, -math.inf))
+        place, mask = _pointer(builder, args[0], kind), _first_lanes(builder, args[1])
+        raw = _masked(builder, "load", kind, kind, [place, ir.Constant(I32, size), mask, nothing])
+        if element == I16:
+            raw = builder.zext(raw, vector(I32))
+        return _widen(builder, raw, token)
+
+    return Lanes(arithmetic_of(token))(types.int64, types.int64, token), codegen
+
+
+@operation
+def store_first(typing: Any, address: Any, value: Any, count: Any, token: Any) -> Any:
+    """Round LANES elements and write the first ``count`` of them."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        element, size = STORED[token]
+        raw = _narrow(builder, args[1], token)
+        if element == I16:
+            raw = builder.trunc(raw, vector(I16))
+        place, mask = _pointer(builder, args[0], raw.type), _first_lanes(builder, args[2])
+        _masked(
+            builder, "store", ir.VoidType(), raw.type,
+            [raw, place, ir.Constant(I32, size), mask],
+        )  # fmt: skip
+        return context.get_dummy_value()
+
+    return types.void(types.int64, value, types.int64, token), codegen
 
 
 @operation

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
-SEQUENTIAL_BELOW = 1 << 16  # elements; a thread takes longer to wake up than to do the work
+# Elements: below, one thread does the work in the time (0.2 ms) that another saves by waking up
+# (20 us), drawing, and being waited for. A range has at least half of them.
+SEQUENTIAL_BELOW = 1 << 19
 RANGES_PER_THREAD = 8  # a thread that is held up leaves its share to the others
 
 

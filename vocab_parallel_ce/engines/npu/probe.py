@@ -8,41 +8,25 @@ also try the maximum in the logits' dtype, the mixed additions, and the put of t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib import metadata
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..contract import ELSEWHERE, IGNORED, Coefficients, Wanted
 from . import max_sum
 from .finishing import HIGHEST
+from .probing import Problem, first_problem
 
 COLUMNS = 16_001
 """one more than a tile of the kernel"""
 _ULPS = 64  # of a device's own exp and 1 / x, in fp32
-Problem = str
 
 
 def of_max_sum(dtype: torch.dtype) -> Problem | None:
     """What is wrong with the way in this dtype, or None."""
-    try:
-        version = metadata.version("torch_npu")
-        if max_sum.operator() is None:
-            return (
-                f"torch_npu {version} has neither {' nor '.join(max_sum.NAMES)}; 2.6.0.post5 is "
-                "the first"
-            )
-        # A fake or a transformed tensor of the caller's would be no probe.
-        with _disable_current_modes(), torch.no_grad():
-            return next(_problems(dtype), None)
-    except Exception as problem:  # a CANN before 8.5.0, anything
-        first_line = str(problem).strip().partition("\n")[0]
-        return f"{_name(dtype)}: {first_line}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return first_problem(
+        dtype, lambda: [max_sum.NAMES] if max_sum.operator() is None else [], _problems
+    )
 
 
 def _problems(dtype: torch.dtype) -> Iterator[Problem]:
@@ -50,7 +34,7 @@ def _problems(dtype: torch.dtype) -> Iterator[Problem]:
         for what, found, wanted, ulps in check(dtype):
             problem = _difference(found.cpu().double(), wanted, ulps, dtype)
             if problem:
-                yield f"{_name(dtype)}, {what}: {problem}"
+                yield f"{what}: {problem}"
 
 
 Found = Iterator[tuple[str, Tensor, Tensor, float]]

@@ -12,7 +12,8 @@ from torch import Tensor
 from tests.launch.doctor.asking import invoke, read
 from tests.launch.running import one_line
 from vocab_parallel_ce.launch.bench import peers
-from vocab_parallel_ce.launch.doctor.tune import blocks, megatron, ways
+from vocab_parallel_ce.launch.doctor.tune import blocks, head, megatron, ways
+from vocab_parallel_ce.launch.doctor.tune.head import Headed
 from vocab_parallel_ce.launch.doctor.tune.ways import MEGATRON, Timed
 from vocab_parallel_ce.switches import SCRATCH_VARIABLE, WAY_VARIABLE
 
@@ -33,6 +34,12 @@ def test_on_a_cpu_it_runs_and_says_that_times_mean_nothing(tmp_path: Path) -> No
         MEGATRON: "",
         **dict.fromkeys(("max_sum", "operator", "triton"), "needs an NPU; this is cpu"),
     }
+    products, *heads = tune["fused_head"]
+    assert products["seconds"] > 0
+    assert [(one["way"], one["problem"]) for one in heads] == [
+        ("chunks", "needs an NPU; this is cpu"),
+        ("fused", "needs an NPU; this is cpu"),
+    ]
     seen = {kernel["what"]: kernel for kernel in tune["kernels"]}
     for what in ("copy", "amax", "add, fp32 result", "put_", "scatter_", "launch: host"):
         assert seen[what]["seconds"] > 0
@@ -124,10 +131,24 @@ def test_the_fastest_of_ours_is_exported() -> None:
     assert ways.best(found[:1]) is None
 
 
+def test_the_faster_way_of_the_fused_head_is_exported() -> None:
+    found = [
+        Headed(head.PRODUCTS, "", 1.0),
+        Headed("chunks", "mean", 2.0),
+        Headed("chunks", "a loss per token", 9.0),
+        Headed("fused", "mean", 3.0),
+        Headed("fused", "a loss per token", 1.0),
+    ]
+    assert head.exports(found) == ["export VOCAB_PARALLEL_CE_NPU_LINEAR=chunks"]
+    found[3] = Headed("fused", "mean", 1.0)
+    assert head.exports(found) == ["export VOCAB_PARALLEL_CE_NPU_LINEAR=auto"]
+    assert head.exports(found[:3]) == []
+
+
 def test_variables_are_as_before_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(WAY_VARIABLE, "auto")
     monkeypatch.delenv(SCRATCH_VARIABLE, raising=False)
-    with ways._setting("operator", 64):
+    with ways.variables({WAY_VARIABLE: "operator", SCRATCH_VARIABLE: "64"}):
         assert os.environ[WAY_VARIABLE] == "operator"
         assert os.environ[SCRATCH_VARIABLE] == "64"
     assert os.environ[WAY_VARIABLE] == "auto"

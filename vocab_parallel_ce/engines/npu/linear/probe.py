@@ -8,40 +8,24 @@ coefficients, targets elsewhere, NaN in an ignored row.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib import metadata
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ...contract import ELSEWHERE, IGNORED, Coefficients, Wanted
+from ..probing import Problem, first_problem
 from . import operators, passes
 
 IDS, WIDTH, ROWS = 200, 32, 21
 _SUMS = 64  # epsilons of fp32 that sums over a row may be off
-Problem = str
 
 
 def of_fused_head(dtype: torch.dtype) -> Problem | None:
     """What is wrong with them in this dtype, or None."""
-    try:
-        version = metadata.version("torch_npu")
-        for names in (operators.FORWARD_NAMES, operators.BACKWARD_NAMES):
-            if operators.found(names) is None:
-                return (
-                    f"torch_npu {version} has neither {' nor '.join(names)}; 2.6.0.post5 is the "
-                    "first"
-                )
-        # A fake or a transformed tensor of the caller's would be no probe.
-        with _disable_current_modes(), torch.no_grad():
-            return next(_problems(dtype), None)
-    except Exception as problem:  # a CANN before 8.5.0, anything
-        first_line = str(problem).strip().partition("\n")[0]
-        return f"{_name(dtype)}: {first_line}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    every = (operators.FORWARD_NAMES, operators.BACKWARD_NAMES)
+    return first_problem(
+        dtype, lambda: (names for names in every if operators.found(names) is None), _problems
+    )
 
 
 Found = Iterator[tuple[str, Tensor, Tensor, float]]
@@ -55,7 +39,7 @@ def _problems(dtype: torch.dtype) -> Iterator[Problem]:
             size = max(float(wanted.norm()), 1.0)
             apart = float((found - wanted).norm()) / size
             if not apart <= allowed:  # NaN is no match
-                yield f"{_name(dtype)}, {what}: off by {apart:.2g} of its norm"
+                yield f"{what}: off by {apart:.2g} of its norm"
 
 
 def _operands(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
