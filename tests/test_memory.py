@@ -26,8 +26,8 @@ from .allocations import allocations, peak
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 1 << 20
-# The eager engine works on blocks of 2^19 elements and holds a handful of them in fp32.
-EAGER_SCRATCH = 8 * MIB
+# The eager engine works on blocks of 2^20 elements and holds a handful of them in fp32.
+EAGER_SCRATCH = 16 * MIB
 
 
 def budget(rows: int, k: int, world: int = 1) -> int:
@@ -51,7 +51,7 @@ def test_allocations_are_seen() -> None:
 
 
 Loss = Callable[..., Tensor]
-ROWS, CLASSES = 1024, 8192
+ROWS, CLASSES = 2048, 8192
 WEIGHT = torch.rand(CLASSES)
 
 
