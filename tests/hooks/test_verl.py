@@ -135,6 +135,14 @@ def test_another_verl_is_one_line(engine: Any, monkeypatch: pytest.MonkeyPatch) 
     assert engine.vocab_parallel_entropy is not ours.vocab_parallel_entropy
 
 
+def test_a_verl_whose_processor_moved_is_one_line(engine: Any) -> None:
+    before = dict(vars(engine))
+    delattr(engine.Engine, ours.PROCESSOR)
+    with pytest.raises(RuntimeError, match=rf"no {ours.PROCESSOR} .*known to work: verl"):
+        ours.install_verl()
+    assert dict(vars(engine)) == before, "nothing was changed"
+
+
 def test_without_verl() -> None:
     with pytest.raises(ImportError, match=r"cannot be imported .*known to work: verl 0\.9"):
         ours.install_verl()
