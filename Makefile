@@ -200,7 +200,7 @@ HOOKS_NEED := hjson py-cpuinfo msgpack einops ninja pydantic pydantic-core annot
 
 hooks: .hooks/installed ## the hooks of DeepSpeed, torchtitan, verl, NeMo-Automodel against the real packages
 	@start=$$(date +%s); echo "== hooks: $(HOOKS)"; \
-	PYTHONPATH=$(CURDIR)/.hooks $(BIN)/python -m pytest -q -o addopts= $(if $(GRIDS),,-m "not full") \
+	PYTHONPATH=$(CURDIR)/.hooks $(BIN)/python -m pytest -q -o addopts= $(PARALLEL) $(if $(GRIDS),,-m "not full") \
 	    tests/hooks && \
 	echo "== hooks: $$(( $$(date +%s) - start )) s"
 
