@@ -6,16 +6,12 @@ raises a number here, and knows it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vocab_parallel_ce import cross_entropy
+from vocab_parallel_ce.launch.measuring.host_side import Operations
 
 from .ranks import Pool
 
@@ -25,24 +21,6 @@ ONE_RANK = 18
 TWO_RANKS = 43
 
 
-class _Operations(TorchDispatchMode):
-    """Their names, views and allocations among them."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: tuple[type, ...],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def _operations(group: dist.ProcessGroup | None, inplace_backward: bool) -> list[str]:
     """Of forward and backward at N = 1, C = 8, whose logits have no gradient yet."""
     rank = 0 if group is None else dist.get_rank(group)
@@ -50,11 +28,10 @@ def _operations(group: dist.ProcessGroup | None, inplace_backward: bool) -> list
     target = torch.zeros(1, dtype=torch.int64)
     for _ in range(2):  # what the first call of a process does is not counted
         again = logits * 1
-        with _Operations() as seen:
+        with Operations() as operations:
             loss = cross_entropy(again, target, group=group, inplace_backward=inplace_backward)
             torch.autograd.grad(loss, again)
-    names: list[str] = seen.names
-    return names
+    return [str(function) for function in operations.seen]
 
 
 @pytest.mark.parametrize("inplace_backward", [False, True])

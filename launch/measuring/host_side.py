@@ -69,11 +69,16 @@ def triton_without_launches() -> Iterator[_Kernels]:
 
 
 class Operations(TorchDispatchMode):
-    """Counts torch's operations that are no view and no allocation."""
+    """torch's operations in their order, views and allocations among them."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
+        self.seen: list[OpOverload] = []
+
+    def launches(self) -> int:
+        """How many are no view and no allocation."""
+        names = (f.overloadpacket.__name__ for f in self.seen if not f.is_view)
+        return sum(name not in _ALLOCATIONS for name in names)
 
     def __torch_dispatch__(
         self,
@@ -82,8 +87,7 @@ class Operations(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        allocation = func.overloadpacket.__name__ in _ALLOCATIONS
-        self.count += not (func.is_view or allocation)
+        self.seen.append(func)
         return func(*args, **(kwargs or {}))
 
 
@@ -92,4 +96,4 @@ def launches(step: Callable[[], object], kernels: _Kernels) -> Launches:
     before = kernels.count
     with Operations() as operations:
         step()
-    return Launches(kernels.count - before, operations.count)
+    return Launches(kernels.count - before, operations.launches())

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.engines.partials import EVERYTHING, ROWS, SIZE, equal_shards, fill_parts, target_of
 from vocab_parallel_ce.collectives import Payload
 from vocab_parallel_ce.engines.contract import Gathered
 from vocab_parallel_ce.engines.cpu import vectors
@@ -17,42 +18,7 @@ from vocab_parallel_ce.request import RowRequest
 from vocab_parallel_ce.row_steps import Concluded, FusedSteps, RowSteps, TorchSteps
 from vocab_parallel_ce.testing import assert_close
 
-ROWS, SIZE = 300, 5
-EVERYTHING = {"smooth": True, "entropy": True, "squares": True, "argmax": True}
 MANY_ROWS = 20_000  # more than one thread takes
-
-
-def _requests(world: int, **options: Any) -> list[RowRequest]:
-    """Equal shards in rank order, as they are inferred."""
-    starts = range(0, world * SIZE, SIZE)
-    return [RowRequest(a, a + SIZE, world * SIZE, True, **options) for a in starts]
-
-
-def _target(world: int, rows: int = ROWS, ignored: int = -100) -> Tensor:
-    target = torch.randint(world * SIZE, (rows,))
-    target[::7] = ignored
-    return target
-
-
-def _fill(parts: Tensor, request: RowRequest) -> None:
-    """Partials as an engine may leave them: -inf on one rank or on all, a NaN, ties of maxima."""
-    parts.copy_(3 * torch.randn(parts.shape))
-    parts[1].exp_()
-    parts[0, 8::13] = 2.0
-    parts[1, 9] = torch.nan
-    named = dict(zip(request.wanted.rows, parts.unbind(0), strict=True))
-    for first in (5, 6) if request.start == 0 else (5,):
-        empty = slice(first, None, 11)
-        named["m"][empty], named["s"][empty] = -torch.inf, 0.0
-        if request.smooth:
-            named["u"][empty] = -torch.inf
-        if request.entropy:
-            named["t"][empty] = 0.0
-        if request.squares:
-            named["q"][empty] = 0.0
-    if request.argmax:
-        integer = torch.int64 if parts.dtype == torch.float64 else torch.int32
-        named["argmax"].view(integer).copy_(torch.randint(SIZE, (parts.shape[1],)))
 
 
 def _steps(
@@ -69,7 +35,7 @@ def _run(
     targets: list[Tensor],
     weight: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-    contents: Callable[[Tensor, RowRequest], None] = _fill,
+    contents: Callable[[Tensor, RowRequest], None] = fill_parts,
     normalizers: tuple[float, ...] = (1.0, 1.0, 1.0),
 ) -> list[tuple[Concluded | str, Concluded | str]]:
     """Both ways on every rank: headers and local targets the same; what each concludes, or says."""
@@ -132,8 +98,8 @@ def _check_same(plain: Concluded | str, fused: Concluded | str) -> None:
 )
 def test_what_is_concluded(options: dict[str, Any], world: int, dtype: torch.dtype) -> None:
     ignored = options.get("ignore_index", -100)
-    target = _target(world, ignored=ignored)
-    for plain, fused in _run(_requests(world, **options), [target] * world, dtype=dtype):
+    target = target_of(world, ignored=ignored)
+    for plain, fused in _run(equal_shards(world, **options), [target] * world, dtype=dtype):
         _check_same(plain, fused)
         kept = target != ignored
         assert isinstance(fused, Concluded)
@@ -143,8 +109,8 @@ def test_what_is_concluded(options: dict[str, Any], world: int, dtype: torch.dty
 
 def test_rows_for_several_threads_class_weights_and_a_strided_target() -> None:
     weight = torch.rand(2 * SIZE)
-    target = torch.stack([_target(2, MANY_ROWS), _target(2, MANY_ROWS)], 1)[:, 0]
-    for plain, fused in _run(_requests(2, smooth=True), [target] * 2, weight):
+    target = torch.stack([target_of(2, MANY_ROWS), target_of(2, MANY_ROWS)], 1)[:, 0]
+    for plain, fused in _run(equal_shards(2, smooth=True), [target] * 2, weight):
         _check_same(plain, fused)
 
 
@@ -155,10 +121,10 @@ def _both_say(outcomes: list[tuple[Concluded | str, Concluded | str]], words: st
 
 
 def test_other_targets() -> None:
-    target = _target(3)
+    target = target_of(3)
     other = target.clone()
     other[200] = (target[200].clamp(min=0) + 1) % 15
-    _both_say(_run(_requests(3), [target, target, other]), "ranks disagree on target")
+    _both_say(_run(equal_shards(3), [target, target, other]), "ranks disagree on target")
 
 
 @pytest.mark.parametrize(
@@ -173,14 +139,14 @@ def test_other_targets() -> None:
 )
 def test_other_options_and_shards_that_do_not_tile(change: dict[str, Any], words: str) -> None:
     target = torch.randint(2 * SIZE, (ROWS,))
-    requests = [replace(r, implicit_shard="start" not in change) for r in _requests(2)]
+    requests = [replace(r, implicit_shard="start" not in change) for r in equal_shards(2)]
     requests[1] = replace(requests[1], **change)
     _both_say(_run(requests, [target] * 2), words)
 
 
 def test_shards_in_another_order_than_the_ranks() -> None:
-    requests = [replace(r, implicit_shard=False) for r in reversed(_requests(2))]
-    for plain, fused in _run(requests, [_target(2)] * 2):
+    requests = [replace(r, implicit_shard=False) for r in reversed(equal_shards(2))]
+    for plain, fused in _run(requests, [target_of(2)] * 2):
         _check_same(plain, fused)
 
 
@@ -190,7 +156,7 @@ def test_shards_in_another_order_than_the_ranks() -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_normalizers(dtype: torch.dtype, normalizers: tuple[float, ...], alike: bool) -> None:
-    requests, targets = _requests(3, normalized=True), [_target(3)] * 3
+    requests, targets = equal_shards(3, normalized=True), [target_of(3)] * 3
     outcomes = _run(requests, targets, dtype=dtype, normalizers=normalizers)
     if not alike:
         _both_say(outcomes, "ranks disagree on normalizer")
@@ -208,9 +174,9 @@ def test_gathered_logits(constant: bool) -> None:
         if constant:
             parts[1] = request.size
 
-    target = _target(2)
+    target = target_of(2)
     target = torch.where(target < 0, target, target % SIZE)
-    outcomes = _run(_requests(2), [target] * 2, contents=alike)
+    outcomes = _run(equal_shards(2), [target] * 2, contents=alike)
     if not constant:
         _both_say(outcomes, "input looks gathered")
         return
@@ -222,14 +188,14 @@ def test_a_wrong_target_raises_in_the_same_words() -> None:
     said = []
     for fused in (False, True):
         with pytest.raises(ValueError, match="target is out of range: row 2 holds -1") as raised:
-            _steps(fused, torch.tensor([0, -100, -1, 99]), None, _requests(1)[0], torch.ones(()))
+            _steps(fused, torch.tensor([0, -100, -1, 99]), None, equal_shards(1)[0], torch.ones(()))
         said.append(str(raised.value))
     assert said[0] == said[1]
 
 
 def test_what_is_announced_may_be_more_than_what_is_read() -> None:
     """The targets of a whole batch, of which these are the first: an error names its row."""
-    request = _requests(1)[0]
+    request = equal_shards(1)[0]
     with pytest.raises(ValueError, match="row 3 holds 77"):
         FusedSteps(
             vectors, torch.tensor([0, 1]), None, request, None,

@@ -9,47 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.engines.partials import EVERYTHING, ROWS, SIZE, equal_shards, fill_parts, target_of
 from vocab_parallel_ce.collectives import Payload
 from vocab_parallel_ce.engines.contract import Gathered
 from vocab_parallel_ce.engines.triton import engine as triton
 from vocab_parallel_ce.request import RowRequest
 from vocab_parallel_ce.row_steps import Concluded, FusedSteps, RowSteps, TorchSteps
 from vocab_parallel_ce.testing import assert_close
-
-ROWS, SIZE = 300, 5  # more than one block of rows, the last one not full
-EVERYTHING = {"smooth": True, "entropy": True, "squares": True, "argmax": True}
-
-
-def _requests(world: int, **options: Any) -> list[RowRequest]:
-    """Equal shards in rank order, as they are inferred."""
-    starts = range(0, world * SIZE, SIZE)
-    return [RowRequest(a, a + SIZE, world * SIZE, True, **options) for a in starts]
-
-
-def _target(world: int) -> Tensor:
-    target = torch.randint(world * SIZE, (ROWS,))
-    target[::7] = -100
-    return target
-
-
-def _fill(parts: Tensor, request: RowRequest) -> None:
-    """Partials as an engine may leave them: -inf on one rank or on all, a NaN, ties of maxima."""
-    parts.copy_(3 * torch.randn(parts.shape))
-    parts[1].exp_()
-    parts[0, 8::13] = 2.0
-    parts[1, 9] = torch.nan
-    named = dict(zip(request.wanted.rows, parts.unbind(0), strict=True))
-    for first in (5, 6) if request.start == 0 else (5,):
-        empty = slice(first, None, 11)
-        named["m"][empty], named["s"][empty] = -torch.inf, 0.0
-        if request.smooth:
-            named["u"][empty] = -torch.inf
-        if request.entropy:
-            named["t"][empty] = 0.0
-        if request.squares:
-            named["q"][empty] = 0.0
-    if request.argmax:
-        named["argmax"].view(torch.int32).copy_(torch.randint(SIZE, (parts.shape[1],)))
 
 
 def _steps(
@@ -67,7 +33,7 @@ def _run(
     requests: list[RowRequest],
     targets: list[Tensor],
     weight: Tensor | None = None,
-    contents: Any = _fill,
+    contents: Any = fill_parts,
     reduced: bool = False,
     normalizers: tuple[float, ...] = (1.0, 1.0, 1.0),
 ) -> list[Concluded]:
@@ -124,8 +90,8 @@ def _check_same(plain: Concluded, fused: Concluded) -> None:
     ids=["plain", "everything", "entropy of ignored rows", "smoothing"],
 )
 def test_what_is_concluded(options: dict[str, Any], world: int) -> None:
-    target = _target(world)
-    for outcome in _run(_requests(world, **options), [target] * world):
+    target = target_of(world)
+    for outcome in _run(equal_shards(world, **options), [target] * world):
         kept = target != options.get("ignore_index", -100)
         assert bool(outcome.stats[0].isfinite()[kept].float().mean() > 0.5)
         assert bool((outcome.stats[0][~kept] == 0).all())
@@ -133,19 +99,19 @@ def test_what_is_concluded(options: dict[str, Any], world: int) -> None:
 
 def test_class_weights_and_a_target_of_32_bits() -> None:
     weight = torch.rand(2 * SIZE)
-    _run(_requests(2, smooth=True), [_target(2).int()] * 2, weight)
+    _run(equal_shards(2, smooth=True), [target_of(2).int()] * 2, weight)
 
 
 def test_partials_that_were_summed_already() -> None:
-    _run(_requests(2, smooth=True, entropy=True), [_target(2)] * 2, reduced=True)
+    _run(equal_shards(2, smooth=True, entropy=True), [target_of(2)] * 2, reduced=True)
 
 
 def test_a_wrong_target_is_nan_in_its_row() -> None:
-    target, wrong = _target(2), torch.tensor([3, 4])
+    target, wrong = target_of(2), torch.tensor([3, 4])
     outcomes = []
     for values in (target[wrong], torch.tensor([2 * SIZE, -1])):
         torch.manual_seed(0)
-        outcomes.append(_run(_requests(2), [target.index_copy(0, wrong, values)] * 2))
+        outcomes.append(_run(equal_shards(2), [target.index_copy(0, wrong, values)] * 2))
     for before, after in zip(*outcomes, strict=True):
         assert bool(before.stats[:, wrong].isfinite().all())
         assert bool(after.stats[:, wrong].isnan().all())
@@ -162,10 +128,10 @@ def _check_all_nan(outcomes: list[Concluded], target: Tensor) -> None:
 
 
 def test_other_targets() -> None:
-    target = _target(3)
+    target = target_of(3)
     other = target.clone()
     other[200] = (target[200].clamp(min=0) + 1) % 15
-    _check_all_nan(_run(_requests(3), [target, target, other]), target)
+    _check_all_nan(_run(equal_shards(3), [target, target, other]), target)
 
 
 @pytest.mark.parametrize(
@@ -181,8 +147,8 @@ def test_other_targets() -> None:
     ids=["ignore_index", "scale", "overlap", "overlap of the right total", "gap", "vocab_size"],
 )
 def test_other_options_and_shards_that_do_not_tile(change: dict[str, Any]) -> None:
-    target = _target(2)
-    requests = [replace(r, implicit_shard="start" not in change) for r in _requests(2)]
+    target = target_of(2)
+    requests = [replace(r, implicit_shard="start" not in change) for r in equal_shards(2)]
     requests[1] = replace(requests[1], **change)
     _check_all_nan(_run(requests, [target] * 2), target.masked_fill(target == -1, -100))
 
@@ -201,9 +167,9 @@ def test_other_options_and_shards_that_do_not_tile(change: dict[str, Any]) -> No
     ],
 )
 def test_normalizers(normalizers: tuple[float, ...], alike: bool) -> None:
-    target = _target(3)
+    target = target_of(3)
     outcomes = _run(
-        _requests(3, normalized=True, row_scale=True), [target] * 3, normalizers=normalizers
+        equal_shards(3, normalized=True, row_scale=True), [target] * 3, normalizers=normalizers
     )
     if alike:
         assert all(bool(o.stats[0].isfinite().any()) for o in outcomes)
@@ -221,11 +187,11 @@ def test_gathered_logits(constant: bool, beyond: bool) -> None:
         if constant:
             parts[1] = request.size
 
-    target = _target(2) % SIZE
+    target = target_of(2) % SIZE
     target[::7] = -100
     if beyond:
         target[4] = SIZE + 1
-    outcomes = _run(_requests(2), [target] * 2, contents=alike)
+    outcomes = _run(equal_shards(2), [target] * 2, contents=alike)
     if constant or beyond:
         assert all(bool(o.stats.isfinite().all()) for o in outcomes)
     else:
