@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -109,7 +108,7 @@ def test_when_all_fail_all_raise(pool: Pool) -> None:
 
 def _default_device(group: dist.ProcessGroup) -> None:
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    alike = replace(_plan(rank, world), normalizer=torch.tensor(3.0))
+    alike = _plan(rank, world)._replace(normalizer=torch.tensor(3.0))
     other = _plan(rank, world, rows=3 + rank)
     with torch.device("meta"):
         preflight(alike, group)

@@ -10,7 +10,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, TypeGuard, TypeVar, cast
+from typing import Any, NamedTuple, TypeGuard, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import forgotten_group
-from .collectives import COLLECTIVES, check_group_serves
+from .collectives import COLLECTIVES
 from .collectives import check_backend_dtype as check_backend_dtype
 from .engines import ENGINES, select
 from .header import REDUCTIONS
@@ -31,7 +31,6 @@ from .shard import VocabShard, group_rank_and_size
 from .switches import check_word
 from .transforms import check_transforms
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 LOGITS_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -93,7 +92,8 @@ def prepare(
     """
     request = _prepare(input, target, weight, options, outputs, held)
     if not torch.compiler.is_compiling():
-        if ordinary(input) or input.is_meta or _served_by_an_engine(input):
+        # An ordinary call asks for its engine next, before it does anything.
+        if not ordinary(input) and (input.is_meta or _served_by_an_engine(input)):
             select(options.engine, input)
         forgotten_group.warn_if_forgotten(options.group, request)
     return request
@@ -120,7 +120,7 @@ def admit(
     named = dict(zip(names, values, strict=True))
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     rank, world = group_rank_and_size(options.group)
-    where = f" (rank {rank} of the group)" if world > 1 else ""
+    where = _where(rank, world)
     check_kinds(tensors, where)
     check_transforms(tensors, world == 1, where)
     memory: dict[str, Any] = {**named, **{n: settled(v) for n, v in tensors.items()}}
@@ -140,51 +140,95 @@ def _prepare(
     outputs: Outputs,
     held: Held,
 ) -> RowRequest:
-    check_group(options.group)
-    rank, world = group_rank_and_size(options.group)
-    where = f" (rank {rank} of the group)" if world > 1 else ""
-    check_numbers(options, where)
+    group, scale, shard = options.group, options.scale, options.shard
+    check_group(group)
+    rank, world = group_rank_and_size(group)
+    where = _where(rank, world)
+    _check_normalizer(options.normalizer, options.reduction, where)
     _check_tensors(input, target, weight, where)
-    number = number_of(options.scale)
-    if number is None:
-        _check_row_scale(options.scale, input, target, where)
+    number: object = scale
+    if isinstance(scale, Tensor):
+        _check_scale_tensor(scale, where)
+        number = number_of(scale)
+        if number is None:
+            _check_row_scale(scale, input, target, where)
     if options.selected is not None:
         _check_selected(options.selected, input, target, where)
-    if options.group is not None and world > 1 and not torch.compiler.is_compiling():
-        # A compiled call learns of a wrong group when it runs, before it sends anything.
-        backend = check_group_serves(input.device.type, options.group)
-        check_backend_dtype(backend, input.dtype, where)
-    shard = _resolve_shard(input.shape[-1], options.shard, rank, world, where, held)
-    if weight is not None and weight.shape[0] != shard.vocab_size:
+    request = _once(
+        _request, input.shape[-1], rank, world, shard, options.normalizer is not None, number,
+        held, *outputs, options.finite_logits, options.reduction, options.ignore_index,
+        options.label_smoothing, options.lse_square_scale, options.softcap, options.engine,
+        options.collective, options.check,
+    )  # fmt: skip
+    if weight is not None and weight.shape[0] != request.vocab_size:
         raise ValueError(
-            f"weight has {weight.shape[0]} entries but vocab_size is {shard.vocab_size}: pass the "
-            f"full weight vector of all classes on every rank{where}"
-            f"{forgotten_group.cause(options.group, options.shard is not None, shard.size)}"
+            f"weight has {weight.shape[0]} entries but vocab_size is {request.vocab_size}: pass "
+            f"the full weight vector of all classes on every rank{where}"
+            f"{forgotten_group.cause(group, shard is not None, request.size)}"
         )
     if options.inplace_backward and input.requires_grad and torch.is_grad_enabled():
         check_overwritable(input, where)
-    return _once(RowRequest, shard.stop, options.ignore_index)(
-        start=shard.start,
-        stop=shard.stop,
-        vocab_size=shard.vocab_size,
-        implicit_shard=options.shard is None,
-        smooth=options.label_smoothing > 0,
-        entropy=outputs.entropy,
-        squares=outputs.squares,
-        argmax=outputs.argmax,
-        ignored_rows=outputs.ignored_rows,
-        normalized=options.normalizer is not None,
-        row_scale=number is None,
-        finite_logits=options.finite_logits,
-        ignore_index=_plain_int(options.ignore_index),
-        scale=1.0 if number is None else float(number),
-        label_smoothing=float(options.label_smoothing),
-        lse_square_scale=float(options.lse_square_scale),
-        softcap=0.0 if options.softcap is None else float(options.softcap),
-        reduction=options.reduction,
-        engine=options.engine,
-        collective=options.collective,
-        check=check_word(options.check),
+    return request
+
+
+def _where(rank: int, world: int) -> str:
+    """What an error adds where ranks are several."""
+    return f" (rank {rank} of the group)" if world > 1 else ""
+
+
+def _request(
+    columns: int,
+    rank: int,
+    world: int,
+    shard: VocabShard | None,
+    normalized: bool,
+    scale: float | None,
+    held: Held,
+    entropy: bool,
+    argmax: bool,
+    squares: bool,
+    ignored_rows: bool,
+    finite_logits: bool,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    lse_square_scale: float,
+    softcap: float | None,
+    engine: str,
+    collective: str,
+    check: bool | None,
+) -> RowRequest:
+    """Everything of a call but its tensors, checked. ``scale`` is None where each row has one."""
+    where = _where(rank, world)
+    _check_plain(
+        reduction, ignore_index, label_smoothing, lse_square_scale, softcap, engine, collective,
+        finite_logits, check, where,
+    )  # fmt: skip
+    if scale is not None:
+        _check_scale(scale, where)
+    here = _resolve_shard(columns, shard, rank, world, where, held)
+    return RowRequest(
+        start=here.start,
+        stop=here.stop,
+        vocab_size=here.vocab_size,
+        implicit_shard=shard is None,
+        smooth=label_smoothing > 0,
+        entropy=entropy,
+        squares=squares,
+        argmax=argmax,
+        ignored_rows=ignored_rows,
+        normalized=normalized,
+        row_scale=scale is None,
+        finite_logits=finite_logits,
+        ignore_index=_plain_int(ignore_index),
+        scale=1.0 if scale is None else float(scale),
+        label_smoothing=float(label_smoothing),
+        lse_square_scale=float(lse_square_scale),
+        softcap=0.0 if softcap is None else float(softcap),
+        reduction=reduction,
+        engine=engine,
+        collective=collective,
+        check=check_word(check),
     )
 
 
@@ -201,11 +245,11 @@ def check_group(group: object) -> None:
 
 def check_numbers(options: Options, where: str = "") -> None:
     """Raise for an option whose value alone is wrong, whatever the tensors."""
-    plain = (
+    _check_plain(
         options.reduction, options.ignore_index, options.label_smoothing, options.lse_square_scale,
         options.softcap, options.engine, options.collective, options.finite_logits, options.check,
+        where,
     )  # fmt: skip
-    _once(_check_plain, *plain)(*plain, where)
     _check_scale(options.scale, where)
     _check_normalizer(options.normalizer, options.reduction, where)
 
@@ -253,31 +297,29 @@ def _check_plain(
         raise TypeError(f"check must be True, False or None, got {check!r}{where}")
 
 
-def _once(function: Callable[P, T], *arguments: object) -> Callable[P, T]:
-    """``function``, which need not run again for arguments that it has had.
+def _once(function: Callable[..., T], *arguments: Any) -> T:
+    """``function(*arguments)``, which need not run again for arguments that it has had.
 
-    Most calls of a program are like the one before. Not where ``arguments``, some of them, cannot
-    be looked up, as symbols of the compiler cannot.
+    Most calls of a program are like the one before. What cannot be looked up, as symbols of the
+    compiler cannot, is computed.
     """
-    if torch.compiler.is_compiling():
-        return function
-    try:
-        hash(arguments)
-    except TypeError:
-        return function
-    return _remembering(function)
+    if not torch.compiler.is_compiling():
+        try:
+            return cast(T, _remembering(function)(*arguments))
+        except TypeError:  # raised by ``function``, which then says it again, or unhashable
+            pass
+    return function(*arguments)
 
 
 @functools.cache
-def _remembering(function: Callable[P, T]) -> Callable[P, T]:
+def _remembering(function: Callable[..., T]) -> Callable[..., T]:
     """By type as well: True is no 1 here."""
-    return cast(Callable[P, T], functools.lru_cache(maxsize=64, typed=True)(function))
+    return cast(Callable[..., T], functools.lru_cache(maxsize=64, typed=True)(function))
 
 
 def _check_scale(scale: object, where: str) -> None:
     if isinstance(scale, Tensor):
-        if scale.is_complex() or scale.is_quantized or scale.dtype == torch.bool:
-            raise TypeError(f"scale must hold real numbers, got {scale.dtype}{where}")
+        _check_scale_tensor(scale, where)
         scale = number_of(scale)
         if scale is None:
             return
@@ -286,6 +328,11 @@ def _check_scale(scale: object, where: str) -> None:
             f"scale must be a finite number, got {scale!r}{where}; it multiplies the "
             "logits (1 / temperature)"
         )
+
+
+def _check_scale_tensor(scale: Tensor, where: str) -> None:
+    if scale.is_complex() or scale.is_quantized or scale.dtype == torch.bool:
+        raise TypeError(f"scale must hold real numbers, got {scale.dtype}{where}")
 
 
 def _check_row_scale(scale: Any, input: Tensor, target: Tensor, where: str) -> None:
@@ -420,7 +467,7 @@ def _resolve_shard(
                 f"{name} has no {places}{where}; an empty shard must be told: "
                 "shard=VocabShard(start, start, vocab_size)"
             )
-        return _once(VocabShard, columns)(rank * columns, (rank + 1) * columns, world * columns)
+        return VocabShard(rank * columns, (rank + 1) * columns, world * columns)
     if not isinstance(shard, VocabShard):
         raise TypeError(f"shard must be a VocabShard or None, got {type(shard).__name__}{where}")
     if columns < shard.size:

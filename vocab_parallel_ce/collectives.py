@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,34 +31,35 @@ nobody judges what the others would have said"""
 BACKEND_OF_DEVICE = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 
 
-@dataclass(frozen=True)
 class Payload:
     """What one rank contributes: header, W_r and the partials, in one buffer ready to be sent.
 
-    The buffer is int32 because any backend gathers int32, whatever the partials' dtype.
+    The buffer [..., ints] is int32 because any backend gathers int32, whatever the partials' dtype.
     """
 
-    buffer: Tensor
-    header: Tensor
-    """[HEADER_INTS] int32"""
-    shard_weight: Tensor
-    """[1] sum of the class weights of this shard, in the arithmetic dtype"""
-    parts: Tensor
-    """[k, N] in the arithmetic dtype"""
+    def __init__(self, buffer: Tensor, k: int, rows: int, dtype: torch.dtype) -> None:
+        self.buffer, self._numbers = buffer, buffer.view(dtype)
+        self._first = HEADER_INTS * 4 // dtype.itemsize
+        lead, steps = buffer.shape[:-1], self._numbers.stride()[:-1]
+        begin = self._numbers.storage_offset() + self._first + 1
+        # One view, made at once; the two below are made where somebody asks for them.
+        self.parts = self._numbers.as_strided((*lead, k, rows), (*steps, rows, 1), begin)
+        """[..., k, N] in the arithmetic dtype"""
 
     @classmethod
     def allocate(cls, k: int, rows: int, dtype: torch.dtype, device: torch.device) -> Payload:
         ints = HEADER_INTS + (1 + k * rows) * (dtype.itemsize // 4)
-        return cls.view(torch.empty(ints, dtype=torch.int32, device=device), k, rows, dtype)
+        return cls(torch.empty(ints, dtype=torch.int32, device=device), k, rows, dtype)
 
-    @classmethod
-    def view(cls, buffer: Tensor, k: int, rows: int, dtype: torch.dtype) -> Payload:
-        """Read [..., ints] int32 as payloads."""
-        lead = buffer.shape[:-1]
-        header, rest = buffer.tensor_split((HEADER_INTS,), -1)
-        shard_weight, parts = rest.view(dtype).tensor_split((1,), -1)
-        parts = parts.view(*lead, k, rows) if rows else parts.new_empty(*lead, k, 0)
-        return cls(buffer, header, shard_weight, parts)
+    @property
+    def header(self) -> Tensor:
+        """[..., HEADER_INTS] int32"""
+        return self.buffer.narrow(-1, 0, HEADER_INTS)
+
+    @property
+    def shard_weight(self) -> Tensor:
+        """[..., 1] sum of the class weights of this shard, in the arithmetic dtype"""
+        return self._numbers.narrow(-1, self._first, 1)
 
 
 def exchange(
@@ -82,12 +82,12 @@ def exchange(
 
 def _by_gather(payload: Payload, wanted: Wanted, group: dist.ProcessGroup, world: int) -> Gathered:
     k, rows = payload.parts.shape
-    received = payload.buffer.new_empty(world * payload.buffer.numel())
+    received = payload.buffer.new_empty(world * payload.buffer.shape[0])
     all_gather_flat(received, payload.buffer, group)
-    all_ranks = Payload.view(received.view(world, -1), k, rows, payload.parts.dtype)
-    return Gathered(
-        all_ranks.parts, all_ranks.shard_weight[:, 0], all_ranks.header[:, 0], all_ranks.header
-    )
+    ranks = Payload(received.view(world, -1), k, rows, payload.parts.dtype)
+    headers = ranks.header
+    weights = ranks.shard_weight[:, 0] if wanted.smooth else None
+    return Gathered(ranks.parts, weights, headers[:, 0] if wanted.argmax else None, headers)
 
 
 def _by_reduce(payload: Payload, wanted: Wanted, group: dist.ProcessGroup, world: int) -> Gathered:
@@ -114,8 +114,10 @@ def _by_reduce(payload: Payload, wanted: Wanted, group: dist.ProcessGroup, world
 def all_gather_flat(
     out: Tensor, mine: Tensor, group: dist.ProcessGroup | None, async_op: bool = False
 ) -> Any:
-    """``out`` [W * n] = every rank's ``mine`` [n], in rank order; what to wait for, if async."""
-    check_group_serves(mine.device.type, group)
+    """``out`` [W * n] = every rank's ``mine`` [n], in rank order; what to wait for, if async.
+
+    The group must serve their device, see ``check_group_serves``.
+    """
     # The newer name of the same collective; the older one warns where both exist.
     gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
     return gather(out, mine, group=group, async_op=async_op)

@@ -48,6 +48,10 @@ STATIC_INTS = sum(width for _, width in _STATIC)
 HEADER_INTS = STATIC_INTS + 2 * len(_DYNAMIC)
 _START, _STOP, _VOCAB, _OPTIONS = 0, 1, 2, slice(3, STATIC_INTS)
 _CHECKSUMS = {name: STATIC_INTS + 2 * i for i, name in enumerate(_DYNAMIC)}
+# The same in bytes: all but start and stop, which stand first, and the checksum of the content.
+_CONTENT = slice(4 * _CHECKSUMS["content"], 4 * _CHECKSUMS["content"] + 8)
+_BEFORE_CONTENT, _AFTER_CONTENT = slice(4 * _VOCAB, _CONTENT.start), slice(_CONTENT.stop, None)
+_FINDINGS = slice(4 * _CHECKSUMS["bad_row"], 4 * _CHECKSUMS["normalizer"])
 _NONE = -1
 _ALIKE = ("target", "weight", "row_scale", "selected")  # whose checksums all ranks must share
 _COMPARED = (
@@ -94,11 +98,13 @@ class ValueProblems:
 
 
 NO_PROBLEMS = ValueProblems()
-_NO_PROBLEMS_INTS = list(struct.unpack("<12i", struct.pack("<6q", *astuple(NO_PROBLEMS))))
+_NO_PROBLEMS_BYTES = struct.pack("<6q", *astuple(NO_PROBLEMS))
 
 
 @functools.lru_cache(maxsize=256)
-def _static_ints(request: RowRequest) -> tuple[int, ...]:
+def static_header(request: RowRequest, device: torch.device) -> Tensor:
+    """[HEADER_LAYOUT.static] int32: what follows from the options alone, and 0 for the hidden
+    states."""
     flags = sum(getattr(request, name, False) << bit for bit, name in enumerate(_FLAGS))
     flags |= REDUCTIONS.index(request.reduction) << len(_FLAGS)
     packed = struct.pack(
@@ -113,12 +119,8 @@ def _static_ints(request: RowRequest) -> tuple[int, ...]:
         request.softcap + 0.0,
         request.ignore_index,
     )
-    return struct.unpack(f"<{STATIC_INTS}i", packed)
-
-
-@functools.lru_cache(maxsize=256)
-def _static_tensor(request: RowRequest, device: torch.device) -> Tensor:
-    return torch.tensor((*_static_ints(request), 0, 0), dtype=torch.int32, device=device)
+    ints = struct.unpack(f"<{STATIC_INTS}i", packed)
+    return torch.tensor((*ints, 0, 0), dtype=torch.int32, device=device)
 
 
 def checksum(values: Tensor) -> Tensor:
@@ -181,15 +183,8 @@ def read_normalizers(headers: Tensor, dtype: torch.dtype) -> Tensor:
     return ints.contiguous().view(dtype)[:, 0]
 
 
-def write_static(out: Tensor, request: RowRequest) -> None:
-    """Fill what follows from the options alone, and 0 for the hidden states."""
-    out[: STATIC_INTS + 2] = _static_tensor(request, out.device)
-
-
 def write_findings(out: Tensor, problems: ValueProblems, hidden: Tensor | None) -> None:
     """What is known on the host alone, into a header that has everything else."""
-    if hidden is None and problems == NO_PROBLEMS:
-        return
     numbers = out[STATIC_INTS:].view(torch.int64)
     if hidden is not None:
         numbers[0] = hidden
@@ -216,7 +211,7 @@ def write_header(
     0-d, in the arithmetic dtype; ``hidden`` are ``fingerprint_bits``; ``scale`` has one a row;
     ``selected`` are ids [N, K].
     """
-    write_static(out, request)
+    out[: HEADER_LAYOUT.static] = static_header(request, out.device)
     zero = torch.zeros((), dtype=torch.int64, device=out.device)
     dynamic = torch.stack(
         [
@@ -275,22 +270,27 @@ def read_headers(headers: Tensor, dtype: torch.dtype = torch.float32) -> list[He
     return out
 
 
-def agree(headers: list[list[int]]) -> bool:
-    """Whether nothing at all is to be said of these headers: sure of a yes.
+def agree(headers: Tensor) -> bool:
+    """Whether nothing at all is to be said of these headers [W, HEADER_INTS]: sure of a yes.
 
-    The usual case, told apart by a few comparisons: shards in rank order that tile the vocabulary,
-    everything else alike, no problem of values. A no is for ``raise_on_problems`` to explain.
+    The usual case, told apart by a few comparisons of bytes: shards in rank order that tile the
+    vocabulary, everything else alike, no problem of values. A no is for ``raise_on_problems`` to
+    explain.
     """
-    first, reached = headers[0], 0
-    begin, end = _CHECKSUMS["content"], _CHECKSUMS["content"] + 2
-    for header in headers:
-        same = header[_VOCAB:begin] == first[_VOCAB:begin] and header[end:] == first[end:]
-        if header[_START] != reached or not same:
+    told = headers.cpu().numpy().tobytes()
+    first, contents = told[: 4 * HEADER_INTS], set()
+    reached = 0
+    for begin in range(0, len(told), 4 * HEADER_INTS):
+        header = told[begin : begin + 4 * HEADER_INTS]
+        start, stop = struct.unpack_from("<2i", header)
+        same = header[_BEFORE_CONTENT] == first[_BEFORE_CONTENT]
+        if start != reached or not same or header[_AFTER_CONTENT] != first[_AFTER_CONTENT]:
             return False
-        reached = header[_STOP]
-    fine = first[_CHECKSUMS["bad_row"] : _CHECKSUMS["normalizer"]] == _NO_PROBLEMS_INTS
-    alike = any(first[begin:end]) and all(h[begin:end] == first[begin:end] for h in headers)
-    return fine and reached == first[_VOCAB] and not alike
+        reached = stop
+        contents.add(header[_CONTENT])
+    alike = len(contents) == 1 and any(first[_CONTENT])
+    vocab_size = struct.unpack_from("<i", first, 4 * _VOCAB)[0]
+    return first[_FINDINGS] == _NO_PROBLEMS_BYTES and reached == vocab_size and not alike
 
 
 def raise_on_problems(

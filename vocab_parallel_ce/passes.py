@@ -184,8 +184,7 @@ def exchange_statistics(
         payload = Payload.allocate(k, rows, dtype, logits.device)
         parts = payload.parts
         hidden = fill(engine, parts, steps.local_target)
-        payload.shard_weight.fill_(_shard_total(weight, request, dtype))
-        steps.write_header(payload, hidden)
+        steps.write_header(payload, _shard_total(weight, request, dtype), hidden)
         if request.checking:
             check_group_serves(logits.device.type, several)
             preflight(plan, several)

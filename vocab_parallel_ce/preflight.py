@@ -11,8 +11,7 @@ from __future__ import annotations
 import struct
 import threading
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,8 +34,7 @@ _FIELDS = 11
 _FORMAT = f"<{_FIELDS}q{HEADER_INTS}i{_TEXT_BYTES}s"
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What a rank that found nothing wrong is about to do."""
 
     request: RowRequest

@@ -7,7 +7,7 @@ mean: sum l_n / sum of w_y over kept rows  +  sum z_n / number of kept rows
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from .request import RowRequest, is_on
 from .statistics import stat_names
 
 
-@dataclass(frozen=True)
-class RowLosses:
+class RowLosses(NamedTuple):
     """[N] each; ``loss`` is without z."""
 
     loss: Tensor

@@ -31,9 +31,9 @@ from .header import (
     raise_on_own_values,
     raise_on_problems,
     read_headers,
+    static_header,
     write_findings,
     write_header,
-    write_static,
 )
 from .request import RowRequest
 from .shard import group_rank_and_size
@@ -58,11 +58,14 @@ class RowSteps(Protocol):
     local_target: Tensor
     """[N] int64 column of this shard, ELSEWHERE or IGNORED"""
 
-    def write_header(self, payload: Payload, hidden: Tensor | None = None) -> None:
-        """Fill the header of a payload whose partials are there.
+    def write_header(
+        self, payload: Payload, shard_total: Tensor | float, hidden: Tensor | None = None
+    ) -> None:
+        """Fill the header, and W_r, of a payload whose partials are there.
 
-        ``hidden`` is what it shall tell of the hidden states (``header.fingerprint``), where the
-        logits were made of some.
+        ``shard_total`` is the sum of this shard's class weights. ``hidden`` is what the header
+        shall tell of the hidden states (``header.fingerprint``), where the logits were made of
+        some.
         """
         ...
 
@@ -105,8 +108,11 @@ class TorchSteps:
             )
             _raise_if_alone(self._problems, request, group)
 
-    def write_header(self, payload: Payload, hidden: Tensor | None = None) -> None:
+    def write_header(
+        self, payload: Payload, shard_total: Tensor | float, hidden: Tensor | None = None
+    ) -> None:
         """See ``RowSteps``."""
+        payload.shard_weight.fill_(shard_total)
         self._from_hidden = hidden is not None
         told = self._request.implicit_shard or self._from_hidden
         content = payload.parts[:2] if told else None
@@ -189,15 +195,20 @@ class FusedSteps:
         )
         _raise_if_alone(self._problems, request, group)
 
-    def write_header(self, payload: Payload, hidden: Tensor | None = None) -> None:
+    def write_header(
+        self, payload: Payload, shard_total: Tensor | float, hidden: Tensor | None = None
+    ) -> None:
         """See ``RowSteps``. Hidden states are compared on the host only."""
         request, weight = self._request, self._weight
-        told = request.implicit_shard or (hidden is not None and self._functions.ON_HOST)
-        write_static(payload.header, request)
+        self._from_hidden = hidden is not None and self._functions.ON_HOST
         self._excuse = self._functions.sign(
-            payload.header[HEADER_LAYOUT.static :].view(torch.int64),
+            payload.buffer,
+            static_header(request, payload.buffer.device),
+            HEADER_LAYOUT,
             self._announced,
-            payload.parts[:2] if told else None,
+            payload.parts,
+            request.implicit_shard or self._from_hidden,
+            shard_total,
             None if weight is None else float_checksum(weight),
             self._normalizer,
             None if self._scale is None else float_checksum(self._scale),
@@ -205,8 +216,7 @@ class FusedSteps:
             request.size,
             request.ignore_index,
         )
-        if self._functions.ON_HOST:
-            self._from_hidden = hidden is not None
+        if self._from_hidden or self._problems is not NO_PROBLEMS:
             write_findings(payload.header, self._problems, hidden)
 
     def conclude(
@@ -240,7 +250,7 @@ def _raise_on_headers(
     headers: Tensor, parts: Tensor, target: Tensor, size: int, local_target: Tensor, hidden: bool
 ) -> None:
     """``target`` is what was announced; ``hidden``: the logits are made of hidden states."""
-    if agree(headers.tolist()):
+    if agree(headers):
         return
     read = read_headers(headers, parts.dtype)
     constant = bool(_constant_rows(parts, size, local_target))

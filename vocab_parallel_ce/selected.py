@@ -13,7 +13,6 @@ dtype of the arithmetic, rounded once, and put over what the engine wrote.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -66,7 +65,7 @@ def gather(
 def split(gathered: Gathered, wanted: Wanted) -> tuple[Tensor, Gathered]:
     """x [W, K, N] of every rank, and the partials without them."""
     k = len(wanted.rows)
-    return gathered.parts[:, k:], replace(gathered, parts=gathered.parts[:, :k])
+    return gathered.parts[:, k:], gathered._replace(parts=gathered.parts[:, :k])
 
 
 def log_prob(x: Tensor, m: Tensor, s: Tensor, ignored: Tensor) -> Tensor:

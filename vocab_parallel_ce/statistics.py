@@ -60,10 +60,11 @@ def apart(stats: Tensor, wanted: Wanted, selected: Tensor | None) -> tuple[Tenso
     return *stats[:j].unbind(0), stats[j:]
 
 
-def rescale_(parts: dict[str, Tensor], m: Tensor, shard_weight: Tensor) -> None:
+def rescale_(parts: dict[str, Tensor], m: Tensor, shard_weight: Tensor | None) -> None:
     """Make partials relative to the global ``m``, in place: then they can be summed.
 
-    ``parts`` maps the names of ``Wanted.rows`` to [..., N]; ``shard_weight`` is W_r, [..., 1].
+    ``parts`` maps the names of ``Wanted.rows`` to [..., N]; ``shard_weight`` is W_r, [..., 1],
+    for u alone.
     What was m_r is scratch afterwards. In place, because W x k x N numbers are
     what a merge costs in memory already.
     """
@@ -72,6 +73,7 @@ def rescale_(parts: dict[str, Tensor], m: Tensor, shard_weight: Tensor) -> None:
     shift = parts["m"].sub_(m.masked_fill(m == -torch.inf, 0.0))
     shift.clamp_(min=torch.finfo(shift.dtype).min)
     if "u" in parts:
+        assert shard_weight is not None
         parts["u"].addcmul_(shard_weight, shift)
     if "t" not in parts and "q" not in parts:
         parts["s"].mul_(shift.exp_())
@@ -90,21 +92,25 @@ def integer_view(parts: Tensor) -> Tensor:
     return typed(parts, torch.int64 if parts.dtype == torch.float64 else torch.int32)
 
 
-def merge(parts: Tensor, wanted: Wanted, shard_weight: Tensor, starts: Tensor) -> Merged:
+def merge(
+    parts: Tensor, wanted: Wanted, shard_weight: Tensor | None, starts: Tensor | None
+) -> Merged:
     """Merge [W, k, N] partials in rank order: the same bits on every rank that holds them.
 
-    ``shard_weight`` [W] holds every rank's W_r and ``starts`` [W] its first vocabulary id.
+    ``shard_weight`` [W] holds every rank's W_r, for u, and ``starts`` [W] its first vocabulary id,
+    for argmax.
     ``parts`` is used up as scratch.
     """
     named = {name: parts[:, row] for row, name in enumerate(wanted.rows)}
     m = named["m"].amax(0)
     argmax = None
     if wanted.argmax:
+        assert starts is not None
         ids = integer_view(named.pop("argmax")).long() + starts[:, None].long()
         # The smallest id wins a tie.
         none = torch.iinfo(torch.int64).max
         argmax = torch.where(named["m"] == m, ids, none).amin(0)
-    rescale_(named, m, shard_weight[:, None])
+    rescale_(named, m, None if shard_weight is None else shard_weight[:, None])
     del named["m"]
     return Merged(m, argmax=argmax, **{name: _sum_in_order(v) for name, v in named.items()})
 

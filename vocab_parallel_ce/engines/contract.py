@@ -96,16 +96,16 @@ class Coefficients(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
-class Gathered:
+class Gathered(NamedTuple):
     """The partials of a row that W ranks hold, still apart, and the ranks' headers."""
 
     parts: Tensor
     """[W, k, N], rows named by ``Wanted.rows``; W = 1 where there is nothing left to merge"""
-    shard_weight: Tensor
-    """[W] sums of the ranks' class weights"""
-    starts: Tensor
-    """[W] int32: the vocabulary id of each rank's column 0; read where W > 1 alone"""
+    shard_weight: Tensor | None
+    """[W] sums of the ranks' class weights; read where W > 1 and ``smooth`` is wanted, else maybe
+    None"""
+    starts: Tensor | None
+    """[W] int32: the vocabulary id of each rank's column 0; the same of ``argmax``"""
     headers: Tensor | None
     """[ranks, ints] int32, or None where one rank is alone"""
 
@@ -158,9 +158,13 @@ class RowFunctions(Protocol):
 
     def sign(
         self,
-        slots: Tensor,
+        buffer: Tensor,
+        static: Tensor,
+        layout: HeaderLayout,
         target: Tensor,
-        content: Tensor | None,
+        parts: Tensor,
+        with_content: bool,
+        shard_total: Tensor | float,
         weight_checksum: Tensor | None,
         normalizer: Tensor | None,
         scale_checksum: Tensor | None,
@@ -168,13 +172,14 @@ class RowFunctions(Protocol):
         size: int,
         ignore_index: int,
     ) -> Tensor | None:
-        """``header.write_header``: the int64 values of a header of a rank without problems, into
-        ``slots``.
+        """``header.write_header`` of a rank without problems, and W_r behind it, into ``buffer``.
 
-        ``content`` are the m and s [2, N] of a shard of ``size`` columns, ``normalizer`` is 0-d, in
-        the arithmetic dtype. Returns a 0-d int32, unless ``ON_HOST``: 1 if rows that all ranks hold
-        alike are no sign of gathered logits, because every kept row is constant or some target lies
-        beyond the shard.
+        ``buffer`` is int32 and begins with the header, whose first ``layout.static`` ints are
+        ``static``. W_r is ``shard_total`` in the dtype of ``parts`` [k, N], the partials of a shard
+        of ``size`` columns. ``with_content``: tell of their m and s. ``normalizer`` is 0-d, in that
+        dtype. Returns a 0-d int32, unless ``ON_HOST``: 1 if rows that all ranks hold alike are no
+        sign of gathered logits, because every kept row is constant or some target lies beyond the
+        shard.
         """
         ...
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..collectives import all_gather_flat, backends_of, sum_and_scatter
+from ..collectives import all_gather_flat, backends_of, check_group_serves, sum_and_scatter
 from ..preflight import preflight
 from .call import LinearCall
 from .kept import Portion, is_narrow
@@ -69,6 +69,7 @@ class HiddenRows:
     def _gather(self, portion: Portion) -> tuple[Any, Tensor]:
         call = self._call
         assert call.group is not None
+        check_group_serves(call.hidden.device.type, call.group)
         mine = call.hidden[portion.own].contiguous()
         out = mine.new_empty(portion.count, mine.shape[1])
         # As bytes: not every backend carries every dtype.

@@ -142,7 +142,7 @@ class _InForward:
 
         plan, scale = call.plan(self._scratch, call.statics.chunk), some_of(call.scale, rows)
         if not first:
-            plan = replace(plan, normalizer=self._agreed, scale=scale)
+            plan = plan._replace(normalizer=self._agreed, scale=scale)
         result = exchange_statistics(fill, plan, target, call.weight, call.group, announced)
         result = replace(result, scale=scale)
         if first:

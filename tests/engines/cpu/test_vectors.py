@@ -45,28 +45,28 @@ def _run(
     given = [torch.tensor(number, dtype=dtype) for number in normalizers[:world]]
     for request, target, payload, number in zip(requests, targets, payloads, given, strict=True):
         contents(payload.parts, request)
-        payload.shard_weight[0] = float(request.size) if world > 1 else torch.nan  # not told
         both = [_steps(fused, target, weight, request, number) for fused in (False, True)]
         assert torch.equal(both[0].local_target, both[1].local_target)
-        headers = []
+        headers, total = [], float(request.size) if world > 1 else torch.nan  # not told
         for way in both:
             payload.header.fill_(12345)
-            way.write_header(payload)
+            way.write_header(payload, total)
+            assert world == 1 or float(payload.shard_weight) == request.size
             headers.append(payload.header.clone())
         assert torch.equal(*headers)
         steps.append(both)
     received = torch.stack([p.buffer for p in payloads])
-    total: Tensor | float = float(requests[0].vocab_size) if weight is None else weight.sum()
+    whole: Tensor | float = float(requests[0].vocab_size) if weight is None else weight.sum()
     outcomes = []
     for both, payload in zip(steps, payloads, strict=True):
         found: list[Concluded | str] = []
         for way in both:
-            ranks = Payload.view(received.clone(), k, rows, dtype)
+            ranks = Payload(received.clone(), k, rows, dtype)
             weights, starts = ranks.shard_weight[:, 0], ranks.header[:, 0]
             headers_ = None if world == 1 else ranks.header
             gathered = Gathered(ranks.parts, weights, starts, headers_)
             try:
-                found.append(way.conclude(gathered, payload.parts, total))
+                found.append(way.conclude(gathered, payload.parts, whole))
             except ValueError as problem:
                 found.append(str(problem))
         outcomes.append((found[0], found[1]))

@@ -145,12 +145,14 @@ def _call_row_functions(v: Variant, target: torch.Tensor, wanted: Wanted) -> Non
     assert rows is not None
     rows.locate(target, 0, v.columns, 2 * v.columns, -100)
     headers = torch.zeros(2, HEADER_LAYOUT.ints, dtype=torch.int32)
-    slots = headers[0, HEADER_LAYOUT.static :].view(torch.int64)
+    buffer = torch.zeros(HEADER_LAYOUT.ints + 1, dtype=torch.int32)
     checksum = torch.zeros((), dtype=torch.int64) if v.weight else None
-    content = torch.ones(2, ROWS)
     scales = torch.zeros((), dtype=torch.int64) if v.row_scale else None
-    excuse = rows.sign(slots, target, content, checksum, None, scales, scales, v.columns, -100)
     parts, shares = torch.ones(2, len(wanted.rows), ROWS), torch.ones(2)
+    excuse = rows.sign(
+        buffer, buffer[: HEADER_LAYOUT.static], HEADER_LAYOUT, target, parts[0], True,
+        float(v.columns), checksum, None, scales, scales, v.columns, -100,
+    )  # fmt: skip
     gathered = Gathered(parts, shares, headers[:, 0], headers)
     total = torch.ones(()) if v.weight else float(2 * v.columns)
     rows.conclude(gathered, wanted, target, 2 * v.columns, -100, total, HEADER_LAYOUT, excuse)

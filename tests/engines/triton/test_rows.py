@@ -45,27 +45,27 @@ def _run(
     given = normalizers[:world]
     for request, target, payload, number in zip(requests, targets, payloads, given, strict=True):
         contents(payload.parts, request)
-        payload.shard_weight[0] = float(request.size) if world > 1 else torch.nan  # not told
         both = [_steps(fused, target, weight, request, number) for fused in (False, True)]
         assert torch.equal(both[0].local_target, both[1].local_target)
-        headers = []
+        headers, total = [], float(request.size) if world > 1 else torch.nan  # not told
         for way in both:
             payload.header.fill_(12345)
-            way.write_header(payload)
+            way.write_header(payload, total)
+            assert world == 1 or float(payload.shard_weight) == request.size
             headers.append(payload.header.clone())
         assert torch.equal(*headers)
         steps.append(both)
     received = torch.stack([p.buffer for p in payloads])
-    total: Tensor | float = float(requests[0].vocab_size) if weight is None else weight.sum()
+    whole: Tensor | float = float(requests[0].vocab_size) if weight is None else weight.sum()
     for both, payload in zip(steps, payloads, strict=True):
         outcomes = []
         for way in both:
-            ranks = Payload.view(received.clone(), k, ROWS, torch.float32)
+            ranks = Payload(received.clone(), k, ROWS, torch.float32)
             parts = ranks.parts[:1] if reduced else ranks.parts
             gathered = Gathered(parts, ranks.shard_weight[:, 0], ranks.header[:, 0], ranks.header)
             if world == 1:
-                gathered = replace(gathered, headers=None)
-            outcomes.append(way.conclude(gathered, payload.parts, total))
+                gathered = gathered._replace(headers=None)
+            outcomes.append(way.conclude(gathered, payload.parts, whole))
         _check_same(*outcomes)
         concluded.append(outcomes[1])
     return concluded

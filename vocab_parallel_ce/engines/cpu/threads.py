@@ -61,11 +61,14 @@ if hasattr(os, "register_at_fork"):
 
 def run(kernel: Callable[..., None], items: int, elements: int, *args: Any) -> None:
     """Run ``kernel(begin, end, *args)`` over all ``items``, which have ``elements`` in all."""
+    if elements < SEQUENTIAL_BELOW:
+        kernel(0, items, *args)
+        return
     threads = torch.get_num_threads()
     least = -(-SEQUENTIAL_BELOW * items // (2 * max(1, elements)))
     size = max(least, -(-items // (threads * RANGES_PER_THREAD)))
     copies = min(threads, -(-items // size)) - 1
-    if copies <= 0 or elements < SEQUENTIAL_BELOW:
+    if copies <= 0:
         kernel(0, items, *args)
         return
 

@@ -65,26 +65,55 @@ def mixed(place: int, value: Any) -> Any:
     return (term ^ (term >> SHIFT_2)) * FACTOR_2
 
 
-@kernel
-def checksum_rows(rows: int, address: int, step: int, words: int, word_step: int) -> int:
-    """``header.checksum`` of ``words`` vectors of ``rows`` int64, one behind the other."""
+@helper
+def checksum(rows: int, address: int, step: int, words: int, word_step: int, token: Any) -> int:
+    """``header.checksum`` of ``words`` vectors of ``rows`` integers, one behind the other."""
     total = 0
     for word in range(words):
         for row in range(rows):
-            value = read(address + word * word_step + row * step, INT64)
+            value = np.int64(read(address + word * word_step + row * step, token))
             total += mixed(word * rows + row, value)
     return total
 
 
 @kernel
-def checksum_bits(rows: int, address: int, words: int, word_step: int) -> int:
-    """``header.float_checksum`` of ``words`` vectors of ``rows`` fp32."""
-    total = 0
-    for word in range(words):
-        for row in range(rows):
-            value = np.int64(read(address + word * word_step + row * 4, INT32))
-            total += mixed(word * rows + row, value)
-    return total
+def sign_rows(
+    rows: int,
+    target: int,
+    target_step: int,
+    parts: int,
+    part_step: int,
+    with_content: bool,
+    token: Any,
+    static: int,
+    n_static: int,
+    n_header: int,
+    weight_checksum: int,
+    scale_checksum: int,
+    selected_checksum: int,
+    normalizer_bits: int,
+    shard_total: float,
+    out: int,
+) -> None:
+    """A header of ``n_header`` int32, of which the first ``n_static`` are given, and W_r."""
+    size = size_of(token)
+    of_content = 0
+    if with_content and size == 8:
+        of_content = checksum(rows, parts, 8, 2, part_step, INT64)
+    elif with_content:
+        of_content = checksum(rows, parts, 4, 2, part_step, INT32)
+    for slot in range(n_static):
+        write(out + slot * 4, read(static + slot * 4, INT32), INT32)
+    write(out + n_header * 4, shard_total, token)
+    out += n_static * 4
+    # No bad row, target, class or scale, no row with a bad id among those selected, no such id.
+    numbers = (
+        checksum(rows, target, target_step, 1, 0, INT64), of_content, weight_checksum,
+        scale_checksum, selected_checksum, -1, 0, -1, -1, -1, 0, normalizer_bits,
+    )  # fmt: skip
+    for number in numbers:
+        write(out, number, INT64)
+        out += 8
 
 
 @kernel

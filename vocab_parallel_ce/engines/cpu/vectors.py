@@ -36,9 +36,13 @@ def locate(
 
 
 def sign(
-    slots: Tensor,
+    buffer: Tensor,
+    static: Tensor,
+    layout: HeaderLayout,
     target: Tensor,
-    content: Tensor | None,
+    parts: Tensor,
+    with_content: bool,
+    shard_total: Tensor | float,
     weight_checksum: Tensor | None,
     normalizer: Tensor | None,
     scale_checksum: Tensor | None,
@@ -47,24 +51,19 @@ def sign(
     ignore_index: int,
 ) -> None:
     """See ``contract.RowFunctions``."""
-    kernels, rows, of_content = _kernels(), target.shape[0], 0
-    of_target = kernels.checksum_rows(rows, target.data_ptr(), target.stride(0) * 8, 1, 0)
-    if content is not None and content.dtype == torch.float64:
-        of_content = kernels.checksum_rows(
-            rows, content.data_ptr(), 8, content.shape[0], content.stride(0) * 8
-        )
-    elif content is not None:
-        of_content = kernels.checksum_bits(
-            rows, content.data_ptr(), content.shape[0], content.stride(0) * 4
-        )
-    checksums = (
-        0 if value is None else int(value)
-        for value in (weight_checksum, scale_checksum, selected_checksum)
-    )
     bits = 0
     if normalizer is not None:
         bits = int(normalizer.view(torch.int64 if normalizer.itemsize == 8 else torch.int32))
-    slots.numpy()[:] = (of_target, of_content, *checksums, -1, 0, -1, -1, -1, 0, bits)
+    _kernels().sign_rows(
+        target.shape[0], target.data_ptr(), target.stride(0) * 8, parts.data_ptr(),
+        parts.stride(0) * parts.itemsize, with_content, _TOKENS[parts.dtype], static.data_ptr(),
+        layout.static, layout.ints, _int(weight_checksum), _int(scale_checksum),
+        _int(selected_checksum), bits, float(shard_total), buffer.data_ptr(),
+    )  # fmt: skip
+
+
+def _int(checksum: Tensor | None) -> int:
+    return 0 if checksum is None else int(checksum)
 
 
 def conclude(
@@ -78,7 +77,7 @@ def conclude(
     excuse: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See ``contract.RowFunctions``."""
-    parts, weights, starts = gathered.parts, gathered.shard_weight, gathered.starts
+    parts = gathered.parts
     rows, size = target.shape[0], parts.itemsize
     # m and s are apart from stats: they outlive the call.
     stats = parts.new_empty(2 + wanted.smooth + wanted.entropy + wanted.squares, rows)
@@ -87,10 +86,14 @@ def conclude(
     part, row, _ = parts.stride()
     threads.run(
         _kernels().conclude_rows, rows, rows * ELEMENTS_PER_ROW, parts.data_ptr(), part * size,
-        row * size, parts.shape[0], weights.data_ptr(), weights.stride(0) * size,
-        starts.data_ptr(), starts.stride(0) * 4, target.data_ptr(), target.stride(0) * 8,
-        ignore_index, float(total_weight), wanted.smooth, wanted.entropy, wanted.squares,
+        row * size, parts.shape[0], *_vector(gathered.shard_weight), *_vector(gathered.starts),
+        target.data_ptr(), target.stride(0) * 8, ignore_index, float(total_weight), wanted.smooth, wanted.entropy, wanted.squares,
         wanted.argmax, wanted.ignored_rows, _TOKENS[parts.dtype], stats.data_ptr(), rows * size,
         m.data_ptr(), s.data_ptr(), 0 if argmax is None else argmax.data_ptr(),
     )  # fmt: skip
     return stats, m, s, argmax
+
+
+def _vector(values: Tensor | None) -> tuple[int, int]:
+    """Address and step in bytes."""
+    return (0, 0) if values is None else (values.data_ptr(), values.stride(0) * values.itemsize)

@@ -44,9 +44,13 @@ def locate(
 
 
 def sign(
-    slots: Tensor,
+    buffer: Tensor,
+    static: Tensor,
+    layout: HeaderLayout,
     target: Tensor,
-    content: Tensor | None,
+    parts: Tensor,
+    with_content: bool,
+    shard_total: Tensor | float,
     weight_checksum: Tensor | None,
     normalizer: Tensor | None,
     scale_checksum: Tensor | None,
@@ -56,7 +60,11 @@ def sign(
 ) -> Tensor:
     """See ``contract.RowFunctions``."""
     target = target.contiguous()
+    buffer[: layout.static] = static
+    buffer[layout.ints : layout.ints + 1].view(parts.dtype).fill_(shard_total)
+    slots = buffer[layout.static : layout.ints].view(torch.int64)
     excuse = torch.empty((), dtype=torch.int32, device=target.device)
+    content = parts[:2] if with_content else None
     with on_device_of(target):
         _kernels().sign_rows[(1,)](
             slots, excuse, target, content, None if content is None else content.view(torch.int32),
@@ -88,13 +96,16 @@ def conclude(
     argmax = torch.empty_like(target, dtype=torch.int64) if wanted.argmax else None
     weighted = isinstance(total_weight, Tensor)
     ranks = headers.shape[0] if headers is not None else 1
+    # Not read where they are not: a kernel that never had a pointer there would be one more.
+    weights = parts if gathered.shard_weight is None else gathered.shard_weight
+    starts = target if gathered.starts is None else gathered.starts
     with on_device_of(target):
         _kernels().conclude_rows[(-(-rows // _BLOCK),)](
             parts, parts.view(torch.int32), parts.stride(0), parts.stride(1), parts.shape[0],
-            gathered.shard_weight, gathered.shard_weight.stride(0), gathered.starts,
-            gathered.starts.stride(0), headers, 0 if headers is None else headers.stride(0), ranks,
-            excuse, target, total_weight if weighted else None,
-            0.0 if weighted else float(total_weight), stats, stats.stride(0), m, s, argmax, rows,
+            weights, weights.stride(0), starts, starts.stride(0), headers,
+            0 if headers is None else headers.stride(0), ranks, excuse, target,
+            total_weight if weighted else None, 0.0 if weighted else float(total_weight), stats,
+            stats.stride(0), m, s, argmax, rows,
             vocab_size, ignore_index, BLOCK=_BLOCK, WEIGHTED=weighted, SMOOTH=wanted.smooth,
             ENTROPY=wanted.entropy, SQUARES=wanted.squares, ARGMAX=wanted.argmax,
             IGNORED_ROWS=wanted.ignored_rows, JUDGE=judge, RANKS=1 << (ranks - 1).bit_length(),
