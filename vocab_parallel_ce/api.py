@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from .checks import Options, Outputs, is_number, prepare
 from .dtensor import Layout, unwrap
+from .primitive import Statistics, log_prob_space, row_statistics
 from .primitive import log_prob as shard_log_prob
-from .primitive import log_prob_space, row_statistics
 from .reduction import as_scalar, reduce_rows, row_losses
 from .request import RowRequest, is_on
 from .scales import of_rows
@@ -232,7 +232,7 @@ def cross_entropy(
     )  # fmt: skip
     input, target, weight, options, layout = unwrap(input, target, weight, options)
     request = prepare(input, target, weight, options, Outputs())
-    loss, zloss, _, _, _ = _loss(input, target, weight, options, request, layout)
+    loss, zloss, _ = _loss(input, target, weight, options, request, layout)
     wrap = layout.rows if reduction == "none" else layout.scalar
     if not return_zloss:
         return wrap(loss)
@@ -345,7 +345,7 @@ def cross_entropy_loss(
     outputs = Outputs(ignored_rows=return_log_prob or has_lse)
     request = prepare(input, target, weight, options, outputs)
     log_prob = log_prob_space(input, request, options.group) if return_log_prob else None
-    loss, zloss, stats, m, s = _loss(input, target, weight, options, request, layout, log_prob)
+    loss, zloss, found = _loss(input, target, weight, options, request, layout, log_prob)
 
     def in_its_dtype(value: Tensor) -> Tensor:
         if reduction == "none":
@@ -353,9 +353,10 @@ def cross_entropy_loss(
         return layout.scalar(value.to(input.dtype).reshape(1))
 
     if return_log_prob and log_prob is None:
-        log_prob = shard_log_prob(input, m, s, request, of_rows(options.scale, input, target))
+        scales = of_rows(options.scale, input, target)
+        log_prob = shard_log_prob(input, found.m, found.s, request, scales)
     empty = input.new_empty(0)
-    lse = stats[1].detach().reshape(target.shape) if has_lse else None
+    lse = found.stats[1].detach().reshape(target.shape) if has_lse else None
     if return_zloss and zloss is None:
         zloss = torch.zeros_like(loss)
     return CrossEntropyLossOutput(
@@ -475,13 +476,15 @@ def token_statistics(
     input, ids, _, options, layout = unwrap(input, ids, None, options)
     outputs = Outputs(entropy=entropy, argmax=argmax, squares=sum_p_squared)
     request = prepare(input, ids, None, options, outputs)
-    stats, _, _, best, _ = row_statistics(
+    found = row_statistics(
         input, ids, None, request, options.group, inplace_backward,
         scale=of_rows(options.scale, input, ids), selected=flat_ids(options.selected),
     )  # fmt: skip
     layout.agree()
     log_prob, further = target is not None, selected is not None
-    return named_statistics(stats, best, ids.shape, layout, outputs, log_prob, further)
+    return named_statistics(
+        found.stats, found.argmax, ids.shape, layout, outputs, log_prob, further
+    )
 
 
 def named_statistics(
@@ -526,17 +529,17 @@ def _loss(
     request: RowRequest,
     layout: Layout,
     log_prob_out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...], Tensor, Tensor]:
-    """(loss, zloss or None for 0, stats, m, s): the first two reduced, the others [N]."""
-    stats, m, s, _, normalizer = row_statistics(
+) -> tuple[Tensor, Tensor | None, Statistics]:
+    """(loss, zloss or None for 0), reduced, and the statistics that they are made of."""
+    found = row_statistics(
         input, target, weight, request, options.group, options.inplace_backward, log_prob_out,
         as_scalar(options.normalizer, input), of_rows(options.scale, input, target),
     )  # fmt: skip
     layout.agree()
-    rows = row_losses(stats, target.reshape(-1), weight, request)
-    given = normalizer if request.normalized else None
+    rows = row_losses(found.stats, target, weight, request, found.row_weight)
+    given = found.normalizer if request.normalized else None
     loss, zloss = reduce_rows(rows, options.reduction, given, layout.total)
     if options.reduction == "none":
         loss = loss.reshape(target.shape)
         zloss = None if zloss is None else zloss.reshape(target.shape)
-    return loss, zloss, stats, m, s
+    return loss, zloss, found

@@ -171,7 +171,7 @@ def linear_cross_entropy(
         as_scalar(tensors.normalizer, tensors.input), scales, None, statics, options.group,
     )  # fmt: skip
     layout.agree()
-    rows = row_losses(stats, tensors.target.reshape(-1), tensors.weight, statics.request)
+    rows = row_losses(stats, tensors.target, tensors.weight, statics.request)
     given = agreed if statics.request.normalized else None
     loss, of_z = reduce_rows(rows, reduction, given, layout.total)
     zloss = torch.zeros_like(loss) if of_z is None else of_z

@@ -51,6 +51,8 @@ class RowResult:
     """[N] where each row has its own; counts in place of the request's"""
     selected: Tensor | None = None
     """[N, K] int64 ids whose log-probabilities were asked for"""
+    row_weight: Tensor | None = None
+    """[N] what a row weighs in a mean, see ``reduction.RowLosses``; None where nobody asked yet"""
 
     def outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """All that was computed, for an operator's schema: empty what was not asked for."""
@@ -101,7 +103,10 @@ def _of(values: Tensor, rows: slice | None) -> Tensor:
 
 
 def _shard_weight(weight: Tensor | None, request: RowRequest, dtype: torch.dtype) -> Tensor | None:
-    return None if weight is None else weight[request.start : request.stop].to(dtype)
+    """What the engines need: smoothing alone reads the weights of columns."""
+    if weight is None or not request.smooth:
+        return None
+    return weight[request.start : request.stop].to(dtype)
 
 
 def _shard_total(weight: Tensor | None, request: RowRequest, dtype: torch.dtype) -> Tensor | float:
@@ -110,7 +115,10 @@ def _shard_total(weight: Tensor | None, request: RowRequest, dtype: torch.dtype)
 
 
 def _total_weight(weight: Tensor | None, request: RowRequest, dtype: torch.dtype) -> Tensor | float:
-    return float(request.vocab_size) if weight is None else weight.to(dtype).sum()
+    """Of smoothing as well."""
+    if weight is None or not request.smooth:
+        return float(request.vocab_size)
+    return weight.to(dtype).sum()
 
 
 def _on_host(logits: Tensor, request: RowRequest) -> bool:
@@ -166,7 +174,8 @@ def exchange_statistics(
     request, logits, normalizer = plan.request, plan.logits, plan.normalizer
     several = group if group is not None and group.size() > 1 else None
     on_host = _on_host(logits, request)
-    ids = target.reshape(-1).long()  # every comparison with an id happens in int64
+    ids = target if target.dim() == 1 else target.reshape(-1)
+    ids = ids.long()  # every comparison with an id happens in int64
     engine = select_to_read(request.engine, logits)
     steps = row_steps(
         engine, ids, weight, request, normalizer, on_host, group, announced, plan.scale,
@@ -192,7 +201,9 @@ def exchange_statistics(
     x_selected = None
     if selected is not None:
         x_selected, gathered = selecting.split(gathered, wanted)
-    stats, m, s, argmax = steps.conclude(gathered, parts, _total_weight(weight, request, dtype))
+    stats, m, s, argmax, row_weight = steps.conclude(
+        gathered, parts, _total_weight(weight, request, dtype)
+    )
     if selected is not None and x_selected is not None:
         ignored = steps.local_target == IGNORED
         if not on_host:
@@ -206,7 +217,9 @@ def exchange_statistics(
         headers = gathered.headers
         agreed = normalizer if headers is None else read_normalizers(headers[:1], dtype)[0]
         agreed = agreed.clone()
-    return RowResult(stats, m, s, steps.local_target, argmax, agreed, plan.scale, selected)
+    return RowResult(
+        stats, m, s, steps.local_target, argmax, agreed, plan.scale, selected, row_weight
+    )
 
 
 def fill_partials(
@@ -305,9 +318,9 @@ def gradient_coefficients(
     request: RowRequest,
 ) -> Coefficients:
     """What ``grads``, those of the statistics, make of the parts of a row's gradient."""
-    named = dict(zip(stat_names(request.wanted), grads, strict=False))
-    nll = named["nll"]
-    softmax = _sum(nll, named["lse"])
+    nll, lse = grads[:2]
+    named = dict(zip(stat_names(request.wanted)[2:], grads[2:], strict=False))
+    softmax = _sum(nll, lse)
     if result.selected is not None and result.selected.shape[1] > 0 and grads[-1] is not None:
         softmax = _sum(softmax, -grads[-1].sum(0))
     smooth = entropy = None

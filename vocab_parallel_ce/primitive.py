@@ -16,7 +16,7 @@ rules of autograd and of in-place backward are kept. Eager calls go through an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -63,8 +63,8 @@ def refusing_second_derivative(grad: Tensor, *origins: Tensor) -> Tensor:
     return out
 
 
-_FURTHER = 4
-"""outputs behind the statistics: m, s, argmax and the normalizer"""
+_FURTHER = 5
+"""outputs behind the statistics: m, s, argmax, the normalizer and what a row weighs"""
 
 
 class _RowStatistics(torch.autograd.Function):
@@ -91,7 +91,7 @@ class _RowStatistics(torch.autograd.Function):
         ctx.save_for_backward(
             logits, result.m, result.s, result.local_target, stats, weight, scale, selected
         )
-        further = (result.m, result.s, result.argmax, result.normalizer)
+        further = (result.m, result.s, result.argmax, result.normalizer, result.row_weight)
         ctx.mark_non_differentiable(*(value for value in further if value is not None))
         ctx.set_materialize_grads(False)  # m, s and argmax never have one: no zeros for them
         ctx.request = request
@@ -167,6 +167,22 @@ def _whole(grads: Sequence[Tensor | None], result: RowResult) -> Tensor:
     return torch.cat([grad if grad.dim() == 2 else grad[None] for grad in full])
 
 
+class Statistics(NamedTuple):
+    """What ``row_statistics`` returns. Only the first carry a gradient."""
+
+    stats: tuple[Tensor, ...]
+    """[N] for each of ``statistics.stat_names``, then the log-probabilities [K, N] of ids that were
+    ``selected``"""
+    m: Tensor
+    s: Tensor
+    """[N]"""
+    argmax: Tensor | None
+    normalizer: Tensor | None
+    """of all ranks; like argmax, it means nothing where it was not asked for"""
+    row_weight: Tensor | None = None
+    """[N] what a row weighs in a mean, see ``reduction.RowLosses``; None where nobody asked yet"""
+
+
 def row_statistics(
     logits: Tensor,
     target: Tensor,
@@ -178,13 +194,11 @@ def row_statistics(
     normalizer: Tensor | None = None,
     scale: Tensor | None = None,
     selected: Tensor | None = None,
-) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Differentiable statistics; then m [N], s [N], argmax and the normalizer of all ranks, which
-    mean nothing where they were not asked for.
+) -> Statistics:
+    """The statistics, and what else the forward pass knows of N rows.
 
-    Only the first carry a gradient: [N] for each of ``statistics.stat_names``, and behind them the
-    log-probabilities [K, N] of ``selected`` [N, K] int64. ``normalizer`` is 0-d and ``scale`` [N]
-    where each row has its own, in the arithmetic dtype. ``log_prob_out``: see ``log_prob_space``.
+    ``normalizer`` is 0-d and ``scale`` [N] where each row has its own, in the arithmetic dtype;
+    ``selected`` is [N, K] int64. ``log_prob_out``: see ``log_prob_space``.
     """
     usual = not torch.compiler.is_compiling() and ordinary(logits)
     if not usual and traced(logits):
@@ -193,12 +207,12 @@ def row_statistics(
         stats, m, s, argmax, agreed = compiled.row_statistics(
             logits, target, weight, request, group, inplace_backward, normalizer, scale, selected
         )
-        return apart(stats, request.wanted, selected), m, s, argmax, agreed
+        return Statistics(apart(stats, request.wanted, selected), m, s, argmax, agreed)
     if transforms.active() and _transformed(logits, target, weight, normalizer, scale, selected):
         stats, m, s, argmax = transforms.row_statistics(
             logits, target, weight, request, scale, selected
         )
-        return apart(stats, request.wanted, selected), m, s, argmax, normalizer
+        return Statistics(apart(stats, request.wanted, selected), m, s, argmax, normalizer)
     try:
         out: tuple[Any, ...] = _RowStatistics.apply(  # type: ignore[no-untyped-call]
             logits, target, weight, request, group, inplace_backward, log_prob_out, normalizer,
@@ -206,8 +220,7 @@ def row_statistics(
         )  # fmt: skip
     except RuntimeError as problem:
         raise_explained(problem)
-    m, s, argmax, normalizer = out[-_FURTHER:]
-    return out[:-_FURTHER], m, s, argmax, normalizer
+    return Statistics(out[:-_FURTHER], *out[-_FURTHER:])
 
 
 def _transformed(*tensors: Tensor | None) -> bool:

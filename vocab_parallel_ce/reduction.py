@@ -18,30 +18,44 @@ from .statistics import stat_names
 
 
 class RowLosses(NamedTuple):
-    """[N] each; ``loss`` is without z."""
+    """[N] each; ``loss`` is without z. One of the last two is there."""
 
     loss: Tensor
     zloss: Tensor | None
     row_weight: Tensor | None
-    """w_y of kept rows, 0 of ignored ones; None where there are no class weights"""
-    kept: Tensor
+    """what a row weighs in a mean: the class weight of its target, or 1; 0 where it is ignored.
+    None where there are no class weights and ``kept`` says as much"""
+    kept: Tensor | None
+    """bool"""
 
 
 def row_losses(
-    stats: Sequence[Tensor], target: Tensor, weight: Tensor | None, request: RowRequest
+    stats: Sequence[Tensor],
+    target: Tensor,
+    weight: Tensor | None,
+    request: RowRequest,
+    row_weight: Tensor | None = None,
 ) -> RowLosses:
-    """``stats`` of the primitive, j times [N], and ``target`` [N] -> the losses of every row."""
-    names = stat_names(request.wanted)
-    loss = stats[names.index("nll")]
-    row_weight, kept = row_weights(target, weight, request, loss.dtype)
-    if row_weight is not None:
+    """``stats`` of the primitive, j times [N], and ``target`` [...] -> the losses of every row.
+
+    ``row_weight`` where the primitive knows it: ``target`` is then looked at for a z-loss or a
+    normalizer alone.
+    """
+    loss, lse = stats[:2]
+    kept, has_z = None, is_on(request.lse_square_scale)
+    if row_weight is None:
+        row_weight, kept = row_weights(target, weight, request, loss.dtype)
+    elif has_z or request.normalized:
+        kept = kept_rows(target, request)
+    if weight is not None and row_weight is not None:
         loss = loss * row_weight
     eps = request.label_smoothing
     if eps > 0:
-        loss = (1 - eps) * loss + (eps / request.vocab_size) * stats[names.index("smooth")]
+        smooth = stats[stat_names(request.wanted).index("smooth")]
+        loss = (1 - eps) * loss + (eps / request.vocab_size) * smooth
     zloss = None
-    if is_on(request.lse_square_scale):
-        lse = stats[names.index("lse")]
+    if has_z:
+        assert kept is not None
         zloss = (request.lse_square_scale * _square(lse)).masked_fill(~kept, 0.0)
     return RowLosses(loss, zloss, row_weight, kept)
 
@@ -66,7 +80,7 @@ def row_coefficients(
         named["nll"].mul_(losses.row_weight)
     if eps > 0:
         named["smooth"].copy_(of_loss * (eps / request.vocab_size))
-    if losses.zloss is not None:
+    if losses.zloss is not None and losses.kept is not None:
         lse = stats[stat_names(request.wanted).index("lse")]
         slope = torch.where(lse.isfinite(), 2 * lse, torch.where(lse < 0, -1.0, 1.0))
         slope = slope * (of_zloss * request.lse_square_scale)
@@ -74,16 +88,20 @@ def row_coefficients(
     return out
 
 
+def kept_rows(target: Tensor, request: RowRequest) -> Tensor:
+    """[N] bool: ``target`` [...] is not ``ignore_index``."""
+    return target.reshape(-1).long() != request.ignore_index
+
+
 def row_weights(
     target: Tensor, weight: Tensor | None, request: RowRequest, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor]:
-    """``row_weight`` and ``kept`` of ``RowLosses``, from the targets [N] alone."""
-    target = target.long()
-    kept = target != request.ignore_index
+    """``row_weight`` and ``kept`` of ``RowLosses``, from the targets alone."""
+    kept = kept_rows(target, request)
     if weight is None:
         return None, kept
     # Clamped, because an ignored or an invalid target must not index out of bounds.
-    column = target.clamp(0, request.vocab_size - 1)
+    column = target.reshape(-1).long().clamp(0, request.vocab_size - 1)
     return kept.to(dtype) * weight.to(dtype)[column], kept
 
 
@@ -124,7 +142,7 @@ def reduce_rows(
 
 def denominators(
     row_weight: Tensor | None,
-    kept: Tensor,
+    kept: Tensor | None,
     dtype: torch.dtype,
     has_zloss: bool,
     normalizer: Tensor | None = None,
@@ -132,15 +150,18 @@ def denominators(
 ) -> tuple[Tensor, Tensor]:
     """What "mean" divides the sum of losses by, and that of z-losses: 0-d each, in ``dtype``."""
     if normalizer is not None:
+        assert kept is not None
         # Nothing kept, nothing counted: 0 and a gradient of 0, where 0 / 0 would be NaN.
         empty = (normalizer == 0) & ~kept.any()
         both = torch.where(empty, torch.ones_like(normalizer), normalizer)
         return both, both
-    if row_weight is None:
-        of_loss = total(kept.sum(dtype=dtype))
-        return of_loss, of_loss
-    of_loss = total(row_weight.sum())
-    return of_loss, total(kept.sum(dtype=dtype)) if has_zloss else of_loss
+    of_loss = of_zloss = None
+    if row_weight is not None:
+        of_loss = of_zloss = total(row_weight.sum())
+    if kept is not None and (of_loss is None or has_zloss):
+        of_zloss = total(kept.sum(dtype=dtype))
+    assert of_zloss is not None
+    return of_zloss if of_loss is None else of_loss, of_zloss
 
 
 def as_scalar(normalizer: Tensor | float | None, logits: Tensor) -> Tensor | None:

@@ -7,7 +7,6 @@ what the header tells the other ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from functools import cached_property
 from typing import Any
 
 from .engines.contract import Wanted
@@ -56,7 +55,7 @@ class RowRequest:
         """Number of ids, and of columns that are not padding, on this rank."""
         return self.stop - self.start
 
-    @cached_property
+    @property
     def wanted(self) -> Wanted:
         return Wanted(self.smooth, self.entropy, self.argmax, self.squares, self.ignored_rows)
 

@@ -50,6 +50,8 @@ class Concluded(NamedTuple):
     s: Tensor
     """[N]; NaN in rows that must not look plausible"""
     argmax: Tensor | None
+    row_weight: Tensor | None = None
+    """[N] what a row weighs in a mean, see ``reduction.RowLosses``; None where nobody asked yet"""
 
 
 class RowSteps(Protocol):
@@ -172,7 +174,7 @@ class FusedSteps:
         self._announced = target if announced is None else announced
         self._selected, self._from_hidden = selected, False
         self._excuse: Tensor | None = None
-        self._problems = NO_PROBLEMS
+        self._problems, self._weight_checksum = NO_PROBLEMS, 0
         self.local_target, bad_row = self._locate(target)
         if functions.ON_HOST:
             if announced is not None:
@@ -186,8 +188,11 @@ class FusedSteps:
         )
 
     def _find_problems(self, bad_row: int, group: dist.ProcessGroup | None) -> None:
-        weight, scale, selected = self._weight, self._scale, self._selected
-        if bad_row < 0 and weight is None and scale is None and selected is None:
+        weight, scale, selected, bad_class = self._weight, self._scale, self._selected, -1
+        if weight is not None:
+            wide = weight if weight.dtype == torch.float64 else weight.float()
+            bad_class, self._weight_checksum = self._functions.weigh(wide)
+        if bad_row < 0 and bad_class < 0 and scale is None and selected is None:
             return
         target, request = self._announced, self._request
         self._problems = find_problems(
@@ -195,11 +200,16 @@ class FusedSteps:
         )
         _raise_if_alone(self._problems, request, group)
 
+    def _checksum_of_weight(self) -> Tensor | int:
+        if self._weight is None or self._functions.ON_HOST:
+            return self._weight_checksum
+        return float_checksum(self._weight)
+
     def write_header(
         self, payload: Payload, shard_total: Tensor | float, hidden: Tensor | None = None
     ) -> None:
         """See ``RowSteps``. Hidden states are compared on the host only."""
-        request, weight = self._request, self._weight
+        request = self._request
         self._from_hidden = hidden is not None and self._functions.ON_HOST
         self._excuse = self._functions.sign(
             payload.buffer,
@@ -209,7 +219,7 @@ class FusedSteps:
             payload.parts,
             request.implicit_shard or self._from_hidden,
             shard_total,
-            None if weight is None else float_checksum(weight),
+            self._checksum_of_weight(),
             self._normalizer,
             None if self._scale is None else float_checksum(self._scale),
             None if self._selected is None else checksum(self._selected),
@@ -232,7 +242,7 @@ class FusedSteps:
         return Concluded(
             *self._functions.conclude(
                 gathered, request.wanted, self._target, request.vocab_size, request.ignore_index,
-                total_weight, HEADER_LAYOUT, self._excuse,
+                self._weight, total_weight, HEADER_LAYOUT, self._excuse,
             )
         )  # fmt: skip
 

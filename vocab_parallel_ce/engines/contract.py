@@ -37,7 +37,6 @@ of the result, the target's too, is multiplied by the cap's slope 1 - tanh(logit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, Protocol
 
@@ -53,8 +52,7 @@ CHECKSUM_ROUNDS = ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB))
 """of each round the shift and the factor"""
 
 
-@dataclass(frozen=True)
-class Wanted:
+class Wanted(NamedTuple):
     """Which statistics beyond m, s and x_y a call needs."""
 
     smooth: bool = False
@@ -165,7 +163,7 @@ class RowFunctions(Protocol):
         parts: Tensor,
         with_content: bool,
         shard_total: Tensor | float,
-        weight_checksum: Tensor | None,
+        weight_checksum: Tensor | int,
         normalizer: Tensor | None,
         scale_checksum: Tensor | None,
         selected_checksum: Tensor | None,
@@ -177,9 +175,17 @@ class RowFunctions(Protocol):
         ``buffer`` is int32 and begins with the header, whose first ``layout.static`` ints are
         ``static``. W_r is ``shard_total`` in the dtype of ``parts`` [k, N], the partials of a shard
         of ``size`` columns. ``with_content``: tell of their m and s. ``normalizer`` is 0-d, in that
-        dtype. Returns a 0-d int32, unless ``ON_HOST``: 1 if rows that all ranks hold alike are no
-        sign of gathered logits, because every kept row is constant or some target lies beyond the
-        shard.
+        dtype; ``weight_checksum`` is 0 where there are no class weights.
+
+        Returns a 0-d int32, unless ``ON_HOST``: 1 if rows that all ranks hold alike are no sign of
+        gathered logits, because every kept row is constant or some target lies beyond the shard.
+        """
+        ...
+
+    def weigh(self, weight: Tensor) -> tuple[int, int]:
+        """The first class of ``weight`` [vocab_size], fp32 or fp64, that is not finite, or -1.
+
+        And its ``header.float_checksum``. Asked ``ON_HOST`` alone.
         """
         ...
 
@@ -190,14 +196,16 @@ class RowFunctions(Protocol):
         target: Tensor,
         vocab_size: int,
         ignore_index: int,
+        weight: Tensor | None,
         total_weight: Tensor | float,
         layout: HeaderLayout,
         excuse: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """``statistics.merge`` and ``finish`` and ``header.disagreement``: stats, m, s, argmax.
 
-        ``excuse`` is what ``sign`` returned. ``ON_HOST``: the headers were judged, and no target is
-        wrong.
+        And what a row weighs in a mean, [N] or None where that is left to torch: the class
+        ``weight`` of its target, or 1 where there are none; 0 for an ignored row. ``excuse`` is
+        what ``sign`` returned. ``ON_HOST``: the headers were judged, and no target is wrong.
         """
         ...
 

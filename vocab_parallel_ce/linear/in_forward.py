@@ -164,7 +164,7 @@ class _InForward:
             rows.row_weight, rows.kept, one.dtype, has_z, agreed, self._total
         )
         # Where no row counts every gradient is 0: divided by 1, not by 0.
-        none = self._total(rows.kept.sum().to(of_loss.dtype)) == 0
+        none = self._total(self._keep.sum().to(of_loss.dtype)) == 0
         self._factor_of_loss = 1 / torch.where(none, one, of_loss)
         self._factor_of_zloss = 1 / torch.where(none, one, of_zloss)
 

@@ -146,7 +146,7 @@ def _call_row_functions(v: Variant, target: torch.Tensor, wanted: Wanted) -> Non
     rows.locate(target, 0, v.columns, 2 * v.columns, -100)
     headers = torch.zeros(2, HEADER_LAYOUT.ints, dtype=torch.int32)
     buffer = torch.zeros(HEADER_LAYOUT.ints + 1, dtype=torch.int32)
-    checksum = torch.zeros((), dtype=torch.int64) if v.weight else None
+    checksum = torch.zeros((), dtype=torch.int64) if v.weight else 0
     scales = torch.zeros((), dtype=torch.int64) if v.row_scale else None
     parts, shares = torch.ones(2, len(wanted.rows), ROWS), torch.ones(2)
     excuse = rows.sign(
@@ -155,7 +155,7 @@ def _call_row_functions(v: Variant, target: torch.Tensor, wanted: Wanted) -> Non
     )  # fmt: skip
     gathered = Gathered(parts, shares, headers[:, 0], headers)
     total = torch.ones(()) if v.weight else float(2 * v.columns)
-    rows.conclude(gathered, wanted, target, 2 * v.columns, -100, total, HEADER_LAYOUT, excuse)
+    rows.conclude(gathered, wanted, target, 2 * v.columns, -100, None, total, HEADER_LAYOUT, excuse)
 
 
 def _report(kernel: str, made: Any, variant: Variant, assembler: Path) -> Compiled:

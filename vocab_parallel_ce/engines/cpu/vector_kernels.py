@@ -117,6 +117,20 @@ def sign_rows(
 
 
 @kernel
+def weigh_classes(classes: int, weight: int, token: Any) -> tuple[int, int]:
+    """The first class whose weight is not finite, or NOWHERE; ``header.float_checksum``."""
+    size = size_of(token)
+    bad = NOWHERE
+    for number in range(classes):
+        value = np.float64(read(weight + number * size, token))
+        if bad == NOWHERE and not abs(value) < math.inf:
+            bad = number
+    if size == 8:
+        return bad, checksum(classes, weight, 8, 1, 0, INT64)
+    return bad, checksum(classes, weight, 4, 1, 0, INT32)
+
+
+@kernel
 def conclude_rows(
     begin: int,
     end: int,
@@ -131,6 +145,9 @@ def conclude_rows(
     target: int,
     target_step: int,
     ignore_index: int,
+    classes: int,
+    class_weight: int,
+    class_step: int,
     total_weight: float,
     smooth: bool,
     entropy: bool,
@@ -142,6 +159,7 @@ def conclude_rows(
     stats_step: int,
     m_out: int,
     s_out: int,
+    row_weight: int,
     argmax_out: int,
 ) -> None:
     """The statistics of rows from the partials of ``n_parts`` ranks, added up in their order."""
@@ -186,7 +204,14 @@ def conclude_rows(
                 if n_parts > 1:
                     column += np.int64(read(starts + part * starts_step, INT32))
                 best = min(best, column)
-        ignored = read(target + row * target_step, INT64) == ignore_index
+        y = read(target + row * target_step, INT64)
+        ignored = y == ignore_index
+        w = 1.0
+        if ignored:
+            w = 0.0
+        elif class_weight != 0:
+            w = np.float64(read(class_weight + min(max(y, 0), classes - 1) * class_step, token))
+        write(row_weight + row * size, w, token)
         place = stats + row * size
         write(m_out + row * size, m, token)
         write(s_out + row * size, s, token)

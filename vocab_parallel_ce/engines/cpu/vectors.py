@@ -43,7 +43,7 @@ def sign(
     parts: Tensor,
     with_content: bool,
     shard_total: Tensor | float,
-    weight_checksum: Tensor | None,
+    weight_checksum: Tensor | int,
     normalizer: Tensor | None,
     scale_checksum: Tensor | None,
     selected_checksum: Tensor | None,
@@ -57,7 +57,7 @@ def sign(
     _kernels().sign_rows(
         target.shape[0], target.data_ptr(), target.stride(0) * 8, parts.data_ptr(),
         parts.stride(0) * parts.itemsize, with_content, _TOKENS[parts.dtype], static.data_ptr(),
-        layout.static, layout.ints, _int(weight_checksum), _int(scale_checksum),
+        layout.static, layout.ints, int(weight_checksum), _int(scale_checksum),
         _int(selected_checksum), bits, float(shard_total), buffer.data_ptr(),
     )  # fmt: skip
 
@@ -66,32 +66,44 @@ def _int(checksum: Tensor | None) -> int:
     return 0 if checksum is None else int(checksum)
 
 
+def weigh(weight: Tensor) -> tuple[int, int]:
+    """See ``contract.RowFunctions``."""
+    weight = weight.contiguous()
+    found: tuple[int, int] = _kernels().weigh_classes(
+        weight.shape[0], weight.data_ptr(), _TOKENS[weight.dtype]
+    )
+    return found
+
+
 def conclude(
     gathered: Gathered,
     wanted: Wanted,
     target: Tensor,
     vocab_size: int,
     ignore_index: int,
+    weight: Tensor | None,
     total_weight: Tensor | float,
     layout: HeaderLayout,
     excuse: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """See ``contract.RowFunctions``."""
     parts = gathered.parts
     rows, size = target.shape[0], parts.itemsize
     # m and s are apart from stats: they outlive the call.
     stats = parts.new_empty(2 + wanted.smooth + wanted.entropy + wanted.squares, rows)
-    m, s = parts.new_empty(rows), parts.new_empty(rows)
+    m, s, row_weight = parts.new_empty(rows), parts.new_empty(rows), parts.new_empty(rows)
+    weight = None if weight is None else weight.to(parts.dtype)
     argmax = torch.empty_like(target) if wanted.argmax else None
     part, row, _ = parts.stride()
     threads.run(
         _kernels().conclude_rows, rows, rows * ELEMENTS_PER_ROW, parts.data_ptr(), part * size,
         row * size, parts.shape[0], *_vector(gathered.shard_weight), *_vector(gathered.starts),
-        target.data_ptr(), target.stride(0) * 8, ignore_index, float(total_weight), wanted.smooth, wanted.entropy, wanted.squares,
-        wanted.argmax, wanted.ignored_rows, _TOKENS[parts.dtype], stats.data_ptr(), rows * size,
-        m.data_ptr(), s.data_ptr(), 0 if argmax is None else argmax.data_ptr(),
+        target.data_ptr(), target.stride(0) * 8, ignore_index, vocab_size, *_vector(weight),
+        float(total_weight), wanted.smooth, wanted.entropy, wanted.squares, wanted.argmax,
+        wanted.ignored_rows, _TOKENS[parts.dtype], stats.data_ptr(), rows * size, m.data_ptr(),
+        s.data_ptr(), row_weight.data_ptr(), 0 if argmax is None else argmax.data_ptr(),
     )  # fmt: skip
-    return stats, m, s, argmax
+    return stats, m, s, argmax, row_weight
 
 
 def _vector(values: Tensor | None) -> tuple[int, int]:

@@ -16,7 +16,6 @@ any of the three never comes here.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -80,7 +79,7 @@ def partials(
     out: Tensor,
 ) -> None:
     """See ``contract.Engine``."""
-    plain = replace(wanted, squares=False)
+    plain = wanted._replace(squares=False)
     for rows in row_ranges(logits, _BUFFERS):
         x = extra.x(logits, rows)
         some = out.new_empty(len(plain.rows), x.shape[0])

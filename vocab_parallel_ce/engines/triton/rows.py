@@ -51,7 +51,7 @@ def sign(
     parts: Tensor,
     with_content: bool,
     shard_total: Tensor | float,
-    weight_checksum: Tensor | None,
+    weight_checksum: Tensor | int,
     normalizer: Tensor | None,
     scale_checksum: Tensor | None,
     selected_checksum: Tensor | None,
@@ -65,16 +65,23 @@ def sign(
     slots = buffer[layout.static : layout.ints].view(torch.int64)
     excuse = torch.empty((), dtype=torch.int32, device=target.device)
     content = parts[:2] if with_content else None
+    weighted = isinstance(weight_checksum, Tensor)
     with on_device_of(target):
         _kernels().sign_rows[(1,)](
             slots, excuse, target, content, None if content is None else content.view(torch.int32),
-            weight_checksum, None if normalizer is None else normalizer.view(torch.int32),
-            scale_checksum, selected_checksum, target.shape[0], size, ignore_index,
-            BLOCK=_SIGN_BLOCK, CONTENT=content is not None, WEIGHTED=weight_checksum is not None,
-            NORMALIZED=normalizer is not None, ROW_SCALE=scale_checksum is not None,
-            SELECTED=selected_checksum is not None, num_warps=_SIGN_WARPS,
+            weight_checksum if weighted else None,
+            None if normalizer is None else normalizer.view(torch.int32), scale_checksum,
+            selected_checksum, target.shape[0], size, ignore_index, BLOCK=_SIGN_BLOCK,
+            CONTENT=content is not None, WEIGHTED=weighted, NORMALIZED=normalizer is not None,
+            ROW_SCALE=scale_checksum is not None, SELECTED=selected_checksum is not None,
+            num_warps=_SIGN_WARPS,
         )  # fmt: skip
     return excuse
+
+
+def weigh(weight: Tensor) -> tuple[int, int]:
+    """See ``contract.RowFunctions``: nothing is looked at here."""
+    raise NotImplementedError
 
 
 def conclude(
@@ -83,10 +90,11 @@ def conclude(
     target: Tensor,
     vocab_size: int,
     ignore_index: int,
+    weight: Tensor | None,
     total_weight: Tensor | float,
     layout: HeaderLayout,
     excuse: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
     """See ``contract.RowFunctions``."""
     target, parts, headers = target.contiguous(), gathered.parts, gathered.headers
     rows, judge = target.shape[0], headers is not None
@@ -114,4 +122,4 @@ def conclude(
             CONTENT=layout.content, NORMALIZER=layout.normalizer, TOLERANCE=layout.tolerance,
             num_warps=_WARPS,
         )  # fmt: skip
-    return stats, m, s, argmax
+    return stats, m, s, argmax, None
