@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vocab_parallel_ce import VocabShard, cross_entropy, cross_entropy_loss, token_statistics
-from vocab_parallel_ce.checks import check_backend_dtype
+from vocab_parallel_ce.collectives import check_backend_dtype
 from vocab_parallel_ce.switches import CHECK_VARIABLE
 
 from .ranks import Pool, run_fresh

@@ -12,20 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vocab_parallel_ce.checksums import checksum, float_checksum
 from vocab_parallel_ce.header import (
     HEADER_INTS,
     ValueProblems,
-    checksum,
-    disagreement,
-    float_checksum,
-    looks_gathered,
-    raise_on_own_values,
-    raise_on_problems,
     read_headers,
     read_normalizers,
     write_header,
 )
 from vocab_parallel_ce.request import RowRequest
+from vocab_parallel_ce.verdict import (
+    disagreement,
+    looks_gathered,
+    raise_on_own_values,
+    raise_on_problems,
+)
 
 TARGET = torch.tensor([0, 1, 9, -100])
 WEIGHT = torch.linspace(0, 1, 12)

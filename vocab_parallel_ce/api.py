@@ -14,8 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .checks import Options, Outputs, is_number, prepare
+from .arguments import Options, Outputs
+from .checks import prepare
 from .dtensor import Layout, unwrap
+from .option_checks import is_number
 from .primitive import Statistics, log_prob_space, row_statistics
 from .primitive import log_prob as shard_log_prob
 from .reduction import as_scalar, reduce_rows, row_losses

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from .checks import Options, admit, check_overwritable
+from .arguments import Options
+from .checks import admit
+from .overwriting import check_overwritable
 from .rounds import play_after, play_before
 from .shard import VocabShard
 from .switches import check_is_on, check_word

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .api import TokenStatistics, cross_entropy, named_statistics, token_statistics
-from .checks import Options, Outputs
+from .arguments import Options, Outputs
 from .linear.checks import (
     LinearOptions,
     LinearTensors,

@@ -95,3 +95,39 @@ def check_not_overwritten(logits: Tensor, where: str) -> None:
             "input holds the gradient of an earlier loss, which overwrote it "
             f"(inplace_backward=True){where}; {_WAY_OUT}"
         )
+
+
+def check_overwritable(input: Tensor, where: str) -> None:
+    """In-place backward writes into the logits' memory: it must be theirs, and hold them once."""
+    way_out = "use inplace_backward=False, or pass the output of an operation"
+    if not torch.compiler.is_compiling():
+        check_not_overwritten(input, where)
+    if input.is_leaf:
+        raise ValueError(
+            f"inplace_backward=True would overwrite input, which is a leaf{where}; {way_out}"
+        )
+    if torch.compiler.is_compiling():
+        return
+    base = input._base
+    if base is not None and base.is_leaf and base.requires_grad:
+        raise ValueError(
+            f"inplace_backward=True would overwrite the leaf that input is a view of{where}; "
+            f"{way_out}"
+        )
+    if _overlaps_itself(input):
+        raise ValueError(
+            f"inplace_backward=True needs logits whose elements do not share memory, got shape "
+            f"{tuple(input.shape)} with strides {input.stride()}{where}; use "
+            "inplace_backward=False, or input.contiguous()"
+        )
+
+
+def _overlaps_itself(x: Tensor) -> bool:
+    """Whether some element may share memory with another (sure to be False for dense views)."""
+    span = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride < span:
+                return True
+            span = stride * (size - 1) + span
+    return False

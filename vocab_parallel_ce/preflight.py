@@ -19,9 +19,10 @@ from torch import Tensor
 
 from .collectives import COLLECTIVES, all_gather_flat, communication_device, is_dry_run
 from .engines.contract import arithmetic_dtype
-from .header import HEADER_INTS, ValueProblems, raise_on_problems, read_headers, write_header
+from .header import HEADER_INTS, ValueProblems, read_headers, write_header
 from .request import RowRequest
 from .switches import check_is_on, check_word
+from .verdict import raise_on_problems
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.int64)
 _ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)

@@ -18,18 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import forgotten_group
+from .checksums import checksum, float_checksum
 from .collectives import Payload
 from .engines.contract import IGNORED, Engine, Gathered, RowFunctions
 from .header import (
     HEADER_LAYOUT,
     NO_PROBLEMS,
     ValueProblems,
-    agree,
-    checksum,
-    disagreement,
-    float_checksum,
-    raise_on_own_values,
-    raise_on_problems,
     read_headers,
     static_header,
     write_findings,
@@ -39,6 +34,7 @@ from .request import RowRequest
 from .shard import group_rank_and_size
 from .statistics import finish, merge, merge_single
 from .targets import find_problems, locate
+from .verdict import disagreement, raise_on_own_values, raise_on_problems
 
 
 class Concluded(NamedTuple):
@@ -66,7 +62,7 @@ class RowSteps(Protocol):
         """Fill the header, and W_r, of a payload whose partials are there.
 
         ``shard_total`` is the sum of this shard's class weights. ``hidden`` is what the header
-        shall tell of the hidden states (``header.fingerprint``), where the logits were made of
+        shall tell of the hidden states (``checksums.fingerprint``), where the logits were made of
         some.
         """
         ...
@@ -234,16 +230,22 @@ class FusedSteps:
     ) -> Concluded:
         """See ``RowSteps``."""
         request = self._request
-        if self._functions.ON_HOST and gathered.headers is not None:
-            _raise_on_headers(
-                gathered.headers, parts, self._announced, request.size, self.local_target,
-                self._from_hidden,
-            )  # fmt: skip
+        headers = gathered.headers
+        if headers is not None and self._functions.ON_HOST:
+            self._judge(headers, parts)
         return Concluded(
             *self._functions.conclude(
                 gathered, request.wanted, self._target, request.vocab_size, request.ignore_index,
                 self._weight, total_weight, HEADER_LAYOUT, self._excuse,
             )
+        )  # fmt: skip
+
+    def _judge(self, headers: Tensor, parts: Tensor) -> None:
+        if self._functions.agree(headers, HEADER_LAYOUT):
+            return
+        _raise_on_headers(
+            headers, parts, self._announced, self._request.size, self.local_target,
+            self._from_hidden,
         )  # fmt: skip
 
 
@@ -260,8 +262,6 @@ def _raise_on_headers(
     headers: Tensor, parts: Tensor, target: Tensor, size: int, local_target: Tensor, hidden: bool
 ) -> None:
     """``target`` is what was announced; ``hidden``: the logits are made of hidden states."""
-    if agree(headers):
-        return
     read = read_headers(headers, parts.dtype)
     constant = bool(_constant_rows(parts, size, local_target))
     raise_on_problems(read, target, constant, hidden)

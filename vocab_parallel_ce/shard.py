@@ -7,6 +7,7 @@ A shard is three integers and never talks to anybody. The one way that communica
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -138,3 +139,45 @@ class VocabShard:
             )
         start = sum(counts[:rank])
         return cls(start, start + counts[rank], sum(counts))
+
+
+class Held(NamedTuple):
+    """What messages call the tensor that holds this rank's part of the vocabulary."""
+
+    name: str = "input"
+    places: str = "columns"
+    part: str = "logits[..., {start}:{stop}]"
+
+
+def resolve(
+    columns: int, shard: VocabShard | None, rank: int, world: int, where: str, held: Held
+) -> VocabShard:
+    """The shard of a tensor with so many ``columns``: what was told, checked, or an equal one."""
+    name, places = held.name, held.places
+    if shard is None:
+        if columns == 0:
+            raise ValueError(
+                f"{name} has no {places}{where}; an empty shard must be told: "
+                "shard=VocabShard(start, start, vocab_size)"
+            )
+        return VocabShard(rank * columns, (rank + 1) * columns, world * columns)
+    if not isinstance(shard, VocabShard):
+        raise TypeError(f"shard must be a VocabShard or None, got {type(shard).__name__}{where}")
+    if columns < shard.size:
+        raise ValueError(
+            f"{name} has {columns} {places} but shard holds the {shard.size} ids "
+            f"[{shard.start}, {shard.stop}){where}; the shard must be the one that the head was "
+            "split by"
+        )
+    if world == 1 and shard.size != shard.vocab_size:
+        raise ValueError(
+            f"shard holds ids [{shard.start}, {shard.stop}) of vocab_size={shard.vocab_size}, but "
+            "there is one rank only; pass group= with the ranks that hold the others"
+        )
+    if columns == shard.vocab_size and shard.size < shard.vocab_size:
+        part = held.part.format(start=shard.start, stop=shard.stop)
+        raise ValueError(
+            f"{name} looks gathered: it has all vocab_size={shard.vocab_size} {places}, but shard "
+            f"holds [{shard.start}, {shard.stop}){where}; pass this rank's part, {part}"
+        )
+    return shard

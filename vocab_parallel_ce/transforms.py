@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .engines.contract import ELSEWHERE, IGNORED, arithmetic_dtype
-from .header import raise_on_own_values
 from .kinds import Kind, kind_of
 from .request import RowRequest
 from .selected import is_allowed, local_columns
 from .targets import find_problems, locate
+from .verdict import raise_on_own_values
 
 NO_JVP = (
     "forward-mode derivatives (torch.func.jvp, jacfwd, forward_ad) do not go through the loss; use "

@@ -9,11 +9,11 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from vocab_parallel_ce.checks import DEVICES_WITHOUT_FP64
 from vocab_parallel_ce.collectives import BACKENDS_WITHOUT_FP64
 from vocab_parallel_ce.launch.doctor import behaviour
 from vocab_parallel_ce.launch.doctor.cases import Case, Found, Place, against_truth
 from vocab_parallel_ce.launch.doctor.truth import Question
+from vocab_parallel_ce.tensor_checks import DEVICES_WITHOUT_FP64
 
 OPERATOR_LIMIT = 200_000  # rows that the fused operator of Ascend takes at most
 

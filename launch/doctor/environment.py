@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from vocab_parallel_ce.checks import DEVICES_WITHOUT_FP64
 from vocab_parallel_ce.collectives import BACKEND_OF_DEVICE
 from vocab_parallel_ce.engines import engine_name, engine_of_device, select, why_not
 from vocab_parallel_ce.engines.npu import choice
@@ -26,6 +25,7 @@ from vocab_parallel_ce.launch.doctor.variables import judge
 from vocab_parallel_ce.launch.doctor.worker import LateError, Worker, in_one_line
 from vocab_parallel_ce.linear.wide import makes_wide_logits
 from vocab_parallel_ce.parallel import groups
+from vocab_parallel_ce.tensor_checks import DEVICES_WITHOUT_FP64
 
 DTYPES = {
     "fp32": torch.float32,

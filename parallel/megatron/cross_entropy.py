@@ -15,18 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vocab_parallel_ce import VocabShard
-from vocab_parallel_ce.checks import (
-    TARGET_DTYPES,
-    Options,
-    Outputs,
-    admit,
-    check_numbers,
-    prepare,
-)
+from vocab_parallel_ce.arguments import Options, Outputs
+from vocab_parallel_ce.checks import admit, prepare
+from vocab_parallel_ce.option_checks import check_numbers
 from vocab_parallel_ce.preflight import together
 from vocab_parallel_ce.primitive import row_statistics
 from vocab_parallel_ce.reduction import reduce_rows, row_losses
 from vocab_parallel_ce.shard import group_rank_and_size
+from vocab_parallel_ce.tensor_checks import TARGET_DTYPES
 
 INVALID_TARGET = ("error", "ignore")
 SMOOTHING_FORMULAS = ("megatron", "pytorch")

@@ -46,7 +46,7 @@ from torch import Tensor
 ELSEWHERE = -1
 IGNORED = -2
 
-# The hash of ``header.checksum``, which ``RowFunctions.sign`` computes as well: odd, within int64.
+# The hash of ``checksums.checksum``, which ``RowFunctions.sign`` computes too: odd, within int64.
 CHECKSUM_STEP = 0x1E3779B97F4A7C15
 CHECKSUM_ROUNDS = ((30, 0x3F58476D1CE4E5B9), (27, 0x14D049BB133111EB))
 """of each round the shift and the factor"""
@@ -113,6 +113,10 @@ class Gathered(NamedTuple):
         return cls(parts[None], parts, parts, None)
 
 
+NOTHING_FOUND = (-1, 0, -1, -1, -1, 0)
+"""no bad row, target, class or scale, no row with a bad id among those selected, no such id"""
+
+
 class HeaderLayout(NamedTuple):
     """What a kernel that judges headers must know of them; the header's own module says it."""
 
@@ -129,6 +133,8 @@ class HeaderLayout(NamedTuple):
     """in the flags: the shard was not told but follows from the rank"""
     content: int
     """the checksum that tells whether ranks hold the same logits"""
+    findings: int
+    """what a rank found wrong with its own values: six int64 values, see ``NOTHING_FOUND``"""
     normalizer: int
     """an fp32 number, of which ranks may differ by ``tolerance``, relatively"""
     tolerance: float
@@ -182,10 +188,19 @@ class RowFunctions(Protocol):
         """
         ...
 
+    def agree(self, headers: Tensor, layout: HeaderLayout) -> bool:
+        """Whether nothing at all is to be said of ``headers`` [W, ints]: sure of a yes.
+
+        The usual case: shards in rank order that tile the vocabulary, everything else alike,
+        nothing found, no sign of gathered logits. A no is for ``verdict.raise_on_problems`` to
+        explain. Asked ``ON_HOST`` alone.
+        """
+        ...
+
     def weigh(self, weight: Tensor) -> tuple[int, int]:
         """The first class of ``weight`` [vocab_size], fp32 or fp64, that is not finite, or -1.
 
-        And its ``header.float_checksum``. Asked ``ON_HOST`` alone.
+        And its ``checksums.float_checksum``. Asked ``ON_HOST`` alone.
         """
         ...
 
@@ -201,7 +216,7 @@ class RowFunctions(Protocol):
         layout: HeaderLayout,
         excuse: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """``statistics.merge`` and ``finish`` and ``header.disagreement``: stats, m, s, argmax.
+        """``statistics.merge`` and ``finish`` and ``verdict.disagreement``: stats, m, s, argmax.
 
         And what a row weighs in a mean, [N] or None where that is left to torch: the class
         ``weight`` of its target, or 1 where there are none; 0 for an ignored row. ``excuse`` is

@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import LOGITS_DTYPES, Held, Options, Outputs, check_group, is_number, prepare
+from ..arguments import Options, Outputs
+from ..checks import check_group, prepare
 from ..kinds import Kind, check_kinds, kind_of, settled
+from ..option_checks import is_number
 from ..request import LinearRequest, is_on
-from ..shard import group_rank_and_size
+from ..shard import Held, group_rank_and_size
+from ..tensor_checks import LOGITS_DTYPES
 from ..transforms import check_transforms
 from .call import Statics, bytes_of_a_logit
 from .chunks import least_mib, rows_of_a_chunk

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from ..checks import Options
+from ..arguments import Options
 from ..dtensor import (
     Layout,
     check_row_options,

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..checksums import fingerprint, fingerprint_bits
 from ..engines.contract import IGNORED, Engine
-from ..header import fingerprint, fingerprint_bits
 from ..passes import RowResult, exchange_statistics
 from ..preflight import together
 from .call import LinearCall

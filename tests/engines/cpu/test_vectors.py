@@ -55,13 +55,13 @@ def _run(
             headers.append(payload.header.clone())
         assert torch.equal(*headers)
         steps.append(both)
-    received = torch.stack([p.buffer for p in payloads])
+    received = torch.cat([p.buffer for p in payloads])
     whole: Tensor | float = float(requests[0].vocab_size) if weight is None else weight.sum()
     outcomes = []
     for both, payload in zip(steps, payloads, strict=True):
         found: list[Concluded | str] = []
         for way in both:
-            ranks = Payload(received.clone(), k, rows, dtype)
+            ranks = Payload(received.clone(), k, rows, dtype, world)
             weights, starts = ranks.shard_weight[:, 0], ranks.header[:, 0]
             headers_ = None if world == 1 else ranks.header
             gathered = Gathered(ranks.parts, weights, starts, headers_)

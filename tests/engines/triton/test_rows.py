@@ -55,12 +55,12 @@ def _run(
             headers.append(payload.header.clone())
         assert torch.equal(*headers)
         steps.append(both)
-    received = torch.stack([p.buffer for p in payloads])
+    received = torch.cat([p.buffer for p in payloads])
     whole: Tensor | float = float(requests[0].vocab_size) if weight is None else weight.sum()
     for both, payload in zip(steps, payloads, strict=True):
         outcomes = []
         for way in both:
-            ranks = Payload(received.clone(), k, ROWS, torch.float32)
+            ranks = Payload(received.clone(), k, ROWS, torch.float32, world)
             parts = ranks.parts[:1] if reduced else ranks.parts
             gathered = Gathered(parts, ranks.shard_weight[:, 0], ranks.header[:, 0], ranks.header)
             if world == 1:

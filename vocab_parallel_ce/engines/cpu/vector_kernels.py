@@ -17,6 +17,7 @@ from vocab_parallel_ce.engines.contract import (
     CHECKSUM_STEP,
     ELSEWHERE,
     IGNORED,
+    NOTHING_FOUND,
 )
 from vocab_parallel_ce.engines.cpu.compiling import helper, kernel
 from vocab_parallel_ce.engines.cpu.memory import read, size_of, write
@@ -59,7 +60,7 @@ def locate_rows(
 
 @helper
 def mixed(place: int, value: Any) -> Any:
-    """One term of ``header.checksum``; ``place`` counts from 0."""
+    """One term of ``checksums.checksum``; ``place`` counts from 0."""
     term = (place + 1) * STEP + value
     term = (term ^ (term >> SHIFT_1)) * FACTOR_1
     return (term ^ (term >> SHIFT_2)) * FACTOR_2
@@ -67,7 +68,7 @@ def mixed(place: int, value: Any) -> Any:
 
 @helper
 def checksum(rows: int, address: int, step: int, words: int, word_step: int, token: Any) -> int:
-    """``header.checksum`` of ``words`` vectors of ``rows`` integers, one behind the other."""
+    """``checksums.checksum`` of ``words`` vectors of ``rows`` integers, one behind the other."""
     total = 0
     for word in range(words):
         for row in range(rows):
@@ -106,19 +107,53 @@ def sign_rows(
         write(out + slot * 4, read(static + slot * 4, INT32), INT32)
     write(out + n_header * 4, shard_total, token)
     out += n_static * 4
-    # No bad row, target, class or scale, no row with a bad id among those selected, no such id.
-    numbers = (
-        checksum(rows, target, target_step, 1, 0, INT64), of_content, weight_checksum,
-        scale_checksum, selected_checksum, -1, 0, -1, -1, -1, 0, normalizer_bits,
-    )  # fmt: skip
-    for number in numbers:
+    of_target = checksum(rows, target, target_step, 1, 0, INT64)
+    for number in (of_target, of_content, weight_checksum, scale_checksum, selected_checksum):
         write(out, number, INT64)
         out += 8
+    for number in NOTHING_FOUND:
+        write(out, number, INT64)
+        out += 8
+    write(out, normalizer_bits, INT64)
+
+
+@kernel
+def headers_agree(
+    ranks: int,
+    headers: int,
+    step: int,
+    ints: int,
+    start: int,
+    stop: int,
+    vocab_size: int,
+    content: int,
+    findings: int,
+) -> bool:
+    """``contract.RowFunctions.agree``; ``content`` and what follows are places of int64 values."""
+    reached, varied, told = 0, ranks == 1, False
+    for rank in range(ranks):
+        header = headers + rank * step
+        if read(header + start * 4, INT32) != reached:
+            return False
+        reached = read(header + stop * 4, INT32)
+        for slot in range(ints):
+            value = read(header + slot * 4, INT32)
+            differs = value != read(headers + slot * 4, INT32)
+            if content <= slot < content + 2:
+                varied |= differs
+                told |= value != 0
+            elif differs and slot != start and slot != stop:
+                return False
+    for number in NOTHING_FOUND:
+        if read(headers + findings * 4, INT64) != number:
+            return False
+        findings += 2
+    return reached == read(headers + vocab_size * 4, INT32) and (varied or not told)
 
 
 @kernel
 def weigh_classes(classes: int, weight: int, token: Any) -> tuple[int, int]:
-    """The first class whose weight is not finite, or NOWHERE; ``header.float_checksum``."""
+    """The first class whose weight is not finite, or NOWHERE; ``checksums.float_checksum``."""
     size = size_of(token)
     bad = NOWHERE
     for number in range(classes):

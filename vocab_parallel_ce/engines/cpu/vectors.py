@@ -66,6 +66,15 @@ def _int(checksum: Tensor | None) -> int:
     return 0 if checksum is None else int(checksum)
 
 
+def agree(headers: Tensor, layout: HeaderLayout) -> bool:
+    """See ``contract.RowFunctions``."""
+    yes: bool = _kernels().headers_agree(
+        headers.shape[0], headers.data_ptr(), headers.stride(0) * 4, layout.ints, layout.start,
+        layout.stop, layout.vocab_size, layout.content, layout.findings,
+    )  # fmt: skip
+    return yes
+
+
 def weigh(weight: Tensor) -> tuple[int, int]:
     """See ``contract.RowFunctions``."""
     weight = weight.contiguous()

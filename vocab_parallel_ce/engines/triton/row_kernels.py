@@ -23,7 +23,7 @@ SHIFT_2, FACTOR_2 = (tl.constexpr(number) for number in CHECKSUM_ROUNDS[1])
 
 @triton.jit
 def _mixed(place, value):
-    """One term of ``header.checksum``; ``place`` counts from 0."""
+    """One term of ``checksums.checksum``; ``place`` counts from 0."""
     mixed = (place + 1) * STEP + value
     mixed = (mixed ^ (mixed >> SHIFT_1)) * FACTOR_1
     return (mixed ^ (mixed >> SHIFT_2)) * FACTOR_2
