@@ -17,8 +17,8 @@ from .ranks import Pool
 
 pytest.importorskip("numba")
 
-ONE_RANK = 18
-TWO_RANKS = 43
+ONE_RANK = 15
+TWO_RANKS = 23
 
 
 def _operations(group: dist.ProcessGroup | None, inplace_backward: bool) -> list[str]:
