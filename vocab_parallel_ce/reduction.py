@@ -47,6 +47,8 @@ def row_losses(
         row_weight, kept = row_weights(target, weight, request, loss.dtype)
     elif has_z or request.normalized:
         kept = kept_rows(target, request)
+        # As where the primitive does not know it: ``total`` must be called as often on every rank.
+        row_weight = None if weight is None else row_weight
     if weight is not None and row_weight is not None:
         loss = loss * row_weight
     eps = request.label_smoothing
