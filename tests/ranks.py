@@ -7,8 +7,9 @@ HCCL for "npu", where rank r has device r:
     results = pool.run(case, world=3, args=(1, 2))        # one return value a rank, in rank order
     outcomes = pool.outcomes(case, world=3)               # the same, exceptions caught: Outcome
 
-Importing torch costs seconds, so the processes live as long as the test session. Cases that hang
-or kill a rank belong in ``run_fresh``, which starts processes of its own and ends them.
+Importing torch costs seconds, so one process imports it and every rank is a fork of that one. A
+pool lives as long as the test session. Cases that hang or kill a rank belong in ``run_fresh``,
+which starts processes of its own and ends them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from typing import Any
 
 WORLDS = (1, 2, 3, 4)
 BACKENDS = {"cpu": "gloo", "npu": "hccl"}
+# What the process that ranks are forked from imports. Nothing that starts a thread, or that reads
+# an environment which a test may have changed.
+PRELOADED = ["torch.distributed", "pytest", "numba", "tests.cases", "vocab_parallel_ce.api"]
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,16 @@ class HungError(AssertionError):
 
 
 def _serve(
-    rank: int, size: int, store: str, timeout: float, device_type: str, pipe: Connection
+    rank: int,
+    size: int,
+    store: str,
+    timeout: float,
+    device_type: str,
+    environ: dict[str, str],
+    pipe: Connection,
 ) -> None:
+    os.environ.clear()  # that of the process it is a fork of
+    os.environ.update(environ)
     import datetime
 
     import torch
@@ -112,16 +124,19 @@ class Pool:
         self._processes: list[Any] = []
 
     def start(self) -> Pool:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         self._folder = tempfile.TemporaryDirectory()
         self._store = store = os.path.join(self._folder.name, "store")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(rank, self.size, store, self.timeout, self.device_type, theirs),
+                args=(
+                    rank, self.size, store, self.timeout, self.device_type, dict(os.environ), theirs,
+                ),
                 daemon=True,
-            )
+            )  # fmt: skip
             process.start()
             theirs.close()
             self._pipes.append(ours)

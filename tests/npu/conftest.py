@@ -17,11 +17,10 @@ if "NPU_SIM_DEVICES" not in os.environ:
 
 
 @pytest.fixture(scope="session")
-def npu_pool() -> Iterator[Pool]:
-    """Four HCCL processes, each with a device of its own, started once."""
-    ranks = Pool(4, device_type="npu").start()
-    yield ranks
-    ranks.stop()
+def npu_pool(pool: Pool) -> Pool:
+    """Four HCCL processes, each with a device of its own: those that every test shares."""
+    assert pool.device_type == "npu"
+    return pool
 
 
 @pytest.fixture
