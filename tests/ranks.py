@@ -128,15 +128,14 @@ class Pool:
         context.set_forkserver_preload(PRELOADED)
         self._folder = tempfile.TemporaryDirectory()
         self._store = store = os.path.join(self._folder.name, "store")
+        environ = dict(os.environ)
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(
-                    rank, self.size, store, self.timeout, self.device_type, dict(os.environ), theirs,
-                ),
+                args=(rank, self.size, store, self.timeout, self.device_type, environ, theirs),
                 daemon=True,
-            )  # fmt: skip
+            )
             process.start()
             theirs.close()
             self._pipes.append(ours)
