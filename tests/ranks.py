@@ -7,15 +7,14 @@ HCCL for "npu", where rank r has device r:
     results = pool.run(case, world=3, args=(1, 2))        # one return value a rank, in rank order
     outcomes = pool.outcomes(case, world=3)               # the same, exceptions caught: Outcome
 
-Importing torch costs seconds, so one process imports it and every rank is a fork of that one. A
-pool lives as long as the test session. Cases that hang or kill a rank belong in ``run_fresh``,
-which starts processes of its own and ends them.
+Ranks are forks of one process that has imported torch (``forks.py``). Groups have to be made once
+more by each pool, so it lives as long as the test session. Cases that hang or kill a rank belong in
+``run_fresh``, which starts processes of its own and ends them.
 """
 
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -28,11 +27,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from .forks import context, take_over
+
 WORLDS = (1, 2, 3, 4)
 BACKENDS = {"cpu": "gloo", "npu": "hccl"}
-# What the process that ranks are forked from imports. Nothing that starts a thread, or that reads
-# an environment which a test may have changed.
-PRELOADED = ["torch.distributed", "pytest", "numba", "tests.cases", "vocab_parallel_ce.api"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,7 @@ def _serve(
     environ: dict[str, str],
     pipe: Connection,
 ) -> None:
-    os.environ.clear()  # that of the process it is a fork of
-    os.environ.update(environ)
+    take_over(environ)
     import datetime
 
     import torch
@@ -124,14 +121,12 @@ class Pool:
         self._processes: list[Any] = []
 
     def start(self) -> Pool:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
         self._folder = tempfile.TemporaryDirectory()
         self._store = store = os.path.join(self._folder.name, "store")
         environ = dict(os.environ)
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
+            ours, theirs = context().Pipe()
+            process = context().Process(
                 target=_serve,
                 args=(rank, self.size, store, self.timeout, self.device_type, environ, theirs),
                 daemon=True,

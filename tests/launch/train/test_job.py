@@ -1,4 +1,4 @@
-"""The training job, run for real: alone in this process and under torchrun with two ranks.
+"""The training job, run for real: alone in this process, on two ranks, and under torchrun.
 
 Curves are compared number by number: bit for bit where the arithmetic is the same, closely where
 only the split differs. A vocabulary of 513 cannot be halved, so shards are uneven throughout.
@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.launch.running import invoke, one_line
+from tests.forks import run_forked
+from tests.launch.running import invoke, launch, one_line
 from vocab_parallel_ce.launch.refusal import Refusal
 from vocab_parallel_ce.launch.train import text as text_module
 from vocab_parallel_ce.launch.train.command import Resume, prepare, train_and_check
@@ -38,7 +37,6 @@ from vocab_parallel_ce.launch.train.text import Batches, load_corpus, text_files
 from vocab_parallel_ce.launch.train.trainer import Trainer, TrainOptions, sum_of_squares
 from vocab_parallel_ce.parallel.groups import ParallelGroups
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 VOCAB_SIZE = 513
 STEPS = 12
 SHAPE = GPTShape(VOCAB_SIZE, context=32, width=32, layers=1, heads=2)
@@ -69,20 +67,12 @@ def _arguments(out: Path, cache: Path, *extra: object) -> list[str]:
     return [*fixed.split(), *map(str, extra)]
 
 
-def _launch(
-    out: Path, cache: Path, *extra: object, restarts: int = 0
-) -> subprocess.CompletedProcess[str]:
-    """Two ranks under torchrun."""
-    launcher = f"-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts {restarts}"
-    program = "-m vocab_parallel_ce.launch.train"
-    return subprocess.run(
-        [sys.executable, *launcher.split(), *program.split(), *_arguments(out, cache, *extra)],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+PROGRAM = ("-m", "vocab_parallel_ce.launch.train")
+
+
+def _launch(out: Path, cache: Path, *extra: object) -> subprocess.CompletedProcess[str]:
+    """Two ranks."""
+    return run_forked(*PROGRAM, *_arguments(out, cache, *extra), ranks=2)
 
 
 def _succeed(process: subprocess.CompletedProcess[str]) -> str:
@@ -202,9 +192,9 @@ def test_a_checkpoint_of_two_ranks_loads_on_one(
 def test_a_run_survives_the_loss_of_a_rank(
     straight: tuple[Path, str], tmp_path: Path, cache: Path
 ) -> None:
-    said = _succeed(
-        _launch(tmp_path, cache, "--tp", 2, "--dropout", 0.1, "--die-at-step", 9, restarts=1)
-    )
+    """Under torchrun, which starts both again."""
+    options = _arguments(tmp_path, cache, "--tp", 2, "--dropout", 0.1, "--die-at-step", 9)
+    said = _succeed(launch(*PROGRAM, *options, ranks=2, restarts=1))
     assert said.count("step  8/12") == 2  # once before the death, once after
     assert _losses(tmp_path) == _losses(straight[0])
 
