@@ -54,7 +54,10 @@ def _program(arguments: list[str], environ: dict[str, str], folder: str, said: l
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", 1, closefd=False)  # noqa: SIM115
     torch.set_num_threads(int(environ["OMP_NUM_THREADS"]))
-    if arguments[0] == "-m":
+    if arguments[0] == "-c":
+        sys.argv, sys.path[:0] = arguments[:1] + arguments[2:], [folder]
+        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif arguments[0] == "-m":
         sys.argv, sys.path[:0] = arguments[1:], [folder]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
@@ -76,12 +79,13 @@ def _of_rank(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 def run_forked(
     *arguments: str,
-    ranks: int,
+    ranks: int = 0,
     environ: dict[str, str] | None = None,
     cwd: Path | None = None,
     timeout: float = 120.0,
 ) -> subprocess.CompletedProcess[str]:
     """A program on ``ranks`` ranks, as torchrun starts it: the first that fails ends the others.
+    Without ``ranks`` one process, as Python starts it.
 
     Returns its status, and what all ranks said.
     """
@@ -94,10 +98,10 @@ def run_forked(
         processes = [
             context().Process(
                 target=_program,
-                args=(list(arguments), given | _of_rank(rank, ranks, port), str(cwd or ROOT), said),
+                args=(list(arguments), given | variables, str(cwd or ROOT), said),
                 daemon=True,
             )
-            for rank in range(ranks)
+            for variables in [_of_rank(rank, ranks, port) for rank in range(ranks)] or [{}]
         ]
         for process in processes:
             process.start()

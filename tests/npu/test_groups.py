@@ -24,6 +24,7 @@ from vocab_parallel_ce.parallel.groups import (
     npu_problem,
 )
 
+from ..forks import run_forked
 from ..ranks import Pool
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -138,20 +139,6 @@ with ParallelGroups.open("npu", tp=tp, dp=dp, timeout_seconds=90, deterministic=
 """
 
 
-def _torchrun(
-    ranks: int, code: str, *arguments: object, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    launcher = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} --no-python"
-    return subprocess.run(
-        [sys.executable, *launcher.split(), sys.executable, "-c", code, *map(str, arguments)],
-        env=os.environ | variables,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-
-
 @pytest.mark.parametrize(
     ("tp", "dp", "expected"),
     [
@@ -162,7 +149,7 @@ def _torchrun(
     ],
 )
 def test_no_communicator_that_is_not_needed(tp: int, dp: int, expected: int) -> None:
-    process = _torchrun(tp * dp, _COUNT, tp, dp)
+    process = run_forked("-c", _COUNT, str(tp), str(dp), ranks=tp * dp)
     assert process.returncode == 0, process.stderr
     seen = sorted(json.loads(line) for line in process.stdout.splitlines())
     assert [(rank, device) for rank, device, _, _ in seen] == [
@@ -193,7 +180,7 @@ with ParallelGroups.open("npu") as groups:
 
 def test_a_rank_that_fails_ends_all() -> None:
     begin = time.monotonic()
-    process = _torchrun(2, _FAIL)
+    process = run_forked("-c", _FAIL, ranks=2)
     assert process.returncode != 0
     assert "RuntimeError: rank 1 is through" in process.stderr
     assert time.monotonic() - begin < 60
@@ -210,7 +197,7 @@ except ValueError as error:
 
 
 def test_all_ranks_are_told_of_missing_cards() -> None:
-    process = _torchrun(3, _REFUSED, NPU_SIM_DEVICES="2")
+    process = run_forked("-c", _REFUSED, ranks=3, environ={"NPU_SIM_DEVICES": "2"})
     assert process.returncode == 0, process.stderr
     assert (
         process.stdout.splitlines()

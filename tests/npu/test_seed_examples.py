@@ -1,9 +1,7 @@
-"""The operator's own examples, N = 4096 and C = 8080, on one rank and sharded under torchrun."""
+"""The operator's own examples, N = 4096 and C = 8080, on one rank and sharded."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +12,9 @@ from torch import Tensor
 from vocab_parallel_ce.testing import assert_close, naive_error
 from vocab_parallel_ce.testing import cross_entropy as reference
 
+from ..forks import run_forked
 from .seed_examples import EXAMPLES, ROWS, batch
 
-ROOT = Path(__file__).resolve().parents[2]
 MODULE = "tests.npu.seed_examples"
 
 
@@ -60,11 +58,7 @@ def truths() -> list[Truth]:
     "ranks", [2, *(pytest.param(ranks, marks=pytest.mark.full) for ranks in (1, 4))]
 )
 def test_the_examples_of_the_operator(ranks: int, truths: list[Truth], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", MODULE, str(tmp_path)]
-    if ranks > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [sys.executable, *torchrun, "-m", MODULE, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_forked("-m", MODULE, str(tmp_path), ranks=ranks if ranks > 1 else 0, timeout=300)
     assert done.returncode == 0, done.stderr
     of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
     for number, truth in enumerate(truths):
