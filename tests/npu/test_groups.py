@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,6 @@ from vocab_parallel_ce.parallel.groups import (
 from ..forks import run_forked
 from ..ranks import Pool
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 CARDS = int(os.environ.get("NPU_SIM_DEVICES", "8"))
 
 
@@ -48,17 +45,6 @@ def test_more_processes_than_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not dist.is_initialized()
 
 
-def _python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | variables,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 @pytest.mark.parametrize(
     ("variables", "reason"),
     [
@@ -72,7 +58,7 @@ from vocab_parallel_ce.parallel.groups import ParallelGroups, default_device_typ
 print(default_device_type())
 ParallelGroups.open("npu")
 """
-    process = _python(code, NPU_SIM_DEVICES="0", **variables)
+    process = run_forked("-c", code, environ={"NPU_SIM_DEVICES": "0"} | variables)
     assert process.returncode == 1
     assert process.stdout.splitlines()[0] == "cpu"  # torch_npu adds a line of its own at exit
     last = process.stderr.splitlines()[-1]
