@@ -28,7 +28,8 @@ TRITON_ASCEND ?= triton-ascend==3.2.0 ascendnpu-ir==1.2.0
 VENV_TRITON_ASCEND ?= .venv-triton-ascend
 
 # Files of tests run side by side, each in one process: many wait for ranks that they have started.
-PARALLEL := -n $(JOBS) --dist loadfile
+# In the order that tests/longest.py gives them.
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # Cases that pyproject.toml leaves out.
 ALL := $(if $(GRIDS),-m "full or not full")
 BIN := $(VENV)/bin

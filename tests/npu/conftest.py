@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-from ..npu_sim import operators
 from ..ranks import Pool
+
+if TYPE_CHECKING:
+    from ..npu_sim.operators import OperatorCall
 
 # Collected only under `python -m tests.npu_sim`, in an environment of its own: torch_npu cannot be
 # imported beside another accelerator, nor without CANN. `make test` runs both halves.
@@ -24,8 +27,10 @@ def npu_pool(pool: Pool) -> Pool:
 
 
 @pytest.fixture
-def calls() -> Iterator[list[operators.OperatorCall]]:
+def calls() -> Iterator[list[OperatorCall]]:
     """What the operator was called with in this process, from here on."""
+    from ..npu_sim import operators
+
     operators.calls.clear()
     yield operators.calls
     operators.calls.clear()
