@@ -19,7 +19,6 @@ from vocab_parallel_ce.parallel.megatron import (
     loss_func,
     output_processor,
 )
-from vocab_parallel_ce.parallel.megatron import fused_head as fused_head
 from vocab_parallel_ce.parallel.megatron.on_cpu import CPU_CONFIG
 
 from ...ranks import Pool

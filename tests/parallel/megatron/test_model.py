@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from vocab_parallel_ce.parallel.megatron import fused_head as fused_head
 from vocab_parallel_ce.parallel.megatron import install
 
 from ...ranks import Pool

@@ -7,10 +7,10 @@ one pass a block: the sum of e^(x - base) is formed together with the block's ma
 first-level cache, summed again. The last columns, which fill no vector, are read and written under
 a mask. What they cannot serve takes ``general_kernels.py``.
 
-Numba compiles a kernel at its first use. Each works on pieces of rows: ``width`` columns each, the
-last of a row fewer (``pieces.py``). Piece ``index`` of all is written there in the partials, which
-``merging.py`` makes those of rows. All gradient kernels read an element before they write it, so
-``out`` may be the logits themselves.
+A kernel is compiled by Numba at its first use. It works on pieces of rows: ``width`` columns each,
+the last of a row fewer (``pieces.py``). Piece ``index`` of all is written there in the partials,
+which ``merging.py`` makes those of rows. An element is read before it is written, so ``out`` may be
+the logits themselves.
 
 Arrays arrive as an address and steps in bytes, so one compilation serves every layout. ``token``
 tells how logits are stored (see lanes), ``scale`` has the arithmetic type and is its token. It is

@@ -1,10 +1,9 @@
 """The loops of the CPU engine that serve everything: all options, any strides.
 
 They first copy each block, capped and times ``scale``, into a buffer on the stack, whatever the
-strides, and then make one short pass over it for each thing that is wanted. A row is read once from
-memory, in blocks of BLOCK elements; its sums are kept in fp32 lanes inside a block and in fp64
-across blocks. Arguments are those of ``fast_kernels.py``. Beside them ``cap`` is the softcap, 0 for
-none; ``weight`` is the address of the class weights, 0 for none.
+strides, and then make one short pass over it for each thing that is wanted. Sums, pieces and
+arguments are as ``fast_kernels.py`` says. Beside those arguments, ``cap`` is the softcap, 0 for
+none, and ``weight`` the address of the class weights, 0 for none.
 """
 
 from __future__ import annotations
