@@ -180,7 +180,7 @@ $(MEGATRON_FOLDER)/installed: $(VENV)/installed
 TESTS_MEGATRON := tests/parallel/megatron
 ifeq ($(MEGATRON)$(GRIDS),0.12.1)
 TESTS_MEGATRON := $(patsubst %,tests/parallel/megatron/test_%.py,\
-    install cross_entropy mindspeed model)
+    install cross_entropy mindspeed model fused_head)
 endif
 unit-megatron: $(MEGATRON_FOLDER)/installed ## the tests of the Megatron hook on another version
 	@start=$$(date +%s); echo "== tests on megatron-core $(MEGATRON)"; \
@@ -205,8 +205,9 @@ hooks: .hooks/installed ## the hooks of DeepSpeed, torchtitan, verl, NeMo-Automo
 	echo "== hooks: $$(( $$(date +%s) - start )) s"
 
 # What only an NPU has, and the tests of the loss that run on any device.
-TESTS_NPU := tests/npu tests/engines/test_contract.py tests/test_oracle.py tests/test_inplace.py \
-    tests/test_properties.py
+TESTS_NPU := tests/npu tests/engines/test_contract.py tests/test_oracle.py tests/test_oracle_operator.py \
+    tests/test_oracle_statistics.py tests/test_inplace.py tests/test_overwriting.py \
+    tests/test_overwritten_logits.py tests/test_properties.py
 
 ifeq ($(NPU),no)
 unit-npu:

@@ -17,12 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from vocab_parallel_ce.parallel.groups import (
-    ParallelGroups,
-    default_device_type,
-    local_device,
-    npu_problem,
-)
+from vocab_parallel_ce.parallel.devices import default_device_type, local_device, npu_problem
+from vocab_parallel_ce.parallel.groups import ParallelGroups
 
 from ..ranks import Pool
 
@@ -67,7 +63,8 @@ def _python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 )
 def test_no_visible_card(variables: dict[str, str], reason: str) -> None:
     code = """
-from vocab_parallel_ce.parallel.groups import ParallelGroups, default_device_type
+from vocab_parallel_ce.parallel.devices import default_device_type
+from vocab_parallel_ce.parallel.groups import ParallelGroups
 print(default_device_type())
 ParallelGroups.open("npu")
 """
