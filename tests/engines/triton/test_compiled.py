@@ -1,6 +1,6 @@
 """Every kernel and option compiled for H100 and A100: no spills, 128 bits a load, no atomics.
 
-That is as far as a machine without a card goes: nothing compiled here was run.
+That is as far as a machine without a card goes: nothing compiled here is run.
 """
 
 from __future__ import annotations
