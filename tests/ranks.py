@@ -1,8 +1,9 @@
 """Real ranks for tests: one pool of four processes that serves every multi-rank case.
 
 A case is a module-level function ``case(group, *args)``; it runs on the first ``world`` ranks of
-the pool, each in its own process, over a real group of that size: Gloo for device type "cpu", and
-HCCL for "npu", where rank r has device r:
+the pool, each in its own process, over a real group of that size: Gloo for device type "cpu", HCCL
+for "npu" and NCCL for "cuda", where rank r has device r. On a machine with fewer cards than ranks
+the ranks share them, and Gloo moves what lies on them, for NCCL takes one rank a card:
 
     results = pool.run(case, world=3, args=(1, 2))        # one return value a rank, in rank order
     outcomes = pool.outcomes(case, world=3)               # the same, exceptions caught: Outcome
@@ -30,7 +31,10 @@ from typing import Any
 from .forks import context, take_over
 
 WORLDS = (1, 2, 3, 4)
-BACKENDS = {"cpu": "gloo", "npu": "hccl"}
+BACKENDS = {"cpu": "gloo", "npu": "hccl", "cuda": "nccl"}
+SHARED_CARDS = "cpu:gloo,cuda:gloo"
+COMPILING = 5.0
+"""times longer than elsewhere that ranks on CUDA may take: they compile kernels on their way"""
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,17 @@ def _serve(
     faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=timeout)
+    backend = BACKENDS[device_type]
     if device_type != "cpu":
-        os.environ["LOCAL_RANK"] = str(rank)  # what a case opens takes this device, not device 0
-        torch.get_device_module(device_type).set_device(rank)
+        module = torch.get_device_module(device_type)
+        present = module.device_count()
+        if device_type == "cuda" and present < size:
+            backend = SHARED_CARDS
+        # What a case opens takes this device, not device 0.
+        os.environ["LOCAL_RANK"] = str(rank % present)
+        module.set_device(rank % present)
     dist.init_process_group(
-        BACKENDS[device_type],
+        backend,
         init_method=f"file://{store}",
         rank=rank,
         world_size=size,
@@ -116,7 +126,8 @@ class Pool:
     def __init__(
         self, size: int = max(WORLDS), timeout: float = 60.0, device_type: str = "cpu"
     ) -> None:
-        self.size, self.timeout, self.device_type = size, timeout, device_type
+        self.size, self.device_type = size, device_type
+        self.timeout = timeout * (COMPILING if device_type == "cuda" else 1)
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
 

@@ -15,12 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from vocab_parallel_ce.parallel.groups import (
-    ParallelGroups,
-    default_device_type,
-    local_device,
-    npu_problem,
-)
+from vocab_parallel_ce.parallel.devices import default_device_type, local_device, npu_problem
+from vocab_parallel_ce.parallel.groups import ParallelGroups
 
 from ..forks import run_forked
 from ..ranks import Pool
@@ -54,7 +50,8 @@ def test_more_processes_than_cards(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_no_visible_card(variables: dict[str, str], reason: str) -> None:
     code = """
-from vocab_parallel_ce.parallel.groups import ParallelGroups, default_device_type
+from vocab_parallel_ce.parallel.devices import default_device_type
+from vocab_parallel_ce.parallel.groups import ParallelGroups
 print(default_device_type())
 ParallelGroups.open("npu")
 """

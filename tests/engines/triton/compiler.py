@@ -69,6 +69,8 @@ class Compiled:
     stores: int
     """instructions that move 128 bits of global memory"""
     atomics: int
+    fused: int
+    """multiplications and additions in one instruction, whose product is not rounded"""
 
     @property
     def threads_per_multiprocessor(self) -> int:
@@ -173,6 +175,7 @@ def _report(kernel: str, made: Any, variant: Variant, told: str) -> Compiled:
         len(re.findall(r"ld\.global\.v4\.b32", ptx)),
         len(re.findall(r"st\.global\.v4\.b32", ptx)),
         len(re.findall(r"\b(?:atom|red)\.", ptx)),
+        len(re.findall(r"\bfma\.", ptx)),
     )
 
 

@@ -1,18 +1,26 @@
 """Tests of the triton engine without a card: `make unit-triton` runs them, in an environment that
-has Triton, under its interpreter.
+has Triton, under its interpreter. On a card those of its kernels run as they are compiled.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
+from ...device import DEVICE, INTERPRETED
 from ...ranks import Pool
 
-if os.environ.get("TRITON_INTERPRET") != "1":
-    collect_ignore_glob = ["*"]
+if not INTERPRETED:
+    # A card has the loss's own tests, and compiles whatever they launch.
+    collect_ignore_glob = ["test_compiled.py", "test_loss.py"] if DEVICE == "cuda" else ["*"]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device() -> Iterator[None]:
+    with torch.device(DEVICE):
+        yield
 
 
 @pytest.fixture(scope="session")
