@@ -40,8 +40,11 @@ def context() -> ForkServerContext:
 
 def take_over(environ: dict[str, str]) -> None:
     """In a fork: the environment of who started it, as far as it is not read by imports."""
+    from torch._dynamo import config
+
     os.environ.clear()
     os.environ.update(environ)
+    config.disable = environ.get("TORCHDYNAMO_DISABLE") == "1"  # read by an import, long ago
 
 
 def _program(arguments: list[str], environ: dict[str, str], folder: str, said: list[str]) -> None:
