@@ -28,7 +28,8 @@ TRITON_ASCEND ?= triton-ascend==3.2.0 ascendnpu-ir==1.2.0
 VENV_TRITON_ASCEND ?= .venv-triton-ascend
 
 # Files of tests run side by side, each in one process: many wait for ranks that they have started.
-PARALLEL := -n $(JOBS) --dist loadfile
+# In the order that tests/longest.py gives them.
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # Cases that pyproject.toml leaves out.
 ALL := $(if $(GRIDS),-m "full or not full")
 BIN := $(VENV)/bin
@@ -38,7 +39,7 @@ MEGATRON_FOLDER := .megatron-$(MEGATRON)
 TORCHRUN := $(BIN)/torchrun --standalone
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-megatron quick test test-all checks lint types docs unit unit-megatron \
-    unit-npu unit-triton gate record-shares bench hooks ascend-triton environments clean
+    unit-npu unit-triton unit-cuda gate record-shares bench hooks ascend-triton environments clean
 .DELETE_ON_ERROR:
 
 help: ## this list, and the options
@@ -180,7 +181,7 @@ $(MEGATRON_FOLDER)/installed: $(VENV)/installed
 TESTS_MEGATRON := tests/parallel/megatron
 ifeq ($(MEGATRON)$(GRIDS),0.12.1)
 TESTS_MEGATRON := $(patsubst %,tests/parallel/megatron/test_%.py,\
-    install cross_entropy mindspeed model)
+    install cross_entropy mindspeed model fused_head)
 endif
 unit-megatron: $(MEGATRON_FOLDER)/installed ## the tests of the Megatron hook on another version
 	@start=$$(date +%s); echo "== tests on megatron-core $(MEGATRON)"; \
@@ -205,8 +206,9 @@ hooks: .hooks/installed ## the hooks of DeepSpeed, torchtitan, verl, NeMo-Automo
 	echo "== hooks: $$(( $$(date +%s) - start )) s"
 
 # What only an NPU has, and the tests of the loss that run on any device.
-TESTS_NPU := tests/npu tests/engines/test_contract.py tests/test_oracle.py tests/test_inplace.py \
-    tests/test_properties.py
+TESTS_NPU := tests/npu tests/engines/test_contract.py tests/test_oracle.py tests/test_oracle_operator.py \
+    tests/test_oracle_statistics.py tests/test_inplace.py tests/test_overwriting.py \
+    tests/test_overwritten_logits.py tests/test_properties.py
 
 ifeq ($(NPU),no)
 unit-npu:
@@ -232,6 +234,20 @@ unit-triton: $(VENV_TRITON)/installed ## the tests of the CUDA engine: Triton's 
 	    -W ignore::RuntimeWarning $(TESTS_TRITON) && \
 	echo "== tests of the CUDA engine: $$(( $$(date +%s) - start )) s"
 endif
+
+# The tests of the loss that run on any device, and what the engine's kernels do beside them. With
+# fewer cards than ranks the ranks share them, over Gloo.
+TESTS_CUDA := tests/engines/triton tests/engines/test_contract.py tests/test_oracle.py \
+    tests/test_oracle_operator.py tests/test_oracle_statistics.py tests/test_inplace.py \
+    tests/test_overwriting.py tests/test_overwritten_logits.py tests/test_properties.py \
+    tests/test_zloss.py tests/test_selected.py tests/test_row_scale.py \
+    tests/test_forgotten_group.py tests/test_unused_rows.py tests/test_shared_logits.py
+
+unit-cuda: $(VENV)/installed ## the tests of the loss on this machine's CUDA card; a CUDA build of torch
+	@start=$$(date +%s); echo "== tests on a CUDA card"; \
+	$(BIN)/python -c 'import torch; assert torch.cuda.is_available(), "no CUDA device, or a CPU build of torch"' && \
+	VOCAB_PARALLEL_CE_TEST_DEVICE=cuda $(BIN)/python -m pytest -q $(PARALLEL) $(ALL) --durations=10 $(TESTS_CUDA) && \
+	echo "== tests on a CUDA card: $$(( $$(date +%s) - start )) s"
 
 # Against loops of plain memory and arithmetic in the same run (launch/bench/gate.py), whatever the
 # processor; the ratios to F.cross_entropy are reported.

@@ -25,7 +25,8 @@ from typer.core import TyperCommand
 from vocab_parallel_ce.launch import options
 from vocab_parallel_ce.launch.alike import require_alike
 from vocab_parallel_ce.launch.refusal import Refusal, say_and_leave
-from vocab_parallel_ce.parallel.groups import ParallelGroups, default_device_type, device_problem
+from vocab_parallel_ce.parallel.devices import default_device_type, device_problem
+from vocab_parallel_ce.parallel.groups import ParallelGroups
 
 # By name and not by import: typer brings its own copy of click since 0.20, click itself before.
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]

@@ -1,20 +1,21 @@
 """Real ranks for tests: one pool of four processes that serves every multi-rank case.
 
 A case is a module-level function ``case(group, *args)``; it runs on the first ``world`` ranks of
-the pool, each in its own process, over a real group of that size: Gloo for device type "cpu", and
-HCCL for "npu", where rank r has device r:
+the pool, each in its own process, over a real group of that size: Gloo for device type "cpu", HCCL
+for "npu" and NCCL for "cuda", where rank r has device r. On a machine with fewer cards than ranks
+the ranks share them, and Gloo moves what lies on them, for NCCL takes one rank a card:
 
     results = pool.run(case, world=3, args=(1, 2))        # one return value a rank, in rank order
     outcomes = pool.outcomes(case, world=3)               # the same, exceptions caught: Outcome
 
-Importing torch costs seconds, so the processes live as long as the test session. Cases that hang
-or kill a rank belong in ``run_fresh``, which starts processes of its own and ends them.
+Ranks are forks of one process that has imported torch (``forks.py``). Groups have to be made once
+more by each pool, so it lives as long as the test session. Cases that hang or kill a rank belong in
+``run_fresh``, which starts processes of its own and ends them.
 """
 
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -27,8 +28,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from .forks import context, take_over
+
 WORLDS = (1, 2, 3, 4)
-BACKENDS = {"cpu": "gloo", "npu": "hccl"}
+BACKENDS = {"cpu": "gloo", "npu": "hccl", "cuda": "nccl"}
+SHARED_CARDS = "cpu:gloo,cuda:gloo"
+COMPILING = 5.0
+"""times longer than elsewhere that ranks on CUDA may take: they compile kernels on their way"""
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,15 @@ class HungError(AssertionError):
 
 
 def _serve(
-    rank: int, size: int, store: str, timeout: float, device_type: str, pipe: Connection
+    rank: int,
+    size: int,
+    store: str,
+    timeout: float,
+    device_type: str,
+    environ: dict[str, str],
+    pipe: Connection,
 ) -> None:
+    take_over(environ)
     import datetime
 
     import torch
@@ -60,11 +73,17 @@ def _serve(
     faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=timeout)
+    backend = BACKENDS[device_type]
     if device_type != "cpu":
-        os.environ["LOCAL_RANK"] = str(rank)  # what a case opens takes this device, not device 0
-        torch.get_device_module(device_type).set_device(rank)
+        module = torch.get_device_module(device_type)
+        present = module.device_count()
+        if device_type == "cuda" and present < size:
+            backend = SHARED_CARDS
+        # What a case opens takes this device, not device 0.
+        os.environ["LOCAL_RANK"] = str(rank % present)
+        module.set_device(rank % present)
     dist.init_process_group(
-        BACKENDS[device_type],
+        backend,
         init_method=f"file://{store}",
         rank=rank,
         world_size=size,
@@ -107,19 +126,20 @@ class Pool:
     def __init__(
         self, size: int = max(WORLDS), timeout: float = 60.0, device_type: str = "cpu"
     ) -> None:
-        self.size, self.timeout, self.device_type = size, timeout, device_type
+        self.size, self.device_type = size, device_type
+        self.timeout = timeout * (COMPILING if device_type == "cuda" else 1)
         self._pipes: list[Connection] = []
         self._processes: list[Any] = []
 
     def start(self) -> Pool:
-        context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         self._store = store = os.path.join(self._folder.name, "store")
+        environ = dict(os.environ)
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
+            ours, theirs = context().Pipe()
+            process = context().Process(
                 target=_serve,
-                args=(rank, self.size, store, self.timeout, self.device_type, theirs),
+                args=(rank, self.size, store, self.timeout, self.device_type, environ, theirs),
                 daemon=True,
             )
             process.start()

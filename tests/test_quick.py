@@ -1,4 +1,4 @@
-"""`make quick` touches every folder of the sources, and its list is not stale."""
+"""`make quick` touches every folder of the sources; no list of files is stale."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from .longest import LONGEST
 from .quick import QUICK, is_quick
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +30,11 @@ def test_every_entry_exists(file: str) -> None:
     text = (ROOT / file).read_text()
     for function in QUICK[file]:
         assert re.search(rf"^def {function}\(", text, re.MULTILINE), f"{file} has no {function}"
+
+
+@pytest.mark.parametrize("file", LONGEST)
+def test_who_comes_first_exists(file: str) -> None:
+    assert (ROOT / file).is_file()
 
 
 def _folders() -> list[str]:

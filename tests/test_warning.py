@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from vocab_parallel_ce.warning import is_first_of_host, warn
+
+from .forks import run_forked
 
 PROGRAM = """
 import torch
@@ -16,27 +16,21 @@ from vocab_parallel_ce import cross_entropy
 from vocab_parallel_ce.engines import cpu
 from vocab_parallel_ce.engines.cpu import engine
 engine.unavailable = lambda: "no compiler"
-from vocab_parallel_ce.parallel import groups
+from vocab_parallel_ce.parallel import devices
 import importlib.util
 found = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: name == "torch_npu" or found(name, *rest)
-groups.npu_problem = lambda: "no card"
+devices.npu_problem = lambda: "no card"
 for _ in range(2):
     cross_entropy(torch.zeros(2, 8), torch.zeros(2).long())  # called here
-    groups.default_device_type()  # and here
+    devices.default_device_type()  # and here
 """
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_warning_names_the_callers_line_once(rank: str, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(PROGRAM)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "script.py")],
-        env={"LOCAL_RANK": rank, "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_forked(str(tmp_path / "script.py"), environ={"LOCAL_RANK": rank})
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if "script.py" in line or "#" in line]
     if rank == "1":

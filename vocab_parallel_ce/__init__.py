@@ -10,15 +10,10 @@ from typing import TYPE_CHECKING
 from .torch_import import require_torch
 
 if TYPE_CHECKING:
-    from .api import (
-        CrossEntropyLossOutput,
-        TokenStatistics,
-        cross_entropy,
-        cross_entropy_loss,
-        token_statistics,
-    )
+    from .api import cross_entropy, cross_entropy_loss, token_statistics
     from .linear_api import linear_cross_entropy, linear_token_statistics
     from .modules import VocabParallelCrossEntropyLoss, VocabParallelLinearCrossEntropyLoss
+    from .results import CrossEntropyLossOutput, TokenStatistics
     from .shard import VocabShard
 
 __version__ = "0.1.0"
@@ -38,8 +33,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CrossEntropyLossOutput": "api",
-    "TokenStatistics": "api",
+    "CrossEntropyLossOutput": "results",
+    "TokenStatistics": "results",
     "VocabParallelCrossEntropyLoss": "modules",
     "VocabParallelLinearCrossEntropyLoss": "modules",
     "VocabShard": "shard",

@@ -59,8 +59,8 @@ def closed(request: Request) -> tuple[Request, Tensor | None]:
 
     A float in the schema would be a constant of the graph: each new value of a temperature would
     compile anew. Products with ones are what the compiler can keep open. None where all are off
-    for good: then nothing lies on the host, which CUDA graphs would not allow (as their rules say;
-    no graph was ever captured on a card).
+    for good: then nothing lies on the host, which Inductor's CUDA graphs do not allow (as their
+    rules say; none of those was captured on a card).
     """
     floats = [getattr(request, name) for name in _FLOATS]
     offs = _FLOATS.values()

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .api import TokenStatistics, cross_entropy, named_statistics, token_statistics
+from .api import cross_entropy, token_statistics
 from .arguments import Options, Outputs
 from .linear.checks import (
     LinearOptions,
@@ -23,6 +23,7 @@ from .linear.checks import (
 from .linear.dtensor import unwrap_linear
 from .linear.primitive import linear_loss, linear_row_statistics
 from .reduction import as_scalar, reduce_rows, row_losses
+from .results import TokenStatistics, named_statistics
 from .scales import of_rows
 from .selected import flat_ids
 from .shard import VocabShard

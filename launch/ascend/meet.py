@@ -96,7 +96,7 @@ def check_cards(device: str, nproc: int) -> None:
 
     import torch
 
-    from vocab_parallel_ce.parallel.groups import npu_problem
+    from vocab_parallel_ce.parallel.devices import npu_problem
 
     if device == "npu":
         problem = npu_problem()

@@ -24,7 +24,7 @@ from vocab_parallel_ce.launch.doctor.software import NOT_FOUND, without_torch
 from vocab_parallel_ce.launch.doctor.variables import judge
 from vocab_parallel_ce.launch.doctor.worker import LateError, Worker, in_one_line
 from vocab_parallel_ce.linear.wide import makes_wide_logits
-from vocab_parallel_ce.parallel import groups
+from vocab_parallel_ce.parallel.devices import default_device_type, local_device, npu_problem
 from vocab_parallel_ce.tensor_checks import DEVICES_WITHOUT_FP64
 
 DTYPES = {
@@ -44,10 +44,10 @@ def collect(asked: str | None, look_around: bool) -> Environment:
     ``look_around``: this process will do nothing else, and may touch every card.
     """
     notes: list[str] = []
-    npu = _limited(lambda: groups.npu_problem() or "", notes, "torch_npu does not answer")
+    npu = _limited(lambda: npu_problem() or "", notes, "torch_npu does not answer")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that no NPU is used is one of the notes
-        kind = asked or _limited(groups.default_device_type, notes, "cpu")
+        kind = asked or _limited(default_device_type, notes, "cpu")
     found = without_torch(kind, npu)
     if asked is None and npu and "torch_npu" in found.versions:
         notes.append(f"no NPU is used: {npu}")
@@ -94,7 +94,7 @@ def _limited(call: Callable[[], T], notes: list[str], otherwise: T) -> T:
 def _problem(kind: str) -> str:
     """Why devices of this kind cannot be used by the processes that were started here."""
     try:
-        Worker().call(lambda: groups.local_device(kind), DEVICE_SECONDS)
+        Worker().call(lambda: local_device(kind), DEVICE_SECONDS)
     except LateError as late:
         return f"device={kind!r} does not answer: making it current {late}"
     except Exception as error:
@@ -109,7 +109,7 @@ def _cards(kind: str, look_around: bool) -> list[Device]:
     the process ("Uninitialized default NPU stream"): it is for a process that does nothing else.
     """
     module: Any = torch.get_device_module(kind)
-    own = groups.local_device(kind).index
+    own = local_device(kind).index
     cards = []
     for index in range(module.device_count()):
         if look_around or index == own:
@@ -133,7 +133,7 @@ def _host_memory() -> tuple[int | None, int | None]:
 
 
 def _engines(kind: str) -> dict[str, Choice]:
-    device = groups.local_device(kind)
+    device = local_device(kind)
     return {name: _choice(device, dtype) for name, dtype in DTYPES.items()}
 
 

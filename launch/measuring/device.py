@@ -11,8 +11,8 @@ import torch
 from vocab_parallel_ce.launch.measuring.machine import processor
 
 MIB = 1 << 20
-_HOLD_CYCLES = 4_000_000
-_HOLD_SECONDS = 2e-3
+_HOLD_CYCLES = 16_000_000
+_HOLD_SECONDS = 8e-3
 _CACHE_GUESS = 192 * MIB  # an Ascend 910B's; more than any card of NVIDIA has
 
 
@@ -28,7 +28,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def hold(device: torch.device) -> None:
-    """Keep a stream busy for about 2 ms, while the host queues what is to be timed behind it.
+    """Keep a stream busy for about 8 ms, while the host queues what is to be timed behind it.
 
     In a training step the host runs ahead of the device; without this, events would time how fast
     it can launch. What waits for the device inside the timed part still pays for that. CUDA has a
@@ -44,7 +44,7 @@ def hold(device: torch.device) -> None:
 
 @cache
 def _work(device: torch.device) -> tuple[torch.Tensor, int]:
-    """A matrix, and how many products of it keep the device busy for about 2 ms.
+    """A matrix, and how many products of it keep the device busy for about 8 ms.
 
     None where even a small product takes the host's time of a launch many times over: then nothing
     runs ahead of anything, as on a stand-in of the host's own memory.
@@ -59,10 +59,10 @@ def _work(device: torch.device) -> tuple[torch.Tensor, int]:
         return time.perf_counter() - started
 
     small = torch.ones(512, 512, dtype=torch.bfloat16, device=device)
-    if seconds(small) > _HOLD_SECONDS / 4:
+    if seconds(small) > _HOLD_SECONDS / 16:
         return small, 0
     large = torch.ones(4096, 4096, dtype=torch.bfloat16, device=device)
-    return large, max(1, min(16, round(_HOLD_SECONDS / seconds(large))))
+    return large, max(1, min(64, round(_HOLD_SECONDS / seconds(large))))
 
 
 def cache_bytes(device: torch.device) -> int:

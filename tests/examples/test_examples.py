@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
+
+from tests.forks import run_forked
+from tests.launch.running import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-def _run(name: str) -> list[str]:
+def _run(name: str, start: Callable[..., CompletedProcess[str]] = run_forked) -> list[str]:
     """The lines that its two ranks print, sorted."""
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
-            "--nproc-per-node", "2", str(ROOT / "examples" / name),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )  # fmt: skip
+    done = start(str(ROOT / "examples" / name), ranks=2)
     assert done.returncode == 0, done.stderr
     # Two ranks may print into one line.
     return sorted(filter(None, re.split(r"\n|(?=rank \d)", done.stdout)))
 
 
 def test_a_head_before_and_after_gives_the_same() -> None:
-    lines = _run("own_head.py")
+    """Under torchrun itself."""
+    lines = _run("own_head.py", launch)
     assert len(lines) == 4
     told = {re.sub(r"(before|after )", "", line) for line in lines}
     assert len(told) == 2, lines  # one line a rank: the two ways differ in no digit

@@ -50,10 +50,18 @@ def one_line(ended: Ended, job: str, status: int = 2) -> str:
 
 
 def launch(
-    *arguments: str, ranks: int = 0, environ: dict[str, str] | None = None, cwd: Path | None = None
+    *arguments: str,
+    ranks: int = 0,
+    restarts: int = 0,
+    environ: dict[str, str] | None = None,
+    cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """A program in processes of its own, under torchrun where ``ranks`` are asked for."""
+    """A program in processes of its own, under torchrun where ``ranks`` are asked for.
+
+    Twenty seconds of a core for two ranks: ``run_forked`` where torchrun adds nothing to the test.
+    """
     launcher = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}".split()
+    launcher += ["--max-restarts", str(restarts)]
     return subprocess.run(
         [sys.executable, *(launcher if ranks else []), *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (environ or {}),

@@ -11,7 +11,7 @@ from vocab_parallel_ce.launch.alike import require_alike
 from vocab_parallel_ce.launch.refusal import Refusal
 from vocab_parallel_ce.switches import CHECK_VARIABLE
 
-from .running import launch
+from ..forks import run_forked
 
 JOBS = ("doctor --selftest --quick", "train --tp 2")
 PROGRAM = f"""
@@ -32,7 +32,7 @@ for words in {JOBS!r}:
 def test_a_check_on_one_rank_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     environ = {name: value for name, value in os.environ.items() if name != CHECK_VARIABLE}
-    done = launch(str(tmp_path / "program.py"), ranks=2, environ=environ, cwd=tmp_path)
+    done = run_forked(str(tmp_path / "program.py"), ranks=2, environ=environ, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if CHECK_VARIABLE in line]
     message = (

@@ -1,28 +1,24 @@
-"""The doctor on an NPU, alone and under torchrun: what an owner of cards runs first."""
+"""The doctor on an NPU, alone and on ranks: what an owner of cards runs first."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..forks import run_forked
+
 MODULE = "vocab_parallel_ce.launch.doctor"
 
 
 def _run(ranks: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", MODULE, *arguments]
-    if ranks > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [sys.executable, *torchrun, "-m", MODULE, *arguments]
-    env = {**os.environ, **environment}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return run_forked(
+        "-m", MODULE, *arguments, ranks=ranks if ranks > 1 else 0, environ=environment, timeout=300
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

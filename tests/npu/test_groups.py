@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,16 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from vocab_parallel_ce.parallel.groups import (
-    ParallelGroups,
-    default_device_type,
-    local_device,
-    npu_problem,
-)
+from vocab_parallel_ce.parallel.devices import default_device_type, local_device, npu_problem
+from vocab_parallel_ce.parallel.groups import ParallelGroups
 
+from ..forks import run_forked
 from ..ranks import Pool
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 CARDS = int(os.environ.get("NPU_SIM_DEVICES", "8"))
 
 
@@ -47,17 +41,6 @@ def test_more_processes_than_cards(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not dist.is_initialized()
 
 
-def _python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | variables,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 @pytest.mark.parametrize(
     ("variables", "reason"),
     [
@@ -67,11 +50,12 @@ def _python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 )
 def test_no_visible_card(variables: dict[str, str], reason: str) -> None:
     code = """
-from vocab_parallel_ce.parallel.groups import ParallelGroups, default_device_type
+from vocab_parallel_ce.parallel.devices import default_device_type
+from vocab_parallel_ce.parallel.groups import ParallelGroups
 print(default_device_type())
 ParallelGroups.open("npu")
 """
-    process = _python(code, NPU_SIM_DEVICES="0", **variables)
+    process = run_forked("-c", code, environ={"NPU_SIM_DEVICES": "0"} | variables)
     assert process.returncode == 1
     assert process.stdout.splitlines()[0] == "cpu"  # torch_npu adds a line of its own at exit
     last = process.stderr.splitlines()[-1]
@@ -138,20 +122,6 @@ with ParallelGroups.open("npu", tp=tp, dp=dp, timeout_seconds=90, deterministic=
 """
 
 
-def _torchrun(
-    ranks: int, code: str, *arguments: object, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    launcher = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} --no-python"
-    return subprocess.run(
-        [sys.executable, *launcher.split(), sys.executable, "-c", code, *map(str, arguments)],
-        env=os.environ | variables,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-
-
 @pytest.mark.parametrize(
     ("tp", "dp", "expected"),
     [
@@ -162,7 +132,7 @@ def _torchrun(
     ],
 )
 def test_no_communicator_that_is_not_needed(tp: int, dp: int, expected: int) -> None:
-    process = _torchrun(tp * dp, _COUNT, tp, dp)
+    process = run_forked("-c", _COUNT, str(tp), str(dp), ranks=tp * dp)
     assert process.returncode == 0, process.stderr
     seen = sorted(json.loads(line) for line in process.stdout.splitlines())
     assert [(rank, device) for rank, device, _, _ in seen] == [
@@ -193,7 +163,7 @@ with ParallelGroups.open("npu") as groups:
 
 def test_a_rank_that_fails_ends_all() -> None:
     begin = time.monotonic()
-    process = _torchrun(2, _FAIL)
+    process = run_forked("-c", _FAIL, ranks=2)
     assert process.returncode != 0
     assert "RuntimeError: rank 1 is through" in process.stderr
     assert time.monotonic() - begin < 60
@@ -210,7 +180,7 @@ except ValueError as error:
 
 
 def test_all_ranks_are_told_of_missing_cards() -> None:
-    process = _torchrun(3, _REFUSED, NPU_SIM_DEVICES="2")
+    process = run_forked("-c", _REFUSED, ranks=3, environ={"NPU_SIM_DEVICES": "2"})
     assert process.returncode == 0, process.stderr
     assert (
         process.stdout.splitlines()

@@ -1,9 +1,7 @@
-"""The operator's own examples, N = 4096 and C = 8080, on one rank and sharded under torchrun."""
+"""The operator's own examples, N = 4096 and C = 8080, on one rank and sharded."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +12,9 @@ from torch import Tensor
 from vocab_parallel_ce.testing import assert_close, naive_error
 from vocab_parallel_ce.testing import cross_entropy as reference
 
+from ..forks import run_forked
 from .seed_examples import EXAMPLES, ROWS, batch
 
-ROOT = Path(__file__).resolve().parents[2]
 MODULE = "tests.npu.seed_examples"
 
 
@@ -32,7 +30,7 @@ class Truth(NamedTuple):
 def truths() -> list[Truth]:
     """Unsharded: the fp64 reference, and F.cross_entropy in fp32. Once for all ranks: it is big."""
     logits, target = batch()
-    found = []
+    found: list[Truth] = []
     for reduction, ignore_index in EXAMPLES:
         x = logits.double().requires_grad_()
         exact = reference(x, target, None, reduction, ignore_index)
@@ -43,14 +41,18 @@ def truths() -> list[Truth]:
         )
         naive = rows.sum() if reduction == "sum" else rows.mean()
         (naive_gradient,) = torch.autograd.grad(naive, plain)
-        exact_rows = reference(x.detach(), target, None, "none", ignore_index).loss
-        exacts = (exact.loss.detach(), exact.log_prob.detach(), gradient)
-        naives = (naive.detach(), plain.detach().log_softmax(1), naive_gradient)
-        of_rows = naive_error(exact_rows, rows, torch.float32)
+        if not found:  # those of the logits: every example has the same
+            log_prob = exact.log_prob.detach()
+            naive_log_prob = plain.detach().log_softmax(1)
+            of_log_prob = naive_error(log_prob, naive_log_prob, torch.float32)
+        exact_rows = -log_prob.gather(1, target[:, None])[:, 0]
+        exact_rows[target == ignore_index] = 0.0
+        exacts = (exact.loss.detach(), log_prob, gradient)
+        naives = (naive.detach(), naive_log_prob, naive_gradient)
         errors = (
-            of_rows * (ROWS if reduction == "sum" else 1),
-            naive_error(exacts[1], naives[1], torch.float32),
-            naive_error(exacts[2], naives[2], torch.float32),
+            naive_error(exact_rows, rows, torch.float32) * (ROWS if reduction == "sum" else 1),
+            of_log_prob,
+            naive_error(gradient, naive_gradient, torch.float32),
         )
         found.append(Truth(exacts, naives, errors))
     return found
@@ -60,11 +62,7 @@ def truths() -> list[Truth]:
     "ranks", [2, *(pytest.param(ranks, marks=pytest.mark.full) for ranks in (1, 4))]
 )
 def test_the_examples_of_the_operator(ranks: int, truths: list[Truth], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", MODULE, str(tmp_path)]
-    if ranks > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [sys.executable, *torchrun, "-m", MODULE, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_forked("-m", MODULE, str(tmp_path), ranks=ranks if ranks > 1 else 0, timeout=300)
     assert done.returncode == 0, done.stderr
     of_ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
     for number, truth in enumerate(truths):

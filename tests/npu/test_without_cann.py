@@ -83,7 +83,8 @@ def test_the_package_can_be_imported_and_a_use_raises_that_line_alone() -> None:
 def test_the_cpu_works_without_autoload_and_the_npu_is_refused() -> None:
     code = """
 import os, torch, vocab_parallel_ce
-from vocab_parallel_ce.parallel.groups import ParallelGroups, default_device_type, local_device
+from vocab_parallel_ce.parallel.devices import default_device_type, local_device
+from vocab_parallel_ce.parallel.groups import ParallelGroups
 with ParallelGroups.open() as groups:
     print(groups.device, default_device_type())
 print(vocab_parallel_ce.cross_entropy(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64)).item())

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from vocab_parallel_ce.parallel import groups as groups_module
-from vocab_parallel_ce.parallel.groups import (
-    ParallelGroups,
-    _prepare_hccl,
-    default_device_type,
-    grid_size,
-    local_device,
-    npu_is_available,
-    npu_problem,
-)
+from vocab_parallel_ce.parallel.groups import ParallelGroups, grid_size
 
 from ..ranks import Pool
 
@@ -159,142 +145,11 @@ def test_bad_environment_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
         ParallelGroups.open("cpu", tp=2)
 
 
-def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="device='tpu' is not one of npu, cuda, cpu"):
-        local_device("tpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="device='cuda', but this machine shows none"):
-        local_device("cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match=r"LOCAL_RANK=2 has no cuda device.*shows 2"):
-        local_device("cuda")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match=r"LOCAL_WORLD_SIZE=3 .* 2 cuda devices; start at most 2"):
-        local_device("cuda")
-
-
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_timeout_is_a_positive_number(seconds: float) -> None:
     with pytest.raises(ValueError, match=rf"timeout_seconds={seconds} must be a positive number"):
         ParallelGroups.open("cpu", timeout_seconds=seconds)
     assert not dist.is_initialized()
-
-
-@pytest.fixture
-def fresh_import(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """What is remembered of torch_npu forgotten, before and after."""
-    remembered = (
-        groups_module._torch_npu_import_problem,
-        groups_module._warn_that_no_npu_is_used,
-    )
-    for function in remembered:
-        function.cache_clear()
-    yield monkeypatch
-    for function in remembered:
-        function.cache_clear()
-
-
-def _fake_torch_npu(patch: pytest.MonkeyPatch, folder: Path, code: str) -> None:
-    (folder / "torch_npu.py").write_text(code)
-    patch.delitem(sys.modules, "torch_npu", raising=False)
-    patch.syspath_prepend(folder)
-
-
-def test_an_npu_without_torch_npu(fresh_import: pytest.MonkeyPatch) -> None:
-    fresh_import.setattr(importlib.util, "find_spec", lambda name: None)
-    version = torch.__version__.split("+")[0]
-    assert npu_problem() == (
-        "torch_npu is not installed; install CANN and the torch-npu that belongs to torch "
-        f"{version}, or use --device cpu"
-    )
-    with pytest.raises(ValueError, match="device='npu', but torch_npu is not installed"):
-        local_device("npu")
-    fresh_import.setattr(torch.cuda, "is_available", lambda: False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a machine that never had one is not worth a word
-        assert default_device_type() == "cpu"
-
-
-def test_torch_npu_without_cann(fresh_import: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    code = """
-import os
-os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-raise ImportError("libhccl.so: cannot open shared object file: No such file or directory")
-"""
-    _fake_torch_npu(fresh_import, tmp_path, code)
-    fresh_import.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
-    reason = npu_problem()
-    assert reason is not None
-    assert "CANN is not found (libhccl.so: cannot open shared object file" in reason
-    assert "source /usr/local/Ascend/ascend-toolkit/set_env.sh; or" in reason
-    assert "TORCH_DEVICE_BACKEND_AUTOLOAD" not in os.environ  # children would inherit it
-    assert not npu_is_available()
-    with pytest.raises(ValueError, match=r"device='npu', but torch_npu .* CANN is not found"):
-        ParallelGroups.open("npu")
-    assert not dist.is_initialized()
-    fresh_import.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.warns(UserWarning, match=r"running on the CPU: torch_npu .* CANN is not found"):
-        assert default_device_type() == "cpu"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # said once
-        assert default_device_type() == "cpu"
-
-
-def test_a_torch_npu_for_another_torch(fresh_import: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    _fake_torch_npu(fresh_import, tmp_path, "raise AttributeError('no attribute _x\\nsecond')\n")
-    assert npu_problem() == (
-        "torch_npu is installed but does not load (no attribute _x): install the version made "
-        "for your torch; or, to work without it, set TORCH_DEVICE_BACKEND_AUTOLOAD=0 or uninstall "
-        "torch-npu"
-    )
-
-
-HCCL = ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT", "HCCL_DETERMINISTIC")
-
-
-@pytest.fixture(name="no_hccl_variables")
-def _no_hccl_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in HCCL:
-        monkeypatch.setenv(name, "")  # so that what the test sets is undone
-        monkeypatch.delenv(name)
-
-
-def _hccl() -> list[str | None]:
-    return [os.environ.get(name) for name in HCCL]
-
-
-@pytest.mark.usefixtures("no_hccl_variables")
-@pytest.mark.parametrize(
-    ("seconds", "deterministic", "expected", "watchdog"),
-    [
-        (600.0, False, ["600", "600", None], 660),
-        (600.5, True, ["601", "601", "true"], 661),
-        (5.0, False, ["120", "68", None], 128),
-        (1e6, False, ["7200", "17340", None], 1e6 + 60),
-    ],
-)
-def test_hccl_waits_as_long_as_the_groups(
-    seconds: float, deterministic: bool, expected: list[str | None], watchdog: float
-) -> None:
-    assert _prepare_hccl(seconds, deterministic) == timedelta(seconds=watchdog)
-    assert _hccl() == expected
-
-
-@pytest.mark.usefixtures("no_hccl_variables")
-def test_what_the_user_has_set_for_hccl_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip(HCCL, ("300", "1000", "strict"), strict=True):
-        monkeypatch.setenv(name, value)
-    assert _prepare_hccl(60.0, True) == timedelta(seconds=1060)
-    assert _hccl() == ["300", "1000", "strict"]
-    monkeypatch.setenv("HCCL_DETERMINISTIC", "false")
-    with pytest.warns(UserWarning, match="HCCL_DETERMINISTIC='false' is set and stays"):
-        _prepare_hccl(60.0, True)
-    monkeypatch.setenv("HCCL_EXEC_TIMEOUT", "soon")
-    with pytest.raises(ValueError, match="HCCL_EXEC_TIMEOUT='soon' is not a number"):
-        _prepare_hccl(60.0, False)
 
 
 def test_a_rank_that_fails_does_not_wait_for_the_others() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tests.ranks import run_fresh
+from tests.ranks import Pool
 from vocab_parallel_ce import VocabShard
 from vocab_parallel_ce.parallel.causal_lm import CausalLMLoss
 from vocab_parallel_ce.parallel.transformers import install, uninstall
@@ -29,6 +30,14 @@ KEPT = 17
 def quiet() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+
+
+@pytest.fixture(scope="module")
+def ranks(quiet: None) -> Iterator[Pool]:
+    """Two ranks that keep transformers imported, and what it makes of their process group."""
+    pool = Pool(2, timeout=120.0).start()
+    yield pool
+    pool.stop()
 
 
 def tiny(folder: Path) -> Path:
@@ -170,24 +179,26 @@ def _train(model: Any, out: str) -> list[float]:
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused head"])
-def test_loss_and_gradients_are_those_of_transformers(fused: bool, tmp_path: Path) -> None:
-    outcomes = run_fresh(compared, 2, (str(tiny(tmp_path)), fused), timeout=120)
+def test_loss_and_gradients_are_those_of_transformers(
+    fused: bool, ranks: Pool, tmp_path: Path
+) -> None:
+    outcomes = ranks.outcomes(compared, 2, (str(tiny(tmp_path)), fused))
     for outcome in outcomes:
         assert not outcome.kind, outcome.trace
         assert outcome.value.keys() == CALLS.keys()
         assert max(outcome.value.values()) < 5e-6, outcome.value
 
 
-def test_what_cannot_be_served_is_one_line_on_both_ranks(tmp_path: Path) -> None:
-    for outcome in run_fresh(refused, 2, (str(tiny(tmp_path)),), timeout=120):
+def test_what_cannot_be_served_is_one_line_on_both_ranks(ranks: Pool, tmp_path: Path) -> None:
+    for outcome in ranks.outcomes(refused, 2, (str(tiny(tmp_path)),)):
         assert not outcome.kind, outcome.trace
         assert all("\n" not in line for line in outcome.value)
 
 
-def test_the_trainer_follows_its_own_curve(tmp_path: Path) -> None:
+def test_the_trainer_follows_its_own_curve(ranks: Pool, tmp_path: Path) -> None:
     folder, out = tiny(tmp_path / "model"), str(tmp_path / "run")
     theirs = _train(whole(folder), out)
-    for outcome in run_fresh(trained, 2, (str(folder), out), timeout=120):
+    for outcome in ranks.outcomes(trained, 2, (str(folder), out)):
         assert not outcome.kind, outcome.trace
         assert len(outcome.value) == 4
         assert outcome.value == pytest.approx(theirs, rel=1e-4)

@@ -19,7 +19,7 @@ from vocab_parallel_ce.launch.doctor.tune.head import Headed
 from vocab_parallel_ce.launch.doctor.tune.ways import MEGATRON, Size, Timed
 from vocab_parallel_ce.launch.refusal import Refusal
 from vocab_parallel_ce.launch.terminal import Coloured, Table, numbers, show, show_line, words
-from vocab_parallel_ce.parallel.groups import local_device
+from vocab_parallel_ce.parallel.devices import local_device
 
 USUAL, QUICK = (8192, 16_384), (32, 1024)
 

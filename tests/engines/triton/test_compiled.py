@@ -1,6 +1,6 @@
 """Every kernel and option compiled for H100 and A100: no spills, 128 bits a load, no atomics.
 
-That is as far as a machine without a card goes: nothing compiled here was run.
+That is as far as a machine without a card goes: nothing compiled here is run.
 """
 
 from __future__ import annotations
@@ -77,3 +77,8 @@ def test_enough_threads_fit_to_hide_memory(compiled: list[Compiled]) -> None:
 
 def test_nothing_is_added_up_by_atomics(compiled: list[Compiled]) -> None:
     _are("atomics", (c for c in compiled if c.atomics))
+
+
+def test_products_are_rounded_before_differences(compiled: list[Compiled]) -> None:
+    """x - m of a row's maximum is 0, also where x = scale * z was rounded: no fma(scale, z, -m)."""
+    _are("fused", (c for c in compiled if c.kernel == "row_partials" and c.fused))

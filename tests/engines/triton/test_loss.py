@@ -11,18 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vocab_parallel_ce import (
-    cross_entropy,
-    cross_entropy_loss,
-    passes,
-    row_steps,
-    token_statistics,
-)
+from vocab_parallel_ce import cross_entropy, cross_entropy_loss, passes, row_steps, token_statistics
 from vocab_parallel_ce.testing import Sharding, assert_close, batch, even, sized
 
 from ...cases import Findings, check_gradient, expected
+from ...options import OPTIONS, REDUCTIONS
 from ...ranks import Pool
-from ...test_oracle import OPTIONS, REDUCTIONS
 
 ROWS = 12
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

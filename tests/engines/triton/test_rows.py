@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.device import DEVICE
 from tests.engines.partials import EVERYTHING, ROWS, SIZE, equal_shards, fill_parts, target_of
 from vocab_parallel_ce.collectives import Payload
 from vocab_parallel_ce.engines.contract import Gathered
@@ -40,7 +41,7 @@ def _run(
     """Both ways on every rank: headers and local targets the same; what the fused way concludes."""
     concluded = []
     k, world = len(requests[0].wanted.rows), len(requests)
-    payloads = [Payload.allocate(k, ROWS, torch.float32, torch.device("cpu")) for _ in requests]
+    payloads = [Payload.allocate(k, ROWS, torch.float32, torch.device(DEVICE)) for _ in requests]
     steps = []
     given = normalizers[:world]
     for request, target, payload, number in zip(requests, targets, payloads, given, strict=True):
@@ -79,7 +80,7 @@ def _check_same(plain: Concluded, fused: Concluded) -> None:
         assert torch.equal(plain.argmax, fused.argmax)
     for name, a, b in (("s", plain.s, fused.s), ("stats", plain.stats, fused.stats)):
         largest = a.nan_to_num(0.0, 0.0, 0.0).abs().max()
-        assert_close(b, a.double(), a, name, rows_error=3e-7 * float(largest))
+        assert_close(b, a.double().cpu(), a.cpu(), name, rows_error=3e-7 * float(largest))
     assert torch.equal(plain.stats == 0, fused.stats == 0)
 
 

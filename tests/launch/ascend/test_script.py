@@ -200,6 +200,7 @@ def test_help_needs_nothing_and_starts_nothing(tmp_path: Path) -> None:
         assert max(map(len, said.splitlines())) <= 100
 
 
+@pytest.mark.full
 def test_a_job_is_named_as_the_console_entry_names_it(tmp_path: Path) -> None:
     code, said, errors = _run(tmp_path, "--device", "cpu", "--vocab", "0", JOB="train", NPROC=1)
     assert code != 0

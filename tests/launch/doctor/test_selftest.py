@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.forks import run_forked
 from tests.launch.doctor.asking import DTYPES, MODULE, SMALL, invoke, read
 from tests.launch.running import launch
 from vocab_parallel_ce import selected
@@ -49,7 +50,7 @@ def test_a_healthy_engine_passes_alone(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_two_ranks_pass_and_are_timed(tmp_path: Path) -> None:
     out = tmp_path / "doctor.json"
-    done = launch(*MODULE, *SMALL, "--json", str(out), ranks=2)
+    done = run_forked(*MODULE, *SMALL, "--json", str(out), ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Selftest passed" in done.stdout
     report = read(out)

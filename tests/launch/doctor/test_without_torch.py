@@ -80,7 +80,10 @@ run("doctor", sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("options", [(), SMALL], ids=["plain", "selftest"])
+# The selftest begins with all that a plain call does.
+@pytest.mark.parametrize(
+    "options", [pytest.param((), marks=pytest.mark.full), SMALL], ids=["plain", "selftest"]
+)
 def test_a_fresh_process_without_the_launch_extra(options: tuple[str, ...], tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_THE_EXTRA, *options, "--json", tmp_path / "doctor.json"],

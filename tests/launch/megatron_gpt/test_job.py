@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.launch.running import invoke, one_line
+from tests.forks import run_forked
+from tests.launch.running import Ended, invoke, one_line
 from vocab_parallel_ce.launch import refusal
 from vocab_parallel_ce.launch.megatron_gpt.command import prepare, run
 from vocab_parallel_ce.launch.megatron_gpt.compare import Result, compare
@@ -41,7 +41,6 @@ from vocab_parallel_ce.parallel.groups import ParallelGroups
 
 from ...ranks import Pool, no_group_stays
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 VOCAB_SIZE = 512
 STEPS = 12
 ARGUMENTS = (
@@ -233,13 +232,13 @@ def test_the_comparison_is_about_the_next_step(ranks: Pool, cache: Path, tmp_pat
         assert in_place.peak_bytes < 0.3 * logits
 
 
-def _refusals(group: dist.ProcessGroup, arguments: list[list[str]]) -> list[tuple[int, str]]:
+def _invoked(group: dist.ProcessGroup, arguments: list[list[str]]) -> list[Ended]:
     os.environ["RANK"] = str(dist.get_rank())  # as torchrun sets it
     with no_group_stays():
         refusal.PATIENCE = 0.0  # of the rank that would only repeat it
-        results = [invoke("megatron-gpt", *extra) for extra in arguments]
+        ended = [invoke("megatron-gpt", *extra) for extra in arguments]
     del os.environ["RANK"]
-    return [(result.exit_code, result.stderr) for result in results]
+    return ended
 
 
 def test_bad_options_end_on_every_rank_with_one_line(
@@ -263,10 +262,11 @@ def test_bad_options_end_on_every_rank_with_one_line(
         ("--device npu", "(mindspeed|MindSpeed|torch_npu)"),
     ]
     fixed = f"{ARGUMENTS} --tp 2 --text {cache / 'text'} --cache {cache} --out {tmp_path}"
-    answers = ranks.run(_refusals, 2, ([[*fixed.split(), *extra.split()] for extra, _ in cases],))
+    answers = ranks.run(_invoked, 2, ([[*fixed.split(), *extra.split()] for extra, _ in cases],))
     for rank, found in enumerate(answers):
-        for (extra, message), (status, said) in zip(cases, found, strict=True):
-            assert status == 2, (extra, said)
+        for (extra, message), ended in zip(cases, found, strict=True):
+            said = ended.stderr
+            assert ended.exit_code == 2, (extra, said)
             assert len(said.splitlines()) == 1, said
             who = f"rank {rank}: " if rank else ""
             line = f"^vocab-parallel-ce megatron-gpt: {who}.*{message}"
@@ -279,18 +279,13 @@ def test_without_megatron_it_says_what_to_install(monkeypatch: pytest.MonkeyPatc
     assert line.startswith("megatron-core is not installed; pip install ")
 
 
-def test_the_command_under_torchrun(cache: Path, tmp_path: Path) -> None:
-    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2"
-    program = f"-m vocab_parallel_ce.launch.megatron_gpt {ARGUMENTS} --tp 2 --sequence-parallel"
-    files = f"--text {cache / 'text'} --cache {cache} --out {tmp_path} --steps 3 --compare"
-    process = subprocess.run(
-        [sys.executable, *launcher.split(), *program.split(), *files.split(), "--z-loss", "1e-4"],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
+def test_the_command_on_two_ranks(cache: Path, tmp_path: Path) -> None:
+    command = (
+        f"-m vocab_parallel_ce.launch.megatron_gpt {ARGUMENTS} --tp 2 --sequence-parallel "
+        f"--text {cache / 'text'} --cache {cache} --out {tmp_path} --steps 3 --compare "
+        "--z-loss 1e-4"
     )
+    process = run_forked(*command.split(), ranks=2, environ={"TORCHDYNAMO_DISABLE": "1"})
     assert process.returncode == 0, process.stdout + process.stderr
     said = process.stdout
     assert "vocabulary of 512 and 0 of padding; loss: ours" in said

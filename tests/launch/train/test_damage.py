@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.running import invoke, launch, one_line
+from tests.forks import run_forked
+from tests.launch.running import invoke, one_line
 from vocab_parallel_ce.launch.train.progress import read_metrics
 from vocab_parallel_ce.launch.train.whole import NAME, digests_of, problem_in, write_digests
 
@@ -176,7 +177,7 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path: Path, cache: Path) -> 
     """Before the first step, and, where it only was shared then, at the checkpoint."""
     (tmp_path / "program.py").write_text(PROGRAM)
     options = _arguments("nowhere", cache, "--tp", 2)
-    done = launch(str(tmp_path / "program.py"), *options, ranks=2, cwd=tmp_path)
+    done = run_forked(str(tmp_path / "program.py"), *options, ranks=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("vocab-parallel-ce train")]
     assert len(said) == 4

@@ -1,4 +1,4 @@
-"""The training job, run for real: alone in this process and under torchrun with two ranks.
+"""The training job, run for real: alone in this process, on two ranks, and under torchrun.
 
 Curves are compared number by number: bit for bit where the arithmetic is the same, closely where
 only the split differs. A vocabulary of 513 cannot be halved, so shards are uneven throughout.
@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +19,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.launch.running import invoke, one_line
+from tests.forks import run_forked
+from tests.launch.running import invoke, launch, one_line
 from vocab_parallel_ce.launch.refusal import Refusal
 from vocab_parallel_ce.launch.train import text as text_module
 from vocab_parallel_ce.launch.train.command import Resume, prepare, train_and_check
 from vocab_parallel_ce.launch.train.gpt import GPTShape
 from vocab_parallel_ce.launch.train.progress import TrainingLog, read_metrics
-from vocab_parallel_ce.launch.train.selfcheck import (
-    LossCall,
-    check_against_reference,
-    compare_cost,
-)
-from vocab_parallel_ce.launch.train.text import Batches, load_corpus, text_files
+from vocab_parallel_ce.launch.train.text import Batches, load_corpus
 from vocab_parallel_ce.launch.train.trainer import Trainer, TrainOptions, sum_of_squares
 from vocab_parallel_ce.parallel.groups import ParallelGroups
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 VOCAB_SIZE = 513
 STEPS = 12
 SHAPE = GPTShape(VOCAB_SIZE, context=32, width=32, layers=1, heads=2)
@@ -69,20 +60,12 @@ def _arguments(out: Path, cache: Path, *extra: object) -> list[str]:
     return [*fixed.split(), *map(str, extra)]
 
 
-def _launch(
-    out: Path, cache: Path, *extra: object, restarts: int = 0
-) -> subprocess.CompletedProcess[str]:
-    """Two ranks under torchrun."""
-    launcher = f"-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts {restarts}"
-    program = "-m vocab_parallel_ce.launch.train"
-    return subprocess.run(
-        [sys.executable, *launcher.split(), *program.split(), *_arguments(out, cache, *extra)],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+PROGRAM = ("-m", "vocab_parallel_ce.launch.train")
+
+
+def _launch(out: Path, cache: Path, *extra: object) -> subprocess.CompletedProcess[str]:
+    """Two ranks."""
+    return run_forked(*PROGRAM, *_arguments(out, cache, *extra), ranks=2)
 
 
 def _succeed(process: subprocess.CompletedProcess[str]) -> str:
@@ -202,9 +185,9 @@ def test_a_checkpoint_of_two_ranks_loads_on_one(
 def test_a_run_survives_the_loss_of_a_rank(
     straight: tuple[Path, str], tmp_path: Path, cache: Path
 ) -> None:
-    said = _succeed(
-        _launch(tmp_path, cache, "--tp", 2, "--dropout", 0.1, "--die-at-step", 9, restarts=1)
-    )
+    """Under torchrun, which starts both again."""
+    options = _arguments(tmp_path, cache, "--tp", 2, "--dropout", 0.1, "--die-at-step", 9)
+    said = _succeed(launch(*PROGRAM, *options, ranks=2, restarts=1))
     assert said.count("step  8/12") == 2  # once before the death, once after
     assert _losses(tmp_path) == _losses(straight[0])
 
@@ -303,59 +286,6 @@ def _alone_with_broken_weights(out: Path, cache: Path) -> None:
         train_and_check(trainer, check=False)
 
 
-class _SlightlyWrong(LossCall):
-    """Its loss and gradient are off by one part in a thousand."""
-
-    def loss(self, logits: Tensor, groups: ParallelGroups) -> Tensor:
-        return super().loss(logits, groups) * 1.001
-
-
-@pytest.mark.parametrize("inplace", [True, False])
-def test_the_check_tells_right_from_wrong(inplace: bool) -> None:
-    logits = torch.randn(300, VOCAB_SIZE) * 4
-    target = torch.randint(VOCAB_SIZE, (300,))
-    target[::7] = text_module.IGNORE_INDEX
-    with ParallelGroups.open("cpu") as groups:
-        from vocab_parallel_ce import VocabShard
-
-        call = LossCall(
-            logits=logits,
-            target=target,
-            shard=VocabShard(0, VOCAB_SIZE, VOCAB_SIZE),
-            normalizer=torch.tensor(211.0),
-            label_smoothing=0.1,
-            z_loss=1e-4,
-            inplace=inplace,
-        )
-        kept = logits.clone()
-        right = check_against_reference(call, groups)
-        wrong = check_against_reference(_SlightlyWrong(**vars(call)), groups)
-        costs = compare_cost(call, groups, rounds=1)
-    assert right.within
-    assert right.gradient_error < 2e-6
-    assert not wrong.within
-    assert wrong.loss_error == pytest.approx(1e-3, rel=0.01)
-    assert wrong.gradient_error == pytest.approx(1e-3, rel=0.01)
-    assert torch.equal(call.logits, kept)
-    assert len(costs) == 2  # one rank gathers nothing
-    assert all(cost.milliseconds > 0 for cost in costs)
-
-
-def test_batches_cover_each_epoch_once_and_depend_on_position_only(cache: Path) -> None:
-    corpus = load_corpus([cache / "text"], VOCAB_SIZE, cache)
-    batches = Batches(corpus, 32, seed=1)
-    ids, target = batches.read(0, 2 * batches.windows)
-    first, second = ids[: batches.windows], ids[batches.windows :]
-    whole = np.sort(np.asarray(corpus.tokens[: 32 * batches.windows]))
-    assert np.array_equal(np.sort(first.flatten().numpy()), whole)
-    assert np.array_equal(np.sort(second.flatten().numpy()), whole)
-    assert not torch.equal(first, second)
-    again, _ = Batches(corpus, 32, seed=1).read(5, 3)
-    assert torch.equal(again, ids[5:8])
-    kept = target[:, :-1] != text_module.IGNORE_INDEX
-    assert torch.equal(target[:, :-1][kept], ids[:, 1:][kept])
-
-
 def test_each_step_reads_the_next_windows(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,67 +300,6 @@ def test_each_step_reads_the_next_windows(
     _alone(tmp_path, cache, steps=2, checkpoint_every=2)
     _alone(tmp_path, cache, steps=4)
     assert seen == [(0, 4), (4, 4), (8, 4), (12, 4)]
-
-
-def test_the_text_is_read_from_the_cache_and_comes_back_in_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tokenizers import Tokenizer
-
-    source = tmp_path / "source"
-    source.mkdir()
-    (source / "b.txt").write_text("the last word " * 40)
-    (source / "a.txt").write_text("the first word " * 40)
-    made = load_corpus([source], 300, tmp_path / "cache")
-    tokenizer = Tokenizer.from_file(str(made.folder / "tokenizer.json"))
-    ends = np.flatnonzero(made.tokens == text_module.END_OF_TEXT_ID)
-    assert len(ends) == 2
-    assert _decoded(tokenizer, made.tokens[: ends[0]]) == "the first word " * 40
-
-    def build_again(*_: object) -> None:
-        raise AssertionError("the cache was not used")
-
-    monkeypatch.setattr(text_module, "_build", build_again)
-    cached = load_corpus([source], 300, tmp_path / "cache")
-    assert cached.fingerprint == made.fingerprint
-    assert np.array_equal(cached.tokens, made.tokens)
-    with pytest.raises(AssertionError, match="the cache was not used"):
-        load_corpus([source], 301, tmp_path / "cache")
-
-
-def _decoded(tokenizer: Any, tokens: Any) -> str:
-    pieces = "".join(tokenizer.id_to_token(int(token)) for token in tokens)
-    return pieces.replace("Ġ", " ")  # how byte-level BPE writes a space
-
-
-def test_a_folder_gives_its_text_and_not_its_compiled_files(tmp_path: Path) -> None:
-    (tmp_path / "deeper" / "__pycache__").mkdir(parents=True)
-    (tmp_path / "b.py").write_text("b")
-    (tmp_path / "deeper" / "a.txt").write_text("ä", encoding="utf-8")
-    (tmp_path / "deeper" / "__pycache__" / "b.pyc").write_bytes(b"\x6f\0\0\0code")
-    assert text_files([tmp_path]) == [tmp_path / "b.py", tmp_path / "deeper" / "a.txt"]
-    with pytest.raises(ValueError, match="holds no text file"):
-        text_files([tmp_path / "deeper" / "__pycache__"])
-
-
-def test_two_builders_at_once_leave_one_good_corpus(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    built, build = [], text_module._build
-    together = threading.Barrier(2)
-
-    def build_together(*arguments: Any) -> None:
-        together.wait(30)  # both have seen that the cache is empty
-        build(*arguments)
-        built.append(arguments)
-
-    monkeypatch.setattr(text_module, "_build", build_together)
-    with ThreadPoolExecutor(2) as threads:
-        made = list(threads.map(lambda _: load_corpus([cache / "text"], 300, tmp_path), range(2)))
-    assert len(built) == 2
-    assert made[0].fingerprint == made[1].fingerprint
-    assert np.array_equal(made[0].tokens, made[1].tokens)
-    assert len(list(tmp_path.iterdir())) == 1  # no scratch folder stays
 
 
 def test_the_log_starts_again_after_the_last_checkpoint(tmp_path: Path) -> None:

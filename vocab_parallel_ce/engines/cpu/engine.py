@@ -1,12 +1,12 @@
 """The engine of CPU tensors: Numba kernels over row ranges, run by a pool of threads.
 
-The kernels take rows [begin, end) (``kernels.py``), and threads draw such ranges from one list
-(``threads.py``). Few long rows are cut into pieces (``pieces.py``) by their shape alone: results do
-not depend on the number of threads.
+Kernels take rows [begin, end), and threads draw such ranges from one list (``threads.py``). Few
+long rows are cut into pieces (``pieces.py``) by their shape alone: results do not depend on the
+number of threads. ``merging.py`` makes one row of its pieces.
 
-A shard with contiguous columns takes a fast kernel; label smoothing, entropy, squares, argmax, a
-softcap or any other stride takes a general one. Each is compiled at the first use of a dtype and
-cached on disk.
+A shard with contiguous columns takes a fast kernel (``fast_kernels.py``); label smoothing, entropy,
+squares, argmax, a softcap or any other stride takes a general one (``general_kernels.py``). Each is
+compiled at the first use of a dtype and cached on disk.
 
 Numba's own ``parallel=True`` is not used: it changes ``torch.get_num_threads()`` behind the user's
 back, and its default scheduler aborts when two threads enter at once.
@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from importlib import import_module, metadata
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -92,12 +93,12 @@ def partials(
     plain = len(wanted.rows) == 3 and softcap == 0
     if plain and _contiguous(logits) and _positive(scale):
         _run(
-            _kernels().partials_fast, logits, *rows, wanted.ignored_rows, scales, factor, token,
+            _kernels().fast.partials, logits, *rows, wanted.ignored_rows, scales, factor, token,
             place,
         )  # fmt: skip
     else:
         _run(
-            _kernels().partials_general, logits, *rows, _vector(weight, arithmetic)[0],
+            _kernels().general.partials, logits, *rows, _vector(weight, arithmetic)[0],
             wanted.smooth, wanted.entropy, wanted.squares, wanted.argmax, wanted.ignored_rows,
             scales, factor, float(softcap), token, place,
         )  # fmt: skip
@@ -142,11 +143,11 @@ def gradient(
     )  # fmt: skip
     plain = smooth is None and entropy is None and softcap == 0
     if plain and factor == factor and _contiguous(logits) and _contiguous(out):
-        _run(_kernels().gradient_fast, logits, source, *rows, scales, factor, token, place)
+        _run(_kernels().fast.gradient, logits, source, *rows, scales, factor, token, place)
         return
     weight = weight.contiguous() if smooth is not None and weight is not None else None
     _run(
-        _kernels().gradient_general, logits, source, *rows, _vector(smooth, arithmetic),
+        _kernels().general.gradient, logits, source, *rows, _vector(smooth, arithmetic),
         _vector(entropy, arithmetic), _vector(weight, arithmetic)[0], scales, factor,
         float(softcap), token, place,
     )  # fmt: skip
@@ -184,7 +185,7 @@ def log_prob(
     source, place = _matrix(logits, stored), _matrix(out, stored)
     rows = _vector(m, arithmetic), _vector(s, arithmetic)
     cap = float(softcap)
-    _run(_kernels().log_prob, logits, source, *rows, scales, factor, cap, token, place)
+    _run(_kernels().general.log_prob, logits, source, *rows, scales, factor, cap, token, place)
 
 
 # What kernels take: addresses, steps in bytes, scalars whose type tells how elements are stored
@@ -192,7 +193,12 @@ def log_prob(
 
 @cache
 def _kernels() -> Any:
-    return import_module("vocab_parallel_ce.engines.cpu.kernels")
+    """Imported when they are first needed, and Numba with them."""
+    return SimpleNamespace(
+        fast=import_module("vocab_parallel_ce.engines.cpu.fast_kernels"),
+        general=import_module("vocab_parallel_ce.engines.cpu.general_kernels"),
+        merge=import_module("vocab_parallel_ce.engines.cpu.merging").merge,
+    )
 
 
 def _contiguous(tensor: Tensor) -> bool:

@@ -18,6 +18,7 @@ from .transfer import copy_back, move
 
 UNWRITTEN = 123.25  # exact in every dtype
 EVERYTHING = Wanted(smooth=True, entropy=True, argmax=True, squares=True)
+LEAST_AND_MOST = (Wanted(), EVERYTHING)
 
 
 @dataclass(frozen=True)

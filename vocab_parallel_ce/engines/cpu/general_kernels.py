@@ -1,23 +1,9 @@
-"""The loops of the CPU engine over rows [begin, end) of one shard. Compiled by Numba at first use.
+"""The loops of the CPU engine that serve everything: all options, any strides.
 
-A row is read once from memory, in blocks of BLOCK elements. Its sums are kept in fp32 lanes inside
-a block and in fp64 across blocks. The fast kernels work on contiguous logits where they lie and
-take one pass a block: the sum of e^(x - base) is formed together with the block's maximum, where
-``base`` is a maximum seen earlier. Only if the block rises above it is the block, still in the
-first-level cache, summed again. The last columns, which fill no vector, are read and written under
-a mask.
-
-The general kernels first copy each block, capped and times ``scale``, into a buffer on the stack,
-whatever the strides, and then make one short pass over it for each thing that is wanted. All
-gradient kernels read an element before they write it, so ``out`` may be the logits themselves.
-
-A kernel works on pieces of rows: ``width`` columns each, the last of a row fewer (``pieces.py``).
-Piece ``index`` of all is written there in the partials, which ``merge`` makes those of rows.
-
-Arrays arrive as an address and steps in bytes, so one compilation serves every layout. ``token``
-tells how logits are stored (see lanes), ``scale`` has the arithmetic type and is its token. It is
-the scale of every row, unless ``scales`` has one a row. ``cap`` is the softcap, 0 for none.
-Scalars of a row are fp64 and hold fp32 values where the contract wants fp32.
+They first copy each block, capped and times ``scale``, into a buffer on the stack, whatever the
+strides, and then make one short pass over it for each thing that is wanted. Sums, pieces and
+arguments are as ``fast_kernels.py`` says. Beside those arguments, ``cap`` is the softcap, 0 for
+none, and ``weight`` the address of the class weights, 0 for none.
 """
 
 from __future__ import annotations
@@ -53,9 +39,7 @@ from vocab_parallel_ce.engines.cpu.memory import (
 from vocab_parallel_ce.engines.cpu.rows import (
     Matrix,
     Vector,
-    clean,
     column_of,
-    fold,
     gather_x,
     item,
     multiply_by_slopes,
@@ -63,7 +47,6 @@ from vocab_parallel_ce.engines.cpu.rows import (
     reference,
     scale_of,
     scatter,
-    target_logit,
     write_target,
     write_zeros,
 )
@@ -71,154 +54,9 @@ from vocab_parallel_ce.engines.cpu.rows import (
 INFINITY = math.inf
 INT32, INT64 = np.int32(0), np.int64(0)
 
-# ``out`` of the partials is the first statistic and the step to the next
-
 
 @kernel
-def partials_fast(
-    begin: int,
-    end: int,
-    row_columns: int,
-    width: int,
-    logits: Matrix,
-    target: Vector,
-    ignored_rows: bool,
-    scales: Vector,
-    every_scale: float,
-    token: Any,
-    out: Vector,
-) -> None:
-    """m, s and x_y; contiguous columns, every scale > 0, no cap."""
-    size = size_of(token)
-    for index in range(begin, end):
-        row, first, columns = piece(index, row_columns, width)
-        scale = scale_of(scales, row, every_scale)
-        y = column_of(read(target[0] + row * target[1], INT64), first)
-        m, base, s, x = -INFINITY, -INFINITY, 0.0, 0.0
-        if y == IGNORED and not ignored_rows:
-            m = 0.0
-        else:
-            address = logits[0] + row * logits[1] + first * size
-            x = target_logit(address, size, columns, y, scale, token)
-            for start in range(0, columns, BLOCK):
-                block, count = address + start * size, min(BLOCK, columns - start)
-                m, base, s = fold(m, base, s, block, count, scale, token)
-            if m > base:
-                s *= math.exp(base - m)
-        place = out[0] + index * size_of(scale)
-        write(place, m, scale)
-        write(place + out[1], s, scale)
-        write(place + 2 * out[1], x, scale)
-
-
-@kernel
-def merge(
-    begin: int,
-    end: int,
-    row_columns: int,
-    width: int,
-    parts: Vector,
-    weights: int,
-    smooth: bool,
-    entropy: bool,
-    squares: bool,
-    argmax: bool,
-    scale: float,
-    out: Vector,
-) -> None:
-    """The partials of rows from those of their pieces, in order.
-
-    ``weights`` has the W of each piece; it is 0 where every class counts 1.
-    """
-    size = size_of(scale)
-    pieces = -(-row_columns // width)
-    for row in range(begin, end):
-        source, place = parts[0] + row * pieces * size, out[0] + row * size
-        m, best = -INFINITY, 0
-        for i in range(pieces):
-            m_i = np.float64(read(source + i * size, scale))
-            if i == 0 or m_i > m:
-                m, best = m_i, i
-        base = reference(m)
-        s, x, u, t, q = 0.0, 0.0, 0.0, 0.0, 0.0
-        for i in range(pieces):
-            at = source + i * size
-            shift = reference(np.float64(read(at, scale))) - base
-            keep = math.exp(min(shift, 0.0))  # above 0 where a piece is all -inf: 0 * inf is NaN
-            s_i = np.float64(read(at + parts[1], scale)) * keep
-            s += s_i
-            x += np.float64(read(at + 2 * parts[1], scale))
-            at += 3 * parts[1]
-            if smooth:
-                w = np.float64(min(width, row_columns - i * width))
-                if weights != 0:
-                    w = np.float64(read(weights + i * size, scale))
-                u += np.float64(read(at, scale)) + w * shift
-                at += parts[1]
-            if entropy:
-                t += np.float64(read(at, scale)) * keep + shift * s_i
-                at += parts[1]
-            if squares:
-                q += np.float64(read(at, scale)) * keep * keep
-        write(place, m, scale)
-        write(place + out[1], s, scale)
-        write(place + 2 * out[1], x, scale)
-        place, source = place + 3 * out[1], source + best * size + 3 * parts[1]
-        for wanted, value in ((smooth, u), (entropy, t), (squares, q)):
-            if wanted:
-                write(place, value, scale)
-                place += out[1]
-                source += parts[1]
-        # A token's type is fixed when it is compiled: one variable for both would be an int64.
-        if argmax and size == 4:
-            write(place, read(source, INT32), INT32)
-        elif argmax:
-            write(place, read(source, INT64), INT64)
-
-
-@kernel
-def gradient_fast(
-    begin: int,
-    end: int,
-    row_columns: int,
-    width: int,
-    logits: Matrix,
-    target: Vector,
-    m: Vector,
-    s: Vector,
-    softmax: Vector,
-    target_part: Vector,
-    scales: Vector,
-    every_scale: float,
-    token: Any,
-    out: Matrix,
-) -> None:
-    """Softmax and target parts only; contiguous columns of logits and out, no cap."""
-    size = size_of(token)
-    for index in range(begin, end):
-        row, first, columns = piece(index, row_columns, width)
-        scale = scale_of(scales, row, every_scale)
-        source = logits[0] + row * logits[1] + first * size
-        destination = out[0] + row * out[1] + first * size
-        y = column_of(read(target[0] + row * target[1], INT64), first)
-        row_softmax, row_target = item(softmax, row, scale), item(target_part, row, scale)
-        if y == IGNORED or (row_softmax == 0.0 and row_target == 0.0):
-            write_zeros(destination, size, columns, token)
-            continue
-        row_m, row_s = clean(item(m, row, scale)), item(s, row, scale)
-        factor = clean(row_softmax / row_s)
-        # Read before it is overwritten.
-        x = target_logit(source, size, columns, y, scale, token)
-        block_gradient(source, destination, columns, scale, row_m, factor, token)
-        if 0 <= y < columns:
-            place = destination + y * size
-            write_target(
-                place, x - row_m, row_s, row_softmax, row_target, 0.0, 0.0, 1.0, scale, token
-            )
-
-
-@kernel
-def partials_general(
+def partials(
     begin: int,
     end: int,
     row_columns: int,
@@ -308,7 +146,7 @@ def partials_general(
 
 
 @kernel
-def gradient_general(
+def gradient(
     begin: int,
     end: int,
     row_columns: int,

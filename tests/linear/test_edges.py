@@ -1,0 +1,120 @@
+"""The fused head at the edge: no rows, no width, NaN, overflow, torch.func, shapes alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from vocab_parallel_ce import linear_cross_entropy, linear_token_statistics
+
+from ..ranks import Pool
+from .calls import H, N, V, a_call, sharded_call
+
+
+@pytest.mark.parametrize("gradient", ["forward", "recompute"])
+@pytest.mark.parametrize("shape", [(0, H), (2, 0, H), (3, 0), (0, 0)], ids=str)
+def test_no_rows_and_no_width(shape: tuple[int, ...], gradient: str) -> None:
+    call = a_call(
+        input=torch.zeros(shape).requires_grad_(),
+        linear_weight=torch.zeros(V, shape[-1]).requires_grad_(),
+        target=torch.zeros(shape[:-1]).long(),
+    )
+    loss = linear_cross_entropy(**call, reduction="sum", gradient=gradient)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    for leaf in (call["input"], call["linear_weight"]):
+        assert leaf.grad is not None
+        assert leaf.grad.shape == leaf.shape
+        assert bool((leaf.grad == 0).all())
+    rows = math.prod(shape[:-1])
+    torch.testing.assert_close(loss, torch.tensor(rows * math.log(V)))
+
+
+@pytest.mark.parametrize("gradient", ["forward", "recompute"])
+def test_width_of_one_and_one_row(gradient: str) -> None:
+    hidden, head = torch.randn(1, requires_grad=True), torch.randn(V, 1, requires_grad=True)
+    target = torch.tensor(3)
+    loss = linear_cross_entropy(hidden, head, target, gradient=gradient)
+    assert isinstance(loss, Tensor)
+    want = F.cross_entropy(F.linear(hidden, head), target)
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, (hidden, head)), torch.autograd.grad(want, (hidden, head))
+    )
+
+
+@pytest.mark.parametrize("gradient", ["forward", "recompute"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_ignored_rows_hold_goes_nowhere(value: float, gradient: str) -> None:
+    call = a_call()
+    call["target"][::2] = -100
+    clean = linear_cross_entropy(**call, gradient=gradient)
+    assert isinstance(clean, Tensor)
+    call["input"] = call["input"].detach().clone()
+    call["input"][::2] = value
+    call["input"].requires_grad_()
+    loss = linear_cross_entropy(**call, gradient=gradient)
+    assert isinstance(loss, Tensor)
+    assert torch.equal(loss, clean)
+    of_hidden, of_head = torch.autograd.grad(loss, (call["input"], call["linear_weight"]))
+    assert bool(of_head.isfinite().all())
+    assert bool((of_hidden[::2] == 0).all())
+
+
+@pytest.mark.parametrize("gradient", ["forward", "recompute"])
+def test_fp16_logits_that_overflow_are_not_hidden(gradient: str) -> None:
+    hidden = torch.full((2, H), 200.0, dtype=torch.float16, requires_grad=True)
+    head = torch.full((V, H), 200.0, dtype=torch.float16)
+    loss = linear_cross_entropy(hidden, head, torch.tensor([0, 1]), gradient=gradient)
+    assert isinstance(loss, Tensor)
+    assert not bool(loss.isfinite())
+    (grad,) = torch.autograd.grad(loss, hidden)
+    assert not bool(grad.isfinite().any())
+
+
+def test_torch_func_is_served_on_one_rank() -> None:
+    call = a_call()
+    hidden, head, target = (call[n] for n in ("input", "linear_weight", "target"))
+
+    def loss(hidden: Tensor) -> Tensor:
+        out = linear_cross_entropy(hidden, head, target)
+        assert isinstance(out, Tensor)
+        return out
+
+    got = torch.func.grad(loss)(hidden.detach())
+    (want,) = torch.autograd.grad(F.cross_entropy(F.linear(hidden, head), target), hidden)
+    torch.testing.assert_close(got, want)
+
+
+def test_shapes_alone() -> None:
+    """On meta a model's shapes are counted; gradients have theirs."""
+    call = a_call(
+        input=torch.zeros(N, H, device="meta").requires_grad_(),
+        linear_weight=torch.zeros(V, H, device="meta").requires_grad_(),
+        target=torch.zeros(N, device="meta").long(),
+    )
+    loss = linear_cross_entropy(**call)
+    assert isinstance(loss, Tensor)
+    loss.backward()
+    assert call["linear_weight"].grad.shape == (V, H)
+    assert linear_token_statistics(**call, entropy=True).entropy is not None
+
+
+def _nothing_kept(group: dist.ProcessGroup, gradient: str) -> tuple[Tensor, Tensor]:
+    call = sharded_call(group, gradient=gradient, target=torch.full((N,), -100))
+    loss = linear_cross_entropy(**call)
+    assert isinstance(loss, Tensor)
+    (grad,) = torch.autograd.grad(loss, call["input"])
+    return loss.detach(), grad
+
+
+@pytest.mark.parametrize("gradient", ["forward", "recompute"])
+def test_all_rows_ignored_on_several_ranks(pool: Pool, gradient: str) -> None:
+    for loss, grad in pool.run(_nothing_kept, 2, (gradient,)):
+        assert bool(loss.isnan())
+        assert bool((grad == 0).all())
