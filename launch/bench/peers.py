@@ -7,9 +7,11 @@ in ``prepare``, so that a peer that is missing or broken costs nothing but its o
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -116,7 +118,7 @@ def _in_loss_parallel() -> AbstractContextManager[Any]:
     return context
 
 
-def _megatron_group(world: int) -> dist.ProcessGroup:
+def megatron_group(world: int) -> dist.ProcessGroup:
     """Megatron's tensor-parallel group over all ranks, made at the first call."""
     from megatron.core import parallel_state
 
@@ -126,8 +128,18 @@ def _megatron_group(world: int) -> dist.ProcessGroup:
     return group
 
 
+@contextmanager
+def megatron_forgets() -> Iterator[None]:
+    """At its end Megatron keeps no group: in a process that lives on, the next would find it."""
+    try:
+        yield
+    finally:
+        if "megatron.core.parallel_state" in sys.modules:
+            importlib.import_module("megatron.core.parallel_state").destroy_model_parallel()
+
+
 def _megatron(setting: Setting) -> Loss:
-    _megatron_group(setting.world)  # the function looks it up by itself
+    megatron_group(setting.world)  # the function looks it up by itself
     from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
     def loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -138,7 +150,7 @@ def _megatron(setting: Setting) -> Loss:
 
 
 def _megatron_fused(setting: Setting) -> Loss:
-    group = _megatron_group(setting.world)
+    group = megatron_group(setting.world)
     from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 
     def loss(logits: Tensor, target: Tensor) -> Tensor:

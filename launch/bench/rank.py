@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from vocab_parallel_ce.launch.bench.inputs import Inputs, fits, gather, make
-from vocab_parallel_ce.launch.bench.peers import BY_NAME, Loss, Peer, Setting
+from vocab_parallel_ce.launch.bench.peers import BY_NAME, Loss, Peer, Setting, megatron_forgets
 from vocab_parallel_ce.launch.bench.truth import Reference, check, reference
 from vocab_parallel_ce.launch.measuring.calibration import calibrate
 from vocab_parallel_ce.launch.measuring.collectives import count_collectives
@@ -346,11 +346,12 @@ def run_plan(plan: Plan, tell: Tell, init_method: str | None = None) -> list[dic
         group = dist.group.WORLD
         assert group is not None
         setting = Setting(group, world, device)
-        return [
-            run_case(plan, shape, dtype, setting, rank, tell)
-            for shape in plan.shapes
-            for dtype in plan.dtypes
-        ]
+        with megatron_forgets():
+            return [
+                run_case(plan, shape, dtype, setting, rank, tell)
+                for shape in plan.shapes
+                for dtype in plan.dtypes
+            ]
     finally:
         dist.destroy_process_group()
 

@@ -21,6 +21,7 @@ import typer
 
 from vocab_parallel_ce.launch.bench.fused_head.contenders import CONTENDERS
 from vocab_parallel_ce.launch.bench.fused_head.measure import Case, Row, measure
+from vocab_parallel_ce.launch.bench.peers import megatron_forgets
 from vocab_parallel_ce.launch.bench.rank import DTYPES
 from vocab_parallel_ce.launch.command_line import (
     ROWS,
@@ -89,7 +90,7 @@ def main(
     if unknown:
         raise Refusal(f"--way {min(unknown)!r} is none of {', '.join(c.name for c in CONTENDERS)}")
     chosen = [c for c in CONTENDERS if not way or c.name in way]
-    with open_groups(device, None, 1, timeout) as groups:
+    with open_groups(device, None, 1, timeout) as groups, megatron_forgets():
         if vocab % groups.tp:
             raise Refusal(f"--vocab {vocab} must be a multiple of the {groups.tp} ranks")
         case = Case(rows, width, vocab, DTYPES[dtype], ignored)

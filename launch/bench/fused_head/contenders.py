@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vocab_parallel_ce import cross_entropy, linear_cross_entropy
+from vocab_parallel_ce.launch.bench.peers import megatron_group
 from vocab_parallel_ce.linear.chunks import rows_of_a_chunk
 from vocab_parallel_ce.parallel.layers import copy_to_group
 
@@ -112,12 +113,9 @@ def _torch_linear(best: bool) -> Callable[[Setting], Loss]:
 
 def _megatron(fused: bool) -> Callable[[Setting], Loss]:
     def prepare(setting: Setting) -> Loss:
-        from megatron.core import parallel_state, tensor_parallel
+        group = megatron_group(setting.world)
+        from megatron.core import tensor_parallel
         from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
-
-        if not parallel_state.model_parallel_is_initialized():
-            parallel_state.initialize_model_parallel(tensor_model_parallel_size=setting.world)
-        group = parallel_state.get_tensor_model_parallel_group()
 
         def loss(logits: Tensor, target: Tensor) -> Tensor:
             x, y = logits[:, None], target.clamp(min=0)[:, None]  # it knows no ignored target

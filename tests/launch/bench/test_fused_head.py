@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from tests.launch.running import invoke, one_line
 from vocab_parallel_ce.launch.bench.fused_head import pages
@@ -31,6 +32,7 @@ def test_it_measures_and_compares(tmp_path: Path) -> None:
         assert len(way["errors"]) == 6
         assert max(way["errors"][:3]) < 1e-2
     assert ways["ours, fused"]["errors"][4] < ways["F.linear + F.cross_entropy"]["errors"][4]
+    assert not parallel_state.model_parallel_is_initialized()  # nothing stays for who runs next
 
 
 def test_a_wrong_share_is_refused() -> None:
