@@ -116,3 +116,16 @@ def test_what_a_group_serves(pool: Pool) -> None:
     said = pool.run(_told, 3)
     shards = [VocabShard(0, 0, 3), VocabShard(0, 1, 3), VocabShard(1, 3, 3)]
     assert said == [(True, "gloo", "cpu", shard) for shard in shards]
+
+
+def _destroyed(group: dist.ProcessGroup, check: bool) -> float:
+    with _another_group("gloo") as other:
+        _loss(other)
+    return _loss(other, check=check).item()
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_a_group_that_was_destroyed(pool: Pool, check: bool) -> None:
+    for outcome in pool.outcomes(_destroyed, pool.size, (check,)):
+        assert outcome.kind == "ValueError", outcome.trace
+        assert "was it destroyed?" in outcome.error

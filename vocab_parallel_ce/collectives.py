@@ -148,7 +148,13 @@ def sum_and_scatter(out: Tensor, parts: Tensor, group: dist.ProcessGroup | None)
 def backends_of(group: dist.ProcessGroup | None) -> dict[str, str]:
     """The backend that ``group`` uses for each type of device: {"cpu": "gloo", "npu": "hccl"}."""
     # Asked anew each time: it takes 1 us, and a cache could keep a group alive beyond its end.
-    pairs = dist.get_backend_config(group).split(",")
+    try:
+        pairs = dist.get_backend_config(group).split(",")
+    except TypeError as problem:  # what torch says of a group that it does not know
+        raise ValueError(
+            "group is none that torch.distributed knows here (was it destroyed?); pass one that "
+            "dist.new_group or a DeviceMesh made since"
+        ) from problem
     return dict(pair.split(":", 1) for pair in pairs)
 
 

@@ -180,8 +180,9 @@ class RowFunctions(Protocol):
 
         ``buffer`` is int32 and begins with the header, whose first ``layout.static`` ints are
         ``static``. W_r is ``shard_total`` in the dtype of ``parts`` [k, N], the partials of a shard
-        of ``size`` columns. ``with_content``: tell of their m and s. ``normalizer`` is 0-d, in that
-        dtype; ``weight_checksum`` is 0 where there are no class weights.
+        of ``size`` columns; the targets may be more than its rows, those of a whole batch.
+        ``with_content``: tell of their m and s. ``normalizer`` is 0-d, in that dtype;
+        ``weight_checksum`` is 0 where there are no class weights.
 
         Returns a 0-d int32, unless ``ON_HOST``: 1 if rows that all ranks hold alike are no sign of
         gathered logits, because every kept row is constant or some target lies beyond the shard.

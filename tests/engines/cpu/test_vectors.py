@@ -201,3 +201,19 @@ def test_what_is_announced_may_be_more_than_what_is_read() -> None:
             vectors, torch.tensor([0, 1]), None, request, None,
             announced=torch.tensor([0, 1, 2, 77]),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_header_tells_of_the_rows_that_were_read(dtype: torch.dtype) -> None:
+    """And of all targets, those of a whole batch: what lies behind the rows is not looked at."""
+    request, target, announced = equal_shards(2)[0], target_of(2), target_of(2).repeat(9)
+    payload = Payload.allocate(len(request.wanted.rows), ROWS, dtype, torch.device("cpu"))
+    fill_parts(payload.parts, request)
+    told = []
+    for steps in (
+        TorchSteps(target, None, request, None, True, None, announced=announced),
+        FusedSteps(vectors, target, None, request, None, announced=announced),
+    ):
+        steps.write_header(payload, float(request.size))
+        told.append(payload.header.clone())
+    assert torch.equal(*told)

@@ -197,3 +197,20 @@ def test_gathered_logits(constant: bool, beyond: bool) -> None:
         assert all(bool(o.stats.isfinite().all()) for o in outcomes)
     else:
         _check_all_nan(outcomes, target)
+
+
+def test_a_header_tells_of_the_rows_that_were_read() -> None:
+    """And of all targets, those of a whole batch: what lies behind the rows is not looked at."""
+    request, target, announced = equal_shards(2)[0], target_of(2), target_of(2).repeat(9)
+    functions, k = triton.ROW_FUNCTIONS, len(request.wanted.rows)
+    assert functions is not None
+    payload = Payload.allocate(k, ROWS, torch.float32, torch.device(DEVICE))
+    fill_parts(payload.parts, request)
+    told = []
+    for steps in (
+        TorchSteps(target, None, request, None, False, None, announced=announced),
+        FusedSteps(functions, target, None, request, None, announced=announced),
+    ):
+        steps.write_header(payload, float(request.size))
+        told.append(payload.header.clone())
+    assert torch.equal(*told)

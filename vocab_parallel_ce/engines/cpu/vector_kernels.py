@@ -79,9 +79,10 @@ def checksum(rows: int, address: int, step: int, words: int, word_step: int, tok
 
 @kernel
 def sign_rows(
-    rows: int,
+    targets: int,
     target: int,
     target_step: int,
+    rows: int,
     parts: int,
     part_step: int,
     with_content: bool,
@@ -96,7 +97,10 @@ def sign_rows(
     shard_total: float,
     out: int,
 ) -> None:
-    """A header of ``n_header`` int32, of which the first ``n_static`` are given, and W_r."""
+    """A header of ``n_header`` int32, of which the first ``n_static`` are given, and W_r.
+
+    ``targets`` may be more than the ``rows`` of the partials.
+    """
     size = size_of(token)
     of_content = 0
     if with_content and size == 8:
@@ -107,7 +111,7 @@ def sign_rows(
         write(out + slot * 4, read(static + slot * 4, INT32), INT32)
     write(out + n_header * 4, shard_total, token)
     out += n_static * 4
-    of_target = checksum(rows, target, target_step, 1, 0, INT64)
+    of_target = checksum(targets, target, target_step, 1, 0, INT64)
     for number in (of_target, of_content, weight_checksum, scale_checksum, selected_checksum):
         write(out, number, INT64)
         out += 8

@@ -55,7 +55,7 @@ def sign(
     if normalizer is not None:
         bits = int(normalizer.view(torch.int64 if normalizer.itemsize == 8 else torch.int32))
     _kernels().sign_rows(
-        target.shape[0], target.data_ptr(), target.stride(0) * 8, parts.data_ptr(),
+        target.shape[0], target.data_ptr(), target.stride(0) * 8, parts.shape[1], parts.data_ptr(),
         parts.stride(0) * parts.itemsize, with_content, _TOKENS[parts.dtype], static.data_ptr(),
         layout.static, layout.ints, int(weight_checksum), _int(scale_checksum),
         _int(selected_checksum), bits, float(shard_total), buffer.data_ptr(),

@@ -42,30 +42,34 @@ def locate_rows(target, out, n_rows, start, stop, ignore_index, BLOCK: tl.conste
 @triton.jit(do_not_specialize=["n_rows", "size", "ignore_index"])
 def sign_rows(
     slots, excuse, target, content, content_bits, weight_checksum, normalizer_bits, scale_checksum,
-    selected_checksum, n_rows, size, ignore_index, BLOCK: tl.constexpr, CONTENT: tl.constexpr,
-    WEIGHTED: tl.constexpr, NORMALIZED: tl.constexpr, ROW_SCALE: tl.constexpr,
-    SELECTED: tl.constexpr,
+    selected_checksum, n_targets, n_rows, size, ignore_index, BLOCK: tl.constexpr,
+    CONTENT: tl.constexpr, WEIGHTED: tl.constexpr, NORMALIZED: tl.constexpr,
+    ROW_SCALE: tl.constexpr, SELECTED: tl.constexpr,
 ):  # fmt: skip
-    """One program in all, which adds up in a fixed order and needs no atomics."""
+    """One program in all, which adds up in a fixed order and needs no atomics.
+
+    The targets may be more than the rows of the content.
+    """
     lane = tl.arange(0, BLOCK)
     of_target = tl.zeros([BLOCK], tl.int64)
     of_content = tl.zeros([BLOCK], tl.int64)
     varied = tl.zeros([BLOCK], tl.int32)
     beyond = tl.zeros([BLOCK], tl.int32)
-    for begin in range(0, n_rows, BLOCK):
+    for begin in range(0, n_targets, BLOCK):
         row = begin + lane
-        inside = row < n_rows
+        inside = row < n_targets
         place = row.to(tl.int64)
         y = tl.load(target + row, mask=inside, other=0).to(tl.int64)
         of_target += tl.where(inside, _mixed(place, y), 0)
         if CONTENT:
-            m = tl.load(content_bits + row, mask=inside, other=0).to(tl.int64)
-            s = tl.load(content_bits + n_rows + row, mask=inside, other=0).to(tl.int64)
+            here = row < n_rows
+            m = tl.load(content_bits + row, mask=here, other=0).to(tl.int64)
+            s = tl.load(content_bits + n_rows + row, mask=here, other=0).to(tl.int64)
             term = _mixed(place, m) + _mixed(place + n_rows, s)
-            of_content += tl.where(inside, term, 0)
-            s = tl.load(content + n_rows + row, mask=inside, other=0.0)
+            of_content += tl.where(here, term, 0)
+            s = tl.load(content + n_rows + row, mask=here, other=0.0)
             counts = inside & (y != ignore_index)
-            varied |= (counts & (s != size)).to(tl.int32)
+            varied |= (counts & here & (s != size)).to(tl.int32)
             beyond |= (counts & (y >= size)).to(tl.int32)
     tl.store(slots, tl.sum(of_target, 0))
     tl.store(slots + 1, tl.sum(of_content, 0))

@@ -71,10 +71,10 @@ def sign(
             slots, excuse, target, content, None if content is None else content.view(torch.int32),
             weight_checksum if weighted else None,
             None if normalizer is None else normalizer.view(torch.int32), scale_checksum,
-            selected_checksum, target.shape[0], size, ignore_index, BLOCK=_SIGN_BLOCK,
-            CONTENT=content is not None, WEIGHTED=weighted, NORMALIZED=normalizer is not None,
-            ROW_SCALE=scale_checksum is not None, SELECTED=selected_checksum is not None,
-            num_warps=_SIGN_WARPS,
+            selected_checksum, target.shape[0], parts.shape[1], size, ignore_index,
+            BLOCK=_SIGN_BLOCK, CONTENT=content is not None, WEIGHTED=weighted,
+            NORMALIZED=normalizer is not None, ROW_SCALE=scale_checksum is not None,
+            SELECTED=selected_checksum is not None, num_warps=_SIGN_WARPS,
         )  # fmt: skip
     return excuse
 
