@@ -132,7 +132,8 @@ def all_gather_flat(
     """
     if group is not None and mine.is_cpu and not async_op and hasattr(group, "all_gather_single"):
         # Of torch 2.13: what its function of that name calls, 20 us of a small call later.
-        return group.all_gather_single(out, mine).wait()
+        work = group.all_gather_single(out, mine)
+        return None if work is None else work.wait()
     # The newer name of the same collective; the older one warns where both exist.
     gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
     return gather(out, mine, group=group, async_op=async_op)

@@ -66,7 +66,7 @@ def raise_explained(problem: RuntimeError) -> NoReturn:
         raise problem
     said = str(problem).split(". ")[0]
     raise RuntimeError(
-        f"the logits of this loss were overwritten ({said}); {_WAY_OUT}"
+        f"the logits of this loss, or its class weights, were overwritten ({said}); {_WAY_OUT}"
     ) from problem
 
 
