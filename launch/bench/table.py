@@ -66,15 +66,18 @@ def _cpu_table(rows: list[Row]) -> str:
     return _markdown(header, lines)
 
 
-def _card_table(rows: list[Row], dtype: str) -> str:
-    """One card and dtype: shapes down, implementations across; ours also as a share of a copy."""
-    rows = [row for row in rows if row.dtype == dtype]
+def _card_table(rows: list[Row]) -> str:
+    """One card: cases down, implementations across; ours also as a share of a copy."""
+
+    def case(row: Row) -> tuple[str, int, int, int]:
+        return row.dtype, row.ranks, row.rows, row.vocab
+
     peers = _order(rows, "peer")
     labels = {row.peer: row.label for row in rows}
     lines = []
-    for shape in dict.fromkeys((row.ranks, row.rows, row.vocab) for row in rows):
-        found = {row.peer: row for row in rows if (row.ranks, row.rows, row.vocab) == shape}
-        cells = [f"{ranks_in_words(shape[0])}, [{shape[1]}, {shape[2]}]"]
+    for dtype, ranks, height, vocab in dict.fromkeys(map(case, rows)):
+        found = {row.peer: row for row in rows if case(row) == (dtype, ranks, height, vocab)}
+        cells = [f"{ranks_in_words(ranks)}, [{height}, {vocab}], {dtype}"]
         for peer in peers:
             row = found.get(peer)
             text = "" if row is None else _milliseconds(row)
@@ -82,7 +85,7 @@ def _card_table(rows: list[Row], dtype: str) -> str:
                 text += f" ({row.share:.0%})"
             cells.append(text)
         lines.append(cells)
-    return _markdown([f"{dtype}, ms", *(labels[peer] for peer in peers)], lines)
+    return _markdown(["ms", *(labels[peer] for peer in peers)], lines)
 
 
 def _words(rows: list[Row]) -> str:
@@ -107,7 +110,8 @@ def goals(rows: list[Row]) -> str:
     judged = [row for row in judge_times(runs_of(rows), labels) if row.verdict != "not measured"]
     missed = [row for row in judged if row.verdict != "met"]
     text = f"Goals of speed met: {len(judged) - len(missed)} of {len(judged)}."
-    return "\n".join([text, *(f"* {row.what}: {row.measured}, goal {row.goal}" for row in missed)])
+    named = "; ".join(f"{row.what}: {row.measured}, goal {row.goal}" for row in missed)
+    return f"{text} Missed: {named}." if named else text
 
 
 def table(rows: list[Row]) -> str:
@@ -122,7 +126,7 @@ def table(rows: list[Row]) -> str:
                 parts.append(f"Logits [{shape[0]}, {shape[1]}]:")
                 parts.append(_cpu_table([r for r in mine if (r.rows, r.vocab) == shape]))
         else:
-            parts += [_card_table(mine, dtype) for dtype in _order(mine, "dtype")]
+            parts.append(_card_table(mine))
         parts.append(goals(mine))
     if not any(row.device == "cuda" for row in both):
         parts.append(NO_CUDA)
