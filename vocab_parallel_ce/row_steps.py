@@ -11,7 +11,7 @@ read. Those are a hundred small calls, on an accelerator as many launches; an en
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch import Tensor
 from . import forgotten_group
 from .checksums import checksum, float_checksum
 from .collectives import Payload
-from .engines.contract import IGNORED, Engine, Gathered, RowFunctions
+from .engines.contract import IGNORED, Engine, Gathered, HostRowFunctions, RowFunctions
 from .header import (
     HEADER_LAYOUT,
     NO_PROBLEMS,
@@ -166,16 +166,17 @@ class FusedSteps:
         selected: Tensor | None = None,
     ) -> None:
         self._functions, self._target, self._weight = functions, target, weight
+        self._on_host = cast(HostRowFunctions, functions) if functions.ON_HOST else None
         self._request, self._normalizer, self._scale = request, normalizer, scale
         self._announced = target if announced is None else announced
         self._selected, self._from_hidden = selected, False
         self._excuse: Tensor | None = None
         self._problems, self._weight_checksum = NO_PROBLEMS, 0
         self.local_target, bad_row = self._locate(target)
-        if functions.ON_HOST:
+        if self._on_host is not None:
             if announced is not None:
                 bad_row = self._locate(announced)[1]
-            self._find_problems(bad_row, group)
+            self._find_problems(self._on_host, bad_row, group)
 
     def _locate(self, target: Tensor) -> tuple[Tensor, int]:
         request = self._request
@@ -183,11 +184,13 @@ class FusedSteps:
             target, request.start, request.stop, request.vocab_size, request.ignore_index
         )
 
-    def _find_problems(self, bad_row: int, group: dist.ProcessGroup | None) -> None:
+    def _find_problems(
+        self, functions: HostRowFunctions, bad_row: int, group: dist.ProcessGroup | None
+    ) -> None:
         weight, scale, selected, bad_class = self._weight, self._scale, self._selected, -1
         if weight is not None:
             wide = weight if weight.dtype == torch.float64 else weight.float()
-            bad_class, self._weight_checksum = self._functions.weigh(wide)
+            bad_class, self._weight_checksum = functions.weigh(wide)
         if bad_row < 0 and bad_class < 0 and scale is None and selected is None:
             return
         target, request = self._announced, self._request
@@ -197,7 +200,7 @@ class FusedSteps:
         _raise_if_alone(self._problems, request, group)
 
     def _checksum_of_weight(self) -> Tensor | int:
-        if self._weight is None or self._functions.ON_HOST:
+        if self._weight is None or self._on_host is not None:
             return self._weight_checksum
         return float_checksum(self._weight)
 
@@ -206,7 +209,7 @@ class FusedSteps:
     ) -> None:
         """See ``RowSteps``. Hidden states are compared on the host only."""
         request = self._request
-        self._from_hidden = hidden is not None and self._functions.ON_HOST
+        self._from_hidden = hidden is not None and self._on_host is not None
         self._excuse = self._functions.sign(
             payload.buffer,
             static_header(request, payload.buffer.device),
@@ -231,8 +234,8 @@ class FusedSteps:
         """See ``RowSteps``."""
         request = self._request
         headers = gathered.headers
-        if headers is not None and self._functions.ON_HOST:
-            self._judge(headers, parts)
+        if headers is not None and self._on_host is not None:
+            self._judge(self._on_host, headers, parts)
         return Concluded(
             *self._functions.conclude(
                 gathered, request.wanted, self._target, request.vocab_size, request.ignore_index,
@@ -240,8 +243,8 @@ class FusedSteps:
             )
         )  # fmt: skip
 
-    def _judge(self, headers: Tensor, parts: Tensor) -> None:
-        if self._functions.agree(headers, HEADER_LAYOUT):
+    def _judge(self, functions: HostRowFunctions, headers: Tensor, parts: Tensor) -> None:
+        if functions.agree(headers, HEADER_LAYOUT):
             return
         _raise_on_headers(
             headers, parts, self._announced, self._request.size, self.local_target,

@@ -148,8 +148,8 @@ class RowFunctions(Protocol):
     """
 
     ON_HOST: bool
-    """True: they serve where values may be looked at, and whoever calls them looks at headers.
-    False: they look at none and judge on the device."""
+    """True: they serve where values may be looked at, and are ``HostRowFunctions``. False: they
+    look at none and judge on the device."""
 
     def locate(
         self, target: Tensor, start: int, stop: int, vocab_size: int, ignore_index: int
@@ -189,22 +189,6 @@ class RowFunctions(Protocol):
         """
         ...
 
-    def agree(self, headers: Tensor, layout: HeaderLayout) -> bool:
-        """Whether nothing at all is to be said of ``headers`` [W, ints]: sure of a yes.
-
-        The usual case: shards in rank order that tile the vocabulary, everything else alike,
-        nothing found, no sign of gathered logits. A no is for ``verdict.raise_on_problems`` to
-        explain. Asked ``ON_HOST`` alone.
-        """
-        ...
-
-    def weigh(self, weight: Tensor) -> tuple[int, int]:
-        """The first class of ``weight`` [vocab_size], fp32 or fp64, that is not finite, or -1.
-
-        And its ``checksums.float_checksum``. Asked ``ON_HOST`` alone.
-        """
-        ...
-
     def conclude(
         self,
         gathered: Gathered,
@@ -222,6 +206,26 @@ class RowFunctions(Protocol):
         And what a row weighs in a mean, [N] or None where that is left to torch: the class
         ``weight`` of its target, or 1 where there are none; 0 for an ignored row. ``excuse`` is
         what ``sign`` returned. ``ON_HOST``: the headers were judged, and no target is wrong.
+        """
+        ...
+
+
+class HostRowFunctions(RowFunctions, Protocol):
+    """Those of an engine that says ``ON_HOST``."""
+
+    def agree(self, headers: Tensor, layout: HeaderLayout) -> bool:
+        """Whether nothing at all is to be said of ``headers`` [W, ints]: sure of a yes.
+
+        The usual case: shards in rank order that tile the vocabulary, everything else alike,
+        nothing found, no sign of gathered logits. A no is for ``verdict.raise_on_problems`` to
+        explain.
+        """
+        ...
+
+    def weigh(self, weight: Tensor) -> tuple[int, int]:
+        """The first class of ``weight`` [vocab_size], fp32 or fp64, that is not finite, or -1.
+
+        And its ``checksums.float_checksum``.
         """
         ...
 

@@ -79,16 +79,6 @@ def sign(
     return excuse
 
 
-def agree(headers: Tensor, layout: HeaderLayout) -> bool:
-    """See ``contract.RowFunctions``: nothing is looked at here."""
-    raise NotImplementedError
-
-
-def weigh(weight: Tensor) -> tuple[int, int]:
-    """See ``contract.RowFunctions``: nothing is looked at here."""
-    raise NotImplementedError
-
-
 def conclude(
     gathered: Gathered,
     wanted: Wanted,
