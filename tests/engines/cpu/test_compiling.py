@@ -1,11 +1,15 @@
-"""Compiling a kernel where its machine code cannot be kept."""
+"""Compiling where machine code cannot be kept, and for a processor that lacks an instruction."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numba
 import pytest
+from llvmlite import binding
 
 from vocab_parallel_ce.engines.cpu import compiling
 
@@ -21,3 +25,30 @@ def test_a_kernel_is_compiled_without_a_place_to_keep_it(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(compiling, "_njit", njit)
     assert compiling.kernel(double)(4.0) == 8.0
+
+
+_HALVES = """
+import torch
+from vocab_parallel_ce import cross_entropy
+from vocab_parallel_ce.engines import cpu, select
+
+logits, target = torch.randn(5, 40), torch.randint(40, (5,))
+for dtype in (torch.float16, torch.bfloat16):
+    x = logits.to(dtype).requires_grad_()
+    loss = cross_entropy(x, target)
+    loss.backward()
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(x.float(), target))
+    print(select("auto", x.detach()).__name__.rsplit("vocab_parallel_ce.engines.")[-1])
+"""
+
+
+@pytest.mark.skipif("f16c" not in binding.get_host_cpu_features(), reason="an x86-64 matter")
+def test_fp16_is_eagers_where_the_processor_does_not_convert_it() -> None:
+    features = binding.get_host_cpu_features()
+    features["f16c"] = False
+    settings = {"NUMBA_CPU_NAME": "x86-64-v2", "NUMBA_CPU_FEATURES": features.flatten()}
+    done = subprocess.run(
+        [sys.executable, "-c", _HALVES], env=os.environ | settings, capture_output=True, text=True,
+        check=False, timeout=240,
+    )  # fmt: skip
+    assert done.stdout.split() == ["eager", "cpu.engine"], done.stderr

@@ -243,7 +243,7 @@ def test_a_nan_of_any_bits_stays_one_in_a_bf16_gradient() -> None:
     """Rounding 0x7fffffff as if it were a number would make -0 of it."""
     c = case(6, 64, torch.bfloat16)
     c.target[:] = ELSEWHERE
-    c.logits.nan_to_num_(0.0)
+    c.logits.nan_to_num_(0.0, posinf=0.0)
     bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00001, -(0x7FFFFF), 0x7FFF8000])
     nan = bits.to(torch.int32).view(torch.float32)
     assert bool(nan.isnan().all())

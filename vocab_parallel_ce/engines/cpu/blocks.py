@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vocab_parallel_ce.engines.cpu.compiling import helper
-from vocab_parallel_ce.engines.cpu.exponential import exp
+from vocab_parallel_ce.engines.cpu.exponential import add_exp, exp
 from vocab_parallel_ce.engines.cpu.lanes import (
     LANES,
     highest,
@@ -82,8 +82,8 @@ def block_max_sum(address: int, count: int, scale: float, base: float, token: An
                 x = x * scale
                 z = z * scale
             top = larger(z, larger(x, top))
-            c = c + exp(x - base, scale)
-            c2 = c2 + exp(z - base, scale)
+            c = add_exp(c, x - base, scale)
+            c2 = add_exp(c2, z - base, scale)
             address += PAIR * size_of(token)
         a, b = a + c, b + c2
     rest = count % PAIR
@@ -92,8 +92,8 @@ def block_max_sum(address: int, count: int, scale: float, base: float, token: An
         x = x * scale
         z = z * scale
         top = larger(z, larger(x, top))
-        a = a + exp(x - base, scale)
-        b = b + exp(z - base, scale)
+        a = add_exp(a, x - base, scale)
+        b = add_exp(b, z - base, scale)
     return np.float64(highest(top)), total(a) + total(b)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -36,3 +37,14 @@ def helper(function: Function) -> Function:
 def operation(function: Callable[..., Any]) -> Any:
     """Typed face of ``numba.extending.intrinsic``."""
     return intrinsic(function)
+
+
+def converts_fp16() -> bool:
+    """Whether the processor for which kernels are compiled converts fp16 in one instruction.
+
+    Without one LLVM calls a function of the C compiler's library, which may not be there.
+    """
+    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+    if triple.startswith("aarch64"):
+        return True
+    return triple.startswith("x86_64") and "+f16c" in features.split(",")

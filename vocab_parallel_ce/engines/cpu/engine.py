@@ -67,7 +67,9 @@ def unavailable() -> str | None:
 
 def supports(logits: Tensor) -> bool:
     """Whether this engine can serve such logits."""
-    return logits.device.type == "cpu" and logits.dtype in _TOKENS
+    if logits.device.type != "cpu" or logits.dtype not in _TOKENS:
+        return False
+    return logits.dtype != torch.float16 or bool(_kernels().converts_fp16)
 
 
 def partials(
@@ -198,6 +200,7 @@ def _kernels() -> Any:
         fast=import_module("vocab_parallel_ce.engines.cpu.fast_kernels"),
         general=import_module("vocab_parallel_ce.engines.cpu.general_kernels"),
         merge=import_module("vocab_parallel_ce.engines.cpu.merging").merge,
+        converts_fp16=import_module("vocab_parallel_ce.engines.cpu.compiling").converts_fp16(),
     )
 
 

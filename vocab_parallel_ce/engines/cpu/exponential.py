@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import overload
 
-from vocab_parallel_ce.engines.cpu.compiling import operation
+from vocab_parallel_ce.engines.cpu.compiling import helper, operation
 from vocab_parallel_ce.engines.cpu.lanes import (
     F64,
     I32,
@@ -20,26 +20,25 @@ from vocab_parallel_ce.engines.cpu.lanes import (
     larger,
     multiply_add,
     quotient,
-    times_two_to,
+    two_to,
     where_less,
 )
 
-# The exponential
+# The exponential: d = k log 2 + f with k an integer and |f| <= log(2)/2; e^f is a minimax polynomial
 
 _LOG2_E = 1.4426950408889634
+_LN2 = 0.6931471805599453
 _LN2_HIGH = 0.693359375  # ten bits: its product with an exponent is exact
 _LN2_LOW = -2.1219444005469057e-4
-_LN2 = 0.6931471805599453
-_MAGIC = 1.5 * 2.0**23  # adding it rounds to an integer, left in the low bits of the sum
-_FLUSH = -87.33654  # just above -126 log 2: below it the result would be subnormal
+_MAGIC = 1.5 * 2.0**23 + 127  # adding it rounds to an integer and leaves k + 127 in the low bits
+_FLUSH = -87.33654  # just above -126 log 2: below it 2^k would be subnormal
 
 
 def exp(d: Any, precision: Any) -> Any:
     """e^d of lanes with d <= 0, NaN kept, exactly 0 for -inf and below 2^-126.
 
-    d = k log 2 + f with k an integer and |f| <= log(2)/2; e^f is a minimax polynomial. For fp32
-    (``precision``) the relative error is below 1e-7, for 16-bit results below 1e-5. fp64 takes the
-    C library's exponential lane by lane.
+    For fp32 (``precision``) the relative error is below 1e-7, for 16-bit results below 1e-5. fp64
+    takes the C library's exponential lane by lane.
     """
     raise NotImplementedError("compiled code only")
 
@@ -60,24 +59,52 @@ def _exp_single(d: Any, precision: Any) -> Any:
     k = shifted - _MAGIC
     f = multiply_add(k, -_LN2_HIGH, d)
     f = multiply_add(k, -_LN2_LOW, f)
-    p = multiply_add(f, 1.38145401034e-3, 8.36874513197e-3)
-    p = multiply_add(p, f, 4.16683907869e-2)
-    p = multiply_add(p, f, 1.66665203989e-1)
-    p = multiply_add(p, f, 4.99999934321e-1)
-    p = multiply_add(p, f, 1.0)
-    p = multiply_add(p, f, 1.0)
-    return where_less(_FLUSH, d, times_two_to(p, shifted), larger(0.0, d))
+    return where_less(d, _FLUSH, 0.0, _exp_of_rest(f) * two_to(shifted))
 
 
 def _exp_half(d: Any, precision: Any) -> Any:
-    # NaNs that come of 16-bit numbers have no low bits: times_two_to adds 0 to them.
     shifted = multiply_add(d, _LOG2_E, _MAGIC)
     f = multiply_add(shifted - _MAGIC, -_LN2, d)
     p = multiply_add(f, 4.15136832331e-2, 1.67875917475e-1)
     p = multiply_add(p, f, 5.00030197779e-1)
     p = multiply_add(p, f, 9.99966772704e-1)
     p = multiply_add(p, f, 1.0)
-    return where_less(d, _FLUSH, 0.0, times_two_to(p, shifted))
+    return where_less(d, _FLUSH, 0.0, p * two_to(shifted))
+
+
+def add_exp(total: Any, d: Any, precision: Any) -> Any:
+    """total + e^d, for sums of many terms: fp32 or fp64, as ``precision`` is.
+
+    One step of range reduction: the error it leaves, 2e-9 |k|, is below 1e-7 where e^d > 1e-15,
+    and what is smaller is nothing beside the largest term, which is near 1.
+    """
+    raise NotImplementedError("compiled code only")
+
+
+@overload(add_exp, jit_options={"forceinline": True, "error_model": "numpy"})
+def _add_exp(total: Any, d: Any, precision: Any) -> Any:
+    return _add_exp_double if precision == types.float64 else _add_exp_single
+
+
+def _add_exp_double(total: Any, d: Any, precision: Any) -> Any:
+    return total + _library_exp(d)
+
+
+def _add_exp_single(total: Any, d: Any, precision: Any) -> Any:
+    shifted = multiply_add(d, _LOG2_E, _MAGIC)
+    f = multiply_add(shifted - _MAGIC, -_LN2, d)
+    return where_less(d, _FLUSH, total, multiply_add(_exp_of_rest(f), two_to(shifted), total))
+
+
+@helper
+def _exp_of_rest(f: Any) -> Any:
+    """e^f to fp32."""
+    p = multiply_add(f, 1.38145401034e-3, 8.36874513197e-3)
+    p = multiply_add(p, f, 4.16683907869e-2)
+    p = multiply_add(p, f, 1.66665203989e-1)
+    p = multiply_add(p, f, 4.99999934321e-1)
+    p = multiply_add(p, f, 1.0)
+    return multiply_add(p, f, 1.0)
 
 
 @operation

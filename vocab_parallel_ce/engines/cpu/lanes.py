@@ -30,7 +30,7 @@ from vocab_parallel_ce.engines.cpu.compiling import operation
 LANES = 16
 
 I16, I32 = ir.IntType(16), ir.IntType(32)
-F32, F64 = ir.FloatType(), ir.DoubleType()
+F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 STORED = {
     types.uint16: (I16, 2),
     types.int16: (I16, 2),
@@ -195,21 +195,21 @@ def where_less(typing: Any, a: Any, b: Any, then: Any, otherwise: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         values = spread_all(context, builder, sig, args)
-        return builder.select(builder.fcmp_ordered("<", *values[:2]), *values[2:])
+        # In this order LLVM joins the choice with what computes ``otherwise``.
+        return builder.select(builder.fcmp_unordered(">=", *values[:2]), values[3], values[2])
 
     return lanes(a, b, then, otherwise), codegen
 
 
 @operation
-def times_two_to(typing: Any, value: Any, shifted: Any) -> Any:
-    """value 2^k in fp32, where k is the integer in the low bits of ``shifted``; both normal."""
+def two_to(typing: Any, biased: Any) -> Any:
+    """2^k in fp32, where k + 127 is the integer in the low bits of ``biased`` and 2^k is normal."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        bits, k = (builder.bitcast(arg, vector(I32)) for arg in args)
-        exponent = builder.shl(k, constant(k.type, 23))
-        return builder.bitcast(builder.add(bits, exponent), args[0].type)
+        bits = builder.bitcast(args[0], vector(I32))
+        return builder.bitcast(builder.shl(bits, constant(bits.type, 23)), args[0].type)
 
-    return value(value, shifted), codegen
+    return biased(biased), codegen
 
 
 def _fold(builder: Any, value: Any, combine: Callable[[Any, Any], Any]) -> Any:

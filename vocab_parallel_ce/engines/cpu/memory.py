@@ -1,7 +1,8 @@
 """Between memory and lanes: what is stored becomes what is computed with, and back.
 
-bf16 and fp16 are widened to fp32 in registers, and rounded to nearest even on the way back, by
-integer operations. Addresses are integers, so one compilation serves every layout.
+bf16 and fp16 are widened to fp32 in registers, and rounded to nearest even on the way back: fp16 by
+the processor's own conversions, bf16 by integer operations. Addresses are integers, so one
+compilation serves every layout.
 """
 
 # Half of Numba's extension interface has no type hints.
@@ -17,6 +18,7 @@ from numba.core import cgutils, types
 
 from vocab_parallel_ce.engines.cpu.compiling import operation
 from vocab_parallel_ce.engines.cpu.lanes import (
+    F16,
     F32,
     F64,
     I16,
@@ -41,61 +43,43 @@ AHEAD = 4096  # bytes between what is computed and what is asked of memory: behi
 
 
 def _widen(builder: Any, raw: Any, token: Any) -> Any:
-    if token not in (types.uint16, types.int16):
-        return raw
-    bits, integer, real = raw, raw.type, like(raw.type, F32)
-
-    def const(value: int) -> Any:
-        return constant(integer, value)
-
     if token == types.uint16:
-        return builder.bitcast(builder.shl(bits, const(16)), real)
-    sign = builder.shl(builder.and_(bits, const(0x8000)), const(16))
-    magnitude = builder.shl(builder.and_(bits, const(0x7FFF)), const(13))
-    normal = builder.add(magnitude, const((127 - 15) << 23))
-    # 2^-14 (1 + f) - 2^-14 is exact, and no operand is subnormal in fp32.
-    shifted = builder.bitcast(builder.add(magnitude, const((127 - 14) << 23)), real)
-    tiny = builder.bitcast(builder.fsub(shifted, constant(real, 2.0**-14)), integer)
-    endless = builder.add(magnitude, const((255 - 31) << 23))
-    finite = builder.icmp_unsigned("<", magnitude, const(31 << 23))
-    subnormal = builder.icmp_unsigned("<", magnitude, const(1 << 23))
-    bits = builder.select(subnormal, tiny, builder.select(finite, normal, endless))
-    return builder.bitcast(builder.or_(bits, sign), real)
+        return _upper_half(builder, builder.zext(raw, like(raw.type, I32)))
+    if token == types.int16:
+        return builder.fpext(builder.bitcast(raw, like(raw.type, F16)), like(raw.type, F32))
+    return raw
 
 
-def _narrow(builder: Any, value: Any, token: Any, clean: bool = False) -> Any:
-    """The stored bits. ``clean``: a NaN has zeros where bf16 has no bits, and survives rounding."""
-    if token not in (types.uint16, types.int16):
-        return value
-    integer, real = like(value.type, I32), value.type
+def _upper_half(builder: Any, bits: Any) -> Any:
+    """fp32 from a bf16 in the lower half of 32 bits; what is above it is lost."""
+    shifted = builder.shl(bits, constant(bits.type, 16))
+    return builder.bitcast(shifted, like(bits.type, F32))
+
+
+def _narrow(builder: Any, value: Any, token: Any) -> Any:
+    if token == types.uint16:
+        return builder.trunc(_rounded(builder, value), like(value.type, I16))
+    if token == types.int16:
+        return builder.bitcast(builder.fptrunc(value, like(value.type, F16)), like(value.type, I16))
+    return value
+
+
+def _rounded(builder: Any, value: Any, clean: bool = False) -> Any:
+    """bf16 in the lower half of 32 bits. ``clean``: a NaN has zeros where bf16 has no bits."""
+    integer = like(value.type, I32)
 
     def const(number: int) -> Any:
         return constant(integer, number)
 
     bits = builder.bitcast(value, integer)
+    upper = builder.lshr(bits, const(16))
+    odd = builder.and_(upper, const(1))
+    rounded = builder.add(bits, builder.add(odd, const(0x7FFF)))
+    rounded = builder.lshr(rounded, const(16))
+    if clean:  # adding what rounds it leaves such a NaN as it is
+        return rounded
     nan = builder.fcmp_unordered("uno", value, value)
-
-    def round_off(number: Any, dropped: int) -> Any:
-        odd = builder.and_(builder.lshr(number, const(dropped)), const(1))
-        half = builder.add(const((1 << (dropped - 1)) - 1), odd)
-        return builder.lshr(builder.add(number, half), const(dropped))
-
-    if token == types.uint16:
-        if clean:
-            return round_off(bits, 16)
-        quiet = builder.or_(builder.lshr(bits, const(16)), const(0x40))
-        return builder.select(nan, quiet, round_off(bits, 16))
-    sign = builder.and_(builder.lshr(bits, const(16)), const(0x8000))
-    magnitude = builder.and_(bits, const(0x7FFFFFFF))
-    normal = round_off(builder.sub(magnitude, const((127 - 15) << 23)), 13)
-    overflow = builder.icmp_unsigned(">", normal, const(0x7C00))
-    normal = builder.select(overflow, const(0x7C00), normal)
-    # One unit in the last place of 0.5 is the smallest fp16: the addition rounds to nearest even.
-    shifted = builder.fadd(builder.bitcast(magnitude, real), constant(real, 0.5))
-    tiny = builder.sub(builder.bitcast(shifted, integer), const(126 << 23))
-    subnormal = builder.icmp_unsigned("<", magnitude, const((127 - 14) << 23))
-    stored = builder.select(subnormal, tiny, normal)
-    return builder.or_(builder.select(nan, const(0x7E00), stored), sign)
+    return builder.select(nan, builder.or_(upper, const(0x40)), rounded)
 
 
 # Memory
@@ -108,18 +92,12 @@ def _pointer(builder: Any, address: Any, kind: Any) -> Any:
 def _load(builder: Any, address: Any, token: Any, wide: bool) -> Any:
     element, size = STORED[token]
     kind = vector(element) if wide else element
-    raw = builder.load(_pointer(builder, address, kind), align=size)
-    if element == I16:
-        raw = builder.zext(raw, like(kind, I32))
-    return _widen(builder, raw, token)
+    return _widen(builder, builder.load(_pointer(builder, address, kind), align=size), token)
 
 
 def _store(builder: Any, address: Any, value: Any, token: Any) -> None:
-    element, size = STORED[token]
     raw = _narrow(builder, value, token)
-    if element == I16:
-        raw = builder.trunc(raw, like(raw.type, I16))
-    builder.store(raw, _pointer(builder, address, raw.type), align=size)
+    builder.store(raw, _pointer(builder, address, raw.type), align=STORED[token][1])
 
 
 @operation
@@ -145,46 +123,46 @@ def store(typing: Any, address: Any, value: Any, token: Any) -> Any:
 
 @operation
 def load_pair(typing: Any, address: Any, token: Any) -> Any:
-    """PAIR consecutive elements as two Lanes, in an order of its own.
+    """PAIR consecutive elements as two Lanes; bf16 in an order of its own.
 
-    16-bit elements are read two to a 32-bit integer, which saves widening and packing them.
+    bf16 is read two to a 32-bit integer, which saves spreading and packing it.
     """
     lanes = Lanes(arithmetic_of(token))
     pair = types.UniTuple(lanes, 2)
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        element, size = STORED[token]
-        kind = vector(I32 if size == 2 else element)
-        raw = builder.load(_pointer(builder, args[0], kind), align=size)
-        if size == 2:
-            sixteen = constant(kind, 16)
-            low = builder.lshr(builder.shl(raw, sixteen), sixteen)
-            halves = [low, builder.lshr(raw, sixteen)]
+        if token == types.uint16:
+            both = builder.load(_pointer(builder, args[0], vector(I32)), align=2)
+            upper = builder.lshr(both, constant(both.type, 16))
+            values = [_upper_half(builder, half) for half in (both, upper)]
         else:
-            offset = ir.Constant(args[0].type, LANES * size)
-            second = _pointer(builder, builder.add(args[0], offset), kind)
-            halves = [raw, builder.load(second, align=size)]
-        values = [_widen(builder, half, token) for half in halves]
+            values = [
+                _load(builder, address, token, wide=True)
+                for address in _of_pair(builder, args[0], token)
+            ]
         return context.make_tuple(builder, pair, values)
 
     return pair(types.int64, token), codegen
 
 
+def _of_pair(builder: Any, address: Any, token: Any) -> tuple[Any, Any]:
+    """Addresses of the first and the second LANES of PAIR elements."""
+    return address, builder.add(address, ir.Constant(address.type, LANES * STORED[token][1]))
+
+
 @operation
 def store_pair(typing: Any, address: Any, a: Any, b: Any, token: Any) -> Any:
-    """Round and write what ``load_pair`` read. A bf16 NaN must be ``clean`` (see _narrow)."""
+    """Round and write what ``load_pair`` read. A bf16 NaN must be ``clean`` (see _rounded)."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        size = STORED[token][1]
-        low, high = (_narrow(builder, value, token, clean=True) for value in args[1:3])
-        kind = low.type
-        if size == 2:
-            low = builder.or_(low, builder.shl(high, constant(kind, 16)))
+        if token == types.uint16:
+            low, high = (_rounded(builder, value, clean=True) for value in args[1:3])
+            both = builder.or_(low, builder.shl(high, constant(high.type, 16)))
+            builder.store(both, _pointer(builder, args[0], both.type), align=2)
         else:
-            offset = ir.Constant(args[0].type, LANES * size)
-            second = _pointer(builder, builder.add(args[0], offset), kind)
-            builder.store(high, second, align=size)
-        builder.store(low, _pointer(builder, args[0], kind), align=size)
+            first, second = _of_pair(builder, args[0], token)
+            _store(builder, first, args[1], token)
+            _store(builder, second, args[2], token)
         return context.get_dummy_value()
 
     return types.void(types.int64, a, b, token), codegen
@@ -223,8 +201,6 @@ def load_first(typing: Any, address: Any, count: Any, token: Any) -> Any:
         nothing = constant(kind, _MINUS_INFINITY.get(token, -math.inf))
         place, mask = _pointer(builder, args[0], kind), _first_lanes(builder, args[1])
         raw = _masked(builder, "load", kind, kind, [place, ir.Constant(I32, size), mask, nothing])
-        if element == I16:
-            raw = builder.zext(raw, vector(I32))
         return _widen(builder, raw, token)
 
     return Lanes(arithmetic_of(token))(types.int64, types.int64, token), codegen
@@ -235,10 +211,8 @@ def store_first(typing: Any, address: Any, value: Any, count: Any, token: Any) -
     """Round LANES elements and write the first ``count`` of them."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        element, size = STORED[token]
+        size = STORED[token][1]
         raw = _narrow(builder, args[1], token)
-        if element == I16:
-            raw = builder.trunc(raw, vector(I16))
         place, mask = _pointer(builder, args[0], raw.type), _first_lanes(builder, args[2])
         _masked(
             builder, "store", ir.VoidType(), raw.type,
