@@ -1,6 +1,8 @@
 """What is done to one block of a row: a short pass over each thing that is wanted of it.
 
-``address`` is contiguous; ``count`` is a multiple of PAIR unless it says "any ``count``".
+``address`` is contiguous; ``count`` is a multiple of PAIR unless it says "any ``count``". A pass
+that computes much also asks memory for the logits that will be wanted soon: ``stream`` is where the
+block's own lie and ``stored`` their token, be the block a copy of them or not.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ def block_max(address: int, count: int, token: Any) -> Any:
 
 
 @helper
-def block_max_sum(address: int, count: int, scale: float, base: float, token: Any) -> Any:
+def block_max_sum(
+    address: int, count: int, scale: float, base: float, token: Any, stream: int, stored: Any
+) -> Any:
     """max x and sum e^(x - base) of any ``count``, scale > 0"""
     top = lanes_of(-INFINITY, token)
     a = lanes_of(0.0, token)
@@ -76,7 +80,7 @@ def block_max_sum(address: int, count: int, scale: float, base: float, token: An
     for start in range(0, count // PAIR, CHAIN):
         c, c2 = zero, zero
         for _ in range(min(CHAIN, count // PAIR - start)):
-            prefetch(address, token)
+            prefetch(stream, stored)
             x, z = load_pair(address, token)
             if not unscaled:
                 x = x * scale
@@ -85,6 +89,7 @@ def block_max_sum(address: int, count: int, scale: float, base: float, token: An
             c = add_exp(c, x - base, scale)
             c2 = add_exp(c2, z - base, scale)
             address += PAIR * size_of(token)
+            stream += PAIR * size_of(stored)
         a, b = a + c, b + c2
     rest = count % PAIR
     if rest > 0:
@@ -98,13 +103,14 @@ def block_max_sum(address: int, count: int, scale: float, base: float, token: An
 
 
 @helper
-def block_entropy(address: int, count: int, m: float, token: Any) -> Any:
+def block_entropy(address: int, count: int, m: float, token: Any, stream: int, stored: Any) -> Any:
     """sum e^(x - m) and sum e^(x - m) (x - m)"""
     zero = lanes_of(0.0, token)
     s, s2, t, t2 = zero, zero, zero, zero
     for start in range(0, count, CHAIN * PAIR):
         a, a2, c, c2 = zero, zero, zero, zero
         for _ in range(min(CHAIN, (count - start) // PAIR)):
+            prefetch(stream, stored)
             x, z = load_pair(address, token)
             d, d2 = x - m, z - m
             e, e2 = exp(d, token), exp(d2, token)
@@ -114,6 +120,7 @@ def block_entropy(address: int, count: int, m: float, token: Any) -> Any:
             c = where_less(0.0, e, multiply_add(e, d, c), c + e)
             c2 = where_less(0.0, e2, multiply_add(e2, d2, c2), c2 + e2)
             address += PAIR * size_of(token)
+            stream += PAIR * size_of(stored)
         s, s2, t, t2 = s + a, s2 + a2, t + c, t2 + c2
     return total(s) + total(s2), total(t) + total(t2)
 
@@ -164,13 +171,21 @@ def block_smooth(address: int, count: int, m: float, weight: int, token: Any) ->
 
 @helper
 def block_gradient(
-    source: int, destination: int, count: int, scale: float, m: float, softmax: float, token: Any
+    source: int,
+    destination: int,
+    count: int,
+    scale: float,
+    m: float,
+    softmax: float,
+    token: Any,
+    stream: int,
+    stored: Any,
 ) -> None:
     """softmax e^(x - m) of any ``count``"""
     step = PAIR * size_of(token)
     unscaled = scale == 1.0
     for _ in range(count // PAIR):
-        prefetch(source, token)
+        prefetch(stream, stored)
         x, z = load_pair(source, token)
         if not unscaled:
             x = x * scale
@@ -178,6 +193,7 @@ def block_gradient(
         store_pair(destination, exp(x - m, token) * softmax, exp(z - m, token) * softmax, token)
         source += step
         destination += step
+        stream += PAIR * size_of(stored)
     rest = count % PAIR
     if rest > 0:
         x, z = load_first_pair(source, rest, token)
@@ -189,17 +205,28 @@ def block_gradient(
 
 @helper
 def block_entropy_gradient(
-    address: int, count: int, m: float, log_s: float, softmax: float, entropy: float, token: Any
+    address: int,
+    count: int,
+    m: float,
+    log_s: float,
+    softmax: float,
+    entropy: float,
+    token: Any,
+    stream: int,
+    stored: Any,
 ) -> None:
     """e^(x - m) (softmax - entropy log p) in place; 0 where p is 0, NaN where softmax is"""
-    step = LANES * size_of(token)
-    for _ in range(count // LANES):
-        d = load(address, token) - m
-        e = exp(d, token)
-        store(
-            address, where_less(0.0, e, e * (softmax - (d - log_s) * entropy), e * softmax), token
-        )
+    step = PAIR * size_of(token)
+    for _ in range(count // PAIR):
+        prefetch(stream, stored)
+        x, z = load_pair(address, token)
+        d, d2 = x - m, z - m
+        e, e2 = exp(d, token), exp(d2, token)
+        a = where_less(0.0, e, e * (softmax - (d - log_s) * entropy), e * softmax)
+        b = where_less(0.0, e2, e2 * (softmax - (d2 - log_s) * entropy), e2 * softmax)
+        store_pair(address, a, b, token)
         address += step
+        stream += PAIR * size_of(stored)
 
 
 @helper

@@ -24,7 +24,7 @@ from vocab_parallel_ce.engines.cpu.lanes import (
     where_less,
 )
 
-# The exponential: d = k log 2 + f with k an integer and |f| <= log(2)/2; e^f is a minimax polynomial
+# The exponential: d = k log 2 + f, k an integer, |f| <= log(2)/2; e^f is a minimax polynomial
 
 _LOG2_E = 1.4426950408889634
 _LN2 = 0.6931471805599453
@@ -73,10 +73,10 @@ def _exp_half(d: Any, precision: Any) -> Any:
 
 
 def add_exp(total: Any, d: Any, precision: Any) -> Any:
-    """total + e^d, for sums of many terms: fp32 or fp64, as ``precision`` is.
+    """total + e^d, where the largest term of the sum is near 1; fp64 or fp32, as ``precision`` is.
 
-    One step of range reduction: the error it leaves, 2e-9 |k|, is below 1e-7 where e^d > 1e-15,
-    and what is smaller is nothing beside the largest term, which is near 1.
+    One step of range reduction leaves an error of 2e-9 |k|: below 1e-7 where e^d > 1e-15, and what
+    is smaller does not count.
     """
     raise NotImplementedError("compiled code only")
 

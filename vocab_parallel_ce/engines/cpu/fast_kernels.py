@@ -118,7 +118,7 @@ def gradient(
         factor = clean(row_softmax / row_s)
         # Read before it is overwritten.
         x = target_logit(source, size, columns, y, scale, token)
-        block_gradient(source, destination, columns, scale, row_m, factor, token)
+        block_gradient(source, destination, columns, scale, row_m, factor, token, source, token)
         if 0 <= y < columns:
             place = destination + y * size
             write_target(

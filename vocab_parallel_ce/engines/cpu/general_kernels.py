@@ -96,7 +96,9 @@ def partials(
             for start in range(0, columns, BLOCK):
                 count = min(BLOCK, columns - start)
                 padded = -(-count // PAIR) * PAIR
-                gather_x(buffer, 0, address + start * step, step, count, scale, cap, token)
+                place = address + start * step
+                gather_x(buffer, 0, place, step, count, scale, cap, token)
+                stream = place if step == size_of(token) else buffer
                 top = np.float64(block_max(buffer, padded, scale))
                 if argmax and (top > m or best < 0):
                     for i in range(count):
@@ -113,10 +115,10 @@ def partials(
                     m = top
                 base = reference(m)
                 if entropy:
-                    more_s, more_t = block_entropy(buffer, padded, base, scale)
+                    more_s, more_t = block_entropy(buffer, padded, base, scale, stream, token)
                     t += more_t
                 else:
-                    _, more_s = block_max_sum(buffer, padded, one, base, scale)
+                    _, more_s = block_max_sum(buffer, padded, one, base, scale, stream, token)
                 s += more_s
                 if squares:
                     q += block_squares(buffer, padded, base, scale)
@@ -197,10 +199,13 @@ def gradient(
             padded = -(-count // PAIR) * PAIR
             place = source + start * logits[2]
             gather_x(buffer, slopes, place, logits[2], count, scale, cap, token)
+            stream = place if logits[2] == size_of(token) else buffer
             if entropy[0] != 0:
-                block_entropy_gradient(buffer, padded, row_m, log_s, factor, bend, scale)
+                block_entropy_gradient(
+                    buffer, padded, row_m, log_s, factor, bend, scale, stream, token
+                )
             else:
-                block_gradient(buffer, buffer, padded, one, row_m, factor, scale)
+                block_gradient(buffer, buffer, padded, one, row_m, factor, scale, stream, token)
             if smooth[0] != 0:
                 w = weight + (first + start) * size if weight != 0 else 0
                 subtract_smooth(buffer, count, w, row_smooth, scale)

@@ -161,11 +161,11 @@ def fold(
     """A row's maximum m, and its sum s of e^(x - base), after one more block."""
     if base == -INFINITY:
         base = np.float64(block_max(address, count, token) * scale)
-    top, more = block_max_sum(address, count, scale, reference(base), token)
+    top, more = block_max_sum(address, count, scale, reference(base), token, address, token)
     if top > base + SLACK:
         s *= math.exp(base - top)
         base = top
-        top, more = block_max_sum(address, count, scale, base, token)
+        top, more = block_max_sum(address, count, scale, base, token, address, token)
     return max(m, top), base, s + more
 
 
