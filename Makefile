@@ -249,16 +249,18 @@ unit-cuda: $(VENV)/installed ## the tests of the loss on this machine's CUDA car
 	VOCAB_PARALLEL_CE_TEST_DEVICE=cuda $(BIN)/python -m pytest -q $(PARALLEL) $(ALL) --durations=10 $(TESTS_CUDA) && \
 	echo "== tests on a CUDA card: $$(( $$(date +%s) - start )) s"
 
+DTYPES := --dtype fp32 --dtype bf16 --dtype fp16
+
 # Against loops of plain memory and arithmetic in the same run (launch/bench/gate.py), whatever the
 # processor; the ratios to F.cross_entropy are reported.
 gate: $(VENV)/installed ## fails where the loss got slower than this machine's limits allow
 	@start=$$(date +%s); echo "== speed gate"; \
-	$(BIN)/python -m vocab_parallel_ce.launch.bench --gate --ranks 1 --repeats 5 \
+	$(BIN)/python -m vocab_parallel_ce.launch.bench --gate --ranks 1 --repeats 5 $(DTYPES) \
 	    --peers ours-inplace,ours,torch --out runs/gate && \
 	echo "== speed gate: $$(( $$(date +%s) - start )) s"
 
 record-shares: $(VENV)/installed ## keeps how near the limits the loss is here: for the gate, on a quiet machine
-	$(BIN)/python -m vocab_parallel_ce.launch.bench --ranks 1 --repeats 15 --wait-idle 10 \
+	$(BIN)/python -m vocab_parallel_ce.launch.bench --ranks 1 --repeats 15 --wait-idle 10 $(DTYPES) \
 	    --peers ours-inplace,ours --out runs/shares
 	$(BIN)/python -m vocab_parallel_ce.launch.bench.record runs/shares/bench.json
 
