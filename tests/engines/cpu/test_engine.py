@@ -110,6 +110,12 @@ def test_scale(scale: float, dtype: torch.dtype) -> None:
     check(case(64, 1055, dtype), scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_a_scale_that_is_0_in_fp32(dtype: torch.dtype) -> None:
+    """0 of what lies behind the last column would be 0 * -inf."""
+    check(case(64, 17, dtype), 1e-50)
+
+
 @every_dtype
 @pytest.mark.parametrize("step", [0.9, 1.1, 30.0, 200.0])
 @pytest.mark.parametrize("falling", [False, True], ids=["rising", "falling"])

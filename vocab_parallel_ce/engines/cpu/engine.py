@@ -93,7 +93,7 @@ def partials(
     parts = out if pieces == 1 else out.new_empty(out.shape[0], pieces * out.shape[1])
     place = _vector(parts, arithmetic)
     plain = len(wanted.rows) == 3 and softcap == 0
-    if plain and _contiguous(logits) and _positive(scale):
+    if plain and _contiguous(logits) and _positive(scale, factor):
         _run(
             _kernels().fast.partials, logits, *rows, wanted.ignored_rows, scales, factor, token,
             place,
@@ -215,8 +215,9 @@ def _scales(scale: float | Tensor, arithmetic: torch.dtype) -> tuple[tuple[int, 
     return (0, 0), _SCALARS[arithmetic](scale)
 
 
-def _positive(scale: float | Tensor) -> bool:
-    return bool((scale > 0).all()) if isinstance(scale, Tensor) else scale > 0
+def _positive(scale: float | Tensor, factor: Any) -> bool:
+    """Whether kernels see a scale above 0 in every row: fp32 makes 0 of 1e-50."""
+    return bool((scale > 0).all()) if isinstance(scale, Tensor) else bool(factor > 0)
 
 
 def _vector(tensor: Tensor | None, dtype: torch.dtype) -> tuple[int, int]:
