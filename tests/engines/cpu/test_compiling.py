@@ -30,7 +30,9 @@ def test_a_kernel_is_compiled_without_a_place_to_keep_it(monkeypatch: pytest.Mon
 _HALVES = """
 import torch
 from vocab_parallel_ce import cross_entropy
-from vocab_parallel_ce.engines import cpu, select
+from vocab_parallel_ce.engines import select
+from vocab_parallel_ce.engines.contract import Wanted
+from vocab_parallel_ce.engines.cpu import engine
 
 logits, target = torch.randn(5, 40), torch.randint(40, (5,))
 for dtype in (torch.float16, torch.bfloat16):
@@ -39,6 +41,11 @@ for dtype in (torch.float16, torch.bfloat16):
     loss.backward()
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(x.float(), target))
     print(select("auto", x.detach()).__name__.rsplit("vocab_parallel_ce.engines.")[-1])
+try:
+    zeros = torch.zeros(5, dtype=torch.int64)
+    engine.partials(logits.half(), zeros, None, 1.0, 0.0, Wanted(), torch.empty(3, 5))
+except TypeError as error:
+    print(error)
 """
 
 
@@ -51,4 +58,6 @@ def test_fp16_is_eagers_where_the_processor_does_not_convert_it() -> None:
         [sys.executable, "-c", _HALVES], env=os.environ | settings, capture_output=True, text=True,
         check=False, timeout=240,
     )  # fmt: skip
-    assert done.stdout.split() == ["eager", "cpu.engine"], done.stderr
+    *engines, refusal = done.stdout.splitlines() or [""]
+    assert engines == ["eager", "cpu.engine"], done.stderr
+    assert "torch.float16 needs a processor" in refusal, done.stderr

@@ -84,7 +84,7 @@ def partials(
 ) -> None:
     """Row statistics; see contract.Engine.partials."""
     stored, arithmetic = logits.dtype, arithmetic_dtype(logits.dtype)
-    token = _TOKENS[stored]
+    token = _token(stored)
     scales, factor = _scales(scale, arithmetic)
     rows = _matrix(logits, stored), _vector(local_target, torch.int64)
     weight = weight.contiguous() if wanted.smooth and weight is not None else None
@@ -135,7 +135,7 @@ def gradient(
         _narrowed(logits, m, s, local_target, coefficients, weight, scale, softcap, out)
         return
     stored, arithmetic = logits.dtype, arithmetic_dtype(logits.dtype)
-    token = _TOKENS[stored]
+    token = _token(stored)
     scales, factor = _scales(scale, arithmetic)
     softmax, target_part, smooth, entropy = coefficients
     source, place = _matrix(logits, stored), _matrix(out, stored)
@@ -182,7 +182,7 @@ def log_prob(
 ) -> None:
     """Log-probabilities; see contract.Engine.log_prob."""
     stored, arithmetic = logits.dtype, arithmetic_dtype(logits.dtype)
-    token = _TOKENS[stored]
+    token = _token(stored)
     scales, factor = _scales(scale, arithmetic)
     source, place = _matrix(logits, stored), _matrix(out, stored)
     rows = _vector(m, arithmetic), _vector(s, arithmetic)
@@ -202,6 +202,12 @@ def _kernels() -> Any:
         merge=import_module("vocab_parallel_ce.engines.cpu.merging").merge,
         converts_fp16=import_module("vocab_parallel_ce.engines.cpu.compiling").converts_fp16(),
     )
+
+
+def _token(stored: torch.dtype) -> Any:
+    if stored == torch.float16 and not _kernels().converts_fp16:  # LLVM would end the process
+        raise TypeError("torch.float16 needs a processor that converts it; see supports()")
+    return _TOKENS[stored]
 
 
 def _contiguous(tensor: Tensor) -> bool:
