@@ -79,7 +79,7 @@ def run_partials(c: Case, scale: float = 1.0, wanted: Wanted = ALL) -> dict[str,
 
 
 def run_gradient(
-    c: Case, m: Tensor, s: Tensor, out: Tensor, scale: float = 1.0, parts: int = 4
+    c: Case, m: Tensor, s: Tensor, out: Tensor, scale: float | Tensor = 1.0, parts: int = 4
 ) -> Tensor:
     softmax, target, smooth, entropy = c.coefficients
     plain = parts == 2
@@ -257,10 +257,11 @@ def test_a_nan_of_any_bits_stays_one_in_a_bf16_gradient() -> None:
     for m, s, softmax in ((nan, ones, ones), (ones, nan, ones), (ones, ones, nan)):
         d = c._replace(coefficients=Coefficients(softmax, ones))
         assert bool(run_gradient(d, m, s, torch.empty_like(c.logits), 1.0, 2).isnan().all())
+    d = c._replace(coefficients=Coefficients(ones, ones))
+    assert bool(run_gradient(d, ones, ones, torch.empty_like(c.logits), nan, 2).isnan().all())
     c.logits.view(torch.int16)[:, 5] = torch.tensor(
         [0x7FFF, -1, 0x7F81, 0x7FC0, -1, 0x7FC1]
     ).short()
-    d = c._replace(coefficients=Coefficients(ones, ones))
     dx = run_gradient(d, ones, ones, torch.empty_like(c.logits), 1.0, 2)
     assert torch.equal(dx.isnan(), c.logits.isnan())
 

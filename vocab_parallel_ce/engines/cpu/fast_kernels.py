@@ -29,6 +29,7 @@ import numpy as np
 from vocab_parallel_ce.engines.contract import IGNORED
 from vocab_parallel_ce.engines.cpu.blocks import block_gradient
 from vocab_parallel_ce.engines.cpu.compiling import kernel
+from vocab_parallel_ce.engines.cpu.lanes import number
 from vocab_parallel_ce.engines.cpu.memory import BLOCK, read, size_of, write
 from vocab_parallel_ce.engines.cpu.rows import (
     Matrix,
@@ -106,7 +107,7 @@ def gradient(
     size = size_of(token)
     for index in range(begin, end):
         row, first, columns = piece(index, row_columns, width)
-        scale = scale_of(scales, row, every_scale)
+        scale = number(clean(np.float64(scale_of(scales, row, every_scale))), every_scale)
         source = logits[0] + row * logits[1] + first * size
         destination = out[0] + row * out[1] + first * size
         y = column_of(read(target[0] + row * target[1], INT64), first)
