@@ -44,7 +44,17 @@ def converts_fp16() -> bool:
 
     Without one LLVM calls a function of the C compiler's library, which may not be there.
     """
+    return _has("f16c")
+
+
+def fuses() -> bool:
+    """Whether that processor rounds a b + c once: else ``multiply_add`` rounds a b, too."""
+    return _has("fma")
+
+
+def _has(feature: str) -> bool:
+    """Whether x86-64 is said to have it; every AArch64 has both."""
     triple, _, features = cpu_target.target_context.codegen().magic_tuple()
     if triple.startswith("aarch64"):
         return True
-    return triple.startswith("x86_64") and "+f16c" in features.split(",")
+    return triple.startswith("x86_64") and f"+{feature}" in features.split(",")
