@@ -137,6 +137,7 @@ def test_equal_logits_do_not_err_to_one_side(gap: float, dtype: torch.dtype) -> 
     c.logits.copy_(torch.zeros(()))
     c.logits[:, 5] = gap
     check(c)
+    check(c._replace(weight=torch.full_like(c.weight, 0.3)))
 
 
 # In place, threads

@@ -1,4 +1,4 @@
-"""The exponential of the kernels against that of fp64."""
+"""The exponential of the kernels and their tanh against those of fp64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.engines.cpu.tokens import TOKENS
 from vocab_parallel_ce.engines.contract import arithmetic_dtype
 from vocab_parallel_ce.engines.cpu import memory
-from vocab_parallel_ce.engines.cpu.exponential import exp
+from vocab_parallel_ce.engines.cpu.exponential import exp, tanh
 from vocab_parallel_ce.engines.cpu.lanes import LANES
 from vocab_parallel_ce.testing import ulp
 
@@ -23,6 +23,19 @@ def exponentials(source: int, result: int, count: int, stored: Any, precision: A
         place = i * memory.size_of(stored)
         x = memory.load(source + place, stored)
         memory.store(result + place, exp(x, precision), stored)
+
+
+@numba.njit
+def tangents(source: int, result: int, count: int, token: Any) -> None:
+    for i in range(0, count, LANES):
+        place = i * memory.size_of(token)
+        memory.store(result + place, tanh(memory.load(source + place, token), token), token)
+
+
+def tangent(y: Tensor) -> Tensor:
+    t = torch.empty_like(y)
+    tangents(y.data_ptr(), t.data_ptr(), y.numel(), TOKENS[y.dtype])
+    return t
 
 
 def exponential(d: Tensor, precision: torch.dtype) -> Tensor:
@@ -63,3 +76,21 @@ def test_the_fp64_exponential_is_the_librarys() -> None:
     d = -torch.rand(1 << 12, dtype=torch.float64) * 700
     error = (exponential(d, torch.float64) - d.exp()).abs()
     assert bool((error <= ulp(d.exp(), torch.float64)).all())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_error_of_tanh(sign: int) -> None:
+    """Every 61st float from 2^-30 to 2^7."""
+    ends = torch.tensor([2.0**-30, 2.0**7]).view(torch.int32).tolist()
+    y = sign * torch.arange(ends[0], ends[1], 61).to(torch.int32).view(torch.float32)
+    y = y[: y.numel() // LANES * LANES]
+    exact = y.double().tanh()
+    assert float(((tangent(y).double() - exact) / exact).abs().max()) < 1e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_special_tangents(dtype: torch.dtype) -> None:
+    y = torch.zeros(LANES, dtype=dtype)
+    y[1], y[2], y[3], y[4], y[5] = torch.inf, -torch.inf, torch.nan, 1e30, -1e30
+    t = tangent(y)
+    assert t[:6].nan_to_num(7.0).tolist() == [0.0, 1.0, -1.0, 7.0, 1.0, -1.0]

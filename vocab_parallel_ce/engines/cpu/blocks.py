@@ -145,27 +145,29 @@ def block_smooth(address: int, count: int, m: float, weight: int, token: Any) ->
     """sum w (x - m) and sum w over any ``count`` columns; w = 1 where ``weight`` is 0."""
     size = size_of(token)
     step = LANES * size
-    u = lanes_of(0.0, token)
-    w = lanes_of(0.0, token)
+    zero = lanes_of(0.0, token)
+    u, w = zero, zero
     full = count // LANES
-    rest, rest_weights = 0.0, 0.0
-    if weight == 0:
-        for _ in range(full):
-            u = u + (load(address, token) - m)
+    for start in range(0, full, CHAIN):
+        c, c2 = zero, zero
+        for _ in range(min(CHAIN, full - start)):
+            d = load(address, token) - m
+            if weight == 0:
+                c = c + d
+            else:
+                factor = load(weight, token)
+                c = multiply_add(factor, d, c)
+                c2 = c2 + factor
+                weight += step
             address += step
-        for i in range(count - full * LANES):
-            rest += read(address + i * size, token) - m
-        return total(u) + rest, float(count)
-    for _ in range(full):
-        factor = load(weight, token)
-        u = u + factor * (load(address, token) - m)
-        w = w + factor
-        address += step
-        weight += step
+        u, w = u + c, w + c2
+    rest, rest_weights = 0.0, 0.0
     for i in range(count - full * LANES):
-        one = np.float64(read(weight + i * size, token))
+        one = np.float64(read(weight + i * size, token)) if weight != 0 else 1.0
         rest += one * (read(address + i * size, token) - m)
         rest_weights += one
+    if weight == 0:
+        return total(u) + rest, float(count)
     return total(u) + rest, total(w) + rest_weights
 
 

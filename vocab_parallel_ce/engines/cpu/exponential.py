@@ -127,8 +127,8 @@ def _library_exp(typing: Any, value: Any) -> Any:
 def tanh(y: Any, precision: Any) -> Any:
     """tanh of lanes, NaN kept; ``precision`` is their own type.
 
-    For fp32: y + y^3 P(y^2) below 0.625, as in Cephes (Moshier 1989), else 1 - 2 e / (1 + e) with
-    e = e^(-2 |y|); the relative error is below 2e-7. fp64 takes the C library's, lane by lane.
+    For fp32: y + y^3 P(y^2) up to 1, a minimax polynomial, else 1 - 2 e / (1 + e) with
+    e = e^(-2 |y|); the relative error is below 1e-7. fp64 takes the C library's, lane by lane.
     """
     raise NotImplementedError("compiled code only")
 
@@ -148,11 +148,13 @@ def _tanh_single(y: Any, precision: Any) -> Any:
     far = 1.0 - quotient(2.0 * e, 1.0 + e)
     far = where_less(y, 0.0, 0.0 - far, far)
     z = y * y
-    p = multiply_add(z, -5.70498872745e-3, 2.06390887954e-2)
-    p = multiply_add(p, z, -5.37397155531e-2)
-    p = multiply_add(p, z, 1.33314422036e-1)
-    p = multiply_add(p, z, -3.33332819422e-1)
-    return where_less(0.625, a, far, multiply_add(p * z, y, y))
+    p = multiply_add(z, -3.58451989155e-4, 2.30136454957e-3)
+    p = multiply_add(p, z, -7.94610636786e-3)
+    p = multiply_add(p, z, 2.14866575279e-2)
+    p = multiply_add(p, z, -5.38798026960e-2)
+    p = multiply_add(p, z, 1.33323445727e-1)
+    p = multiply_add(p, z, -3.33332954319e-1)
+    return where_less(1.0, a, far, multiply_add(p * z, y, y))
 
 
 @operation
