@@ -204,7 +204,9 @@ def test_the_records_that_the_gate_uses() -> None:
         assert gate.allowed_for(share.times_limit) < 1.5 * share.times_limit
     for processor in {share.processor for share in kept.values()}:
         judged = {(s.dtype, s.peer) for s in kept.values() if s.processor == processor}
-        assert judged == {(d, p) for d in ("fp32", "bf16", "fp16") for p in ("ours", "ours-inplace")}
+        assert judged == {
+            (d, p) for d in ("fp32", "bf16", "fp16") for p in ("ours", "ours-inplace")
+        }
 
 
 # --- a kernel that is really slower ------------------------------------------------------------
