@@ -34,13 +34,14 @@ def float_checksum(values: Tensor) -> Tensor:
     return checksum(values.float().view(torch.int32))
 
 
-def fingerprint(hidden: Tensor, first_row: int = 0) -> Tensor:
-    """Two numbers [2] that tell hidden states [N, H] from others: those of row blocks add up.
+def fingerprint(hidden: Tensor) -> Tensor:
+    """Two numbers [2] that tell hidden states [N, H] from others.
 
-    A product with a fixed pattern of numbers of about 1, and the sum of squares that says how large
-    it is by chance. On equal hidden states the two differ by rounding alone.
+    The first is a product with a fixed pattern of numbers near 1. The second is the sum of squares,
+    which says how large such a product is by chance. On equal hidden states both are equal up to
+    rounding. Fingerprints of row blocks may be added, if all ranks cut their rows alike.
     """
-    rows = torch.arange(first_row, first_row + hidden.shape[0], device=hidden.device)
+    rows = torch.arange(hidden.shape[0], device=hidden.device)
     columns = torch.arange(hidden.shape[1], device=hidden.device)
     values = hidden if hidden.dtype == torch.float64 else hidden.float()
     product = (values @ _pattern(columns).to(values.dtype)) @ _pattern(rows).to(values.dtype)

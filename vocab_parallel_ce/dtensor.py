@@ -84,7 +84,8 @@ class Layout:
         )
 
 
-_PLAIN = Layout()
+PLAIN = Layout()
+"""of a call without DTensors"""
 
 
 def vocabulary_group(input: DTensor, dim: int = -1) -> dist.ProcessGroup | None:
@@ -127,7 +128,7 @@ def unwrap(
                     f"{name} is a DTensor but input is not: pass both as DTensors, or "
                     f"{name}.to_local()"
                 )
-        return *admit(input, target, weight, options), _PLAIN
+        return *admit(input, target, weight, options), PLAIN
     if options.group is not None or options.shard is not None:
         raise ValueError(
             "group and shard must be left out for DTensor input: its mesh and placements tell them"

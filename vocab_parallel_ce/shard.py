@@ -25,6 +25,11 @@ def group_rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
     return group.rank(), group.size()  # at a tenth of what torch.distributed takes to ask them
 
 
+def rank_suffix(rank: int, world: int) -> str:
+    """What an error message says last: which rank raises it, where there are several."""
+    return f" (rank {rank} of the group)" if world > 1 else ""
+
+
 @dataclass(frozen=True)
 class VocabShard:
     """The ids [start, stop) of a vocabulary of ``vocab_size`` live on this rank.

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from ..arguments import Options
 from ..dtensor import (
+    PLAIN,
     Layout,
     check_row_options,
     check_target,
@@ -28,8 +29,6 @@ from ..rounds import play_before
 from ..shard import VocabShard
 from ..switches import check_is_on, check_word
 from .checks import LinearOptions, LinearTensors
-
-_PLAIN = Layout()
 
 
 def unwrap_linear(
@@ -49,7 +48,7 @@ def unwrap_linear(
                     f"{name} is a DTensor, but not both input and linear_weight are: pass both as "
                     f"DTensors of one mesh, or {name}.to_local()"
                 )
-        return tensors, options, linear, _PLAIN
+        return tensors, options, linear, PLAIN
     if options.group is not None or options.shard is not None:
         raise ValueError(
             "group and shard must be left out for DTensors: the mesh and the placements of "

@@ -22,6 +22,7 @@ from ..preflight import together
 from ..reduction import (
     RowLosses,
     denominators,
+    own_rows_only,
     reduce_rows,
     row_coefficients,
     row_losses,
@@ -58,15 +59,11 @@ class _Pending:
     coefficients: Tensor
 
 
-def _same(value: Tensor) -> Tensor:
-    return value
-
-
 def loss_with_gradients(
     call: LinearCall,
     leaves: Leaves,
     needs: Needs,
-    total: Callable[[Tensor], Tensor] = _same,
+    total: Callable[[Tensor], Tensor] = own_rows_only,
 ) -> LossAndGradients:
     """The reduced loss of ``call`` and the gradients that ``needs`` asks for.
 
