@@ -301,6 +301,10 @@ class Engine(Protocol):
     LEAVES_LOG_PROB: bool
     """The kernel of ``partials`` writes log-probabilities anyway, and ``log_prob_out`` gets them"""
 
+    def unavailable(self) -> str | None:
+        """Why this engine cannot run on this machine, in one line; None if it can."""
+        ...
+
     def supports(self, logits: Tensor) -> bool:
         """Whether this engine can serve such logits (device and dtype)."""
         ...
