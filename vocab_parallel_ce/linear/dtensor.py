@@ -41,13 +41,7 @@ def unwrap_linear(
     """
     hidden, head = tensors.input, tensors.linear_weight
     if not isinstance(hidden, DTensor) or not isinstance(head, DTensor):
-        given = {**tensors._asdict(), "scale": options.scale, "selected": options.selected}
-        for name, value in given.items():
-            if isinstance(value, DTensor):
-                raise ValueError(
-                    f"{name} is a DTensor, but not both input and linear_weight are: pass both as "
-                    f"DTensors of one mesh, or {name}.to_local()"
-                )
+        _refuse_single_dtensors(tensors, options)
         return tensors, options, linear, PLAIN
     if options.group is not None or options.shard is not None:
         raise ValueError(
@@ -73,18 +67,7 @@ def unwrap_linear(
     summed = list(placements)
     if linear.hidden_gradient == "partial" and vocabulary is not None and not sequence:
         summed[vocabulary] = Partial()
-    of_head = [_gradient_of_head(d, p, vocabulary, rows) for d, p in enumerate(head.placements)]
-    local_head = head.to_local(grad_placements=of_head)
-    bias = tensors.linear_bias
-    if isinstance(bias, DTensor):
-        if tuple(bias.placements) != tuple(head.placements):
-            raise ValueError(
-                f"linear_bias has placements {tuple(bias.placements)}, linear_weight "
-                f"{tuple(head.placements)}; both must lie alike"
-            )
-        bias = bias.to_local(grad_placements=of_head)
-    start = min(offset_of(tuple(head.shape), mesh, tuple(head.placements))[0], head.shape[0])
-    shard = VocabShard(start, start + local_head.shape[0], head.shape[0])
+    local_head, bias, shard = _local_head(head, tensors.linear_bias, vocabulary, rows)
     local = hidden.to_local(grad_placements=summed)
     here = _rows_here(tuple(hidden.shape), mesh, rows)
     check_target(tensors.target, here, layout)
@@ -104,6 +87,35 @@ def unwrap_linear(
         linear._replace(sequence_parallel=sequence),
         layout,
     )
+
+
+def _refuse_single_dtensors(tensors: LinearTensors, options: Options) -> None:
+    """Raises where one argument is a DTensor, though input and linear_weight are not both."""
+    given = {**tensors._asdict(), "scale": options.scale, "selected": options.selected}
+    for name, value in given.items():
+        if isinstance(value, DTensor):
+            raise ValueError(
+                f"{name} is a DTensor, but not both input and linear_weight are: pass both as "
+                f"DTensors of one mesh, or {name}.to_local()"
+            )
+
+
+def _local_head(
+    head: DTensor, bias: Tensor | None, vocabulary: int | None, rows: tuple[Placement, ...]
+) -> tuple[Tensor, Tensor | None, VocabShard]:
+    """This rank's weight and bias, and the ids of their rows."""
+    mesh, placements = head.device_mesh, tuple(head.placements)
+    gradients = [_gradient_of_head(d, p, vocabulary, rows) for d, p in enumerate(placements)]
+    weight = head.to_local(grad_placements=gradients)
+    if isinstance(bias, DTensor):
+        if tuple(bias.placements) != placements:
+            raise ValueError(
+                f"linear_bias has placements {tuple(bias.placements)}, linear_weight "
+                f"{placements}; both must lie alike"
+            )
+        bias = bias.to_local(grad_placements=gradients)
+    start = min(offset_of(tuple(head.shape), mesh, placements)[0], head.shape[0])
+    return weight, bias, VocabShard(start, start + weight.shape[0], head.shape[0])
 
 
 def _vocabulary_dim(head: DTensor) -> int | None:
