@@ -144,7 +144,7 @@ def unwrap(
     layout = Layout(mesh, placements, rows, tuple(input.shape), hearing)
 
     local = input.to_local(grad_placements=placements)
-    offset = offset_of(tuple(input.shape), mesh, placements)
+    offset, _ = local_part(tuple(input.shape), mesh, placements)
     start = min(offset[last], input.shape[last])
     shard = VocabShard(start, start + local.shape[-1], input.shape[last])
     group = mesh.get_group(vocab_dims[0]) if vocab_dims else None
@@ -162,12 +162,12 @@ def unwrap(
     return *admit(local, here, weight_here, options), layout
 
 
-def offset_of(
+def local_part(
     shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...]
-) -> tuple[int, ...]:
-    """Where the local tensor begins in the global one: DTensor cuts as ``torch.chunk`` does.
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where the local tensor begins in the global one, and its shape.
 
-    In plain integers, so that the compiler can follow them.
+    DTensor cuts as ``torch.chunk`` does. In plain integers, so that the compiler can follow them.
     """
     coordinate = mesh.get_coordinate()
     offset, size = [0] * len(shape), list(shape)
@@ -179,7 +179,7 @@ def offset_of(
             first = min(coordinate[mesh_dim] * step, size[dim])
             offset[dim] += first
             size[dim] = min(step, size[dim] - first)
-    return tuple(offset)
+    return tuple(offset), tuple(size)
 
 
 def _vocab_dims(input: DTensor, last: int) -> list[int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from ..arguments import Options
@@ -19,10 +18,10 @@ from ..dtensor import (
     Layout,
     check_row_options,
     check_target,
+    local_part,
     local_row_options,
     local_target,
     local_weight,
-    offset_of,
     row_groups,
 )
 from ..rounds import play_before
@@ -69,7 +68,8 @@ def unwrap_linear(
         summed[vocabulary] = Partial()
     local_head, bias, shard = _local_head(head, tensors.linear_bias, vocabulary, rows)
     local = hidden.to_local(grad_placements=summed)
-    here = _rows_here(tuple(hidden.shape), mesh, rows)
+    offset, size = local_part(tuple(hidden.shape), mesh, rows)
+    offset, here = offset[:-1], size[:-1]  # of this rank's targets
     check_target(tensors.target, here, layout)
     check_row_options(options, here, layout)
     weight = local_weight(tensors.weight)
@@ -78,7 +78,6 @@ def unwrap_linear(
     normalizer = tensors.normalizer
     if isinstance(normalizer, DTensor):
         normalizer = normalizer.full_tensor()
-    offset = offset_of(tuple(hidden.shape[:-1]), mesh, rows)
     target = local_target(tensors.target, here, layout, offset)
     options = local_row_options(options, here, layout, offset)
     return (
@@ -114,7 +113,7 @@ def _local_head(
                 f"{placements}; both must lie alike"
             )
         bias = bias.to_local(grad_placements=gradients)
-    start = min(offset_of(tuple(head.shape), mesh, placements)[0], head.shape[0])
+    start = min(local_part(tuple(head.shape), mesh, placements)[0][0], head.shape[0])
     return weight, bias, VocabShard(start, start + weight.shape[0], head.shape[0])
 
 
@@ -183,19 +182,3 @@ def _gradient_of_head(
     if dim != vocabulary and rows[dim].is_shard():
         return Partial()
     return placement
-
-
-def _rows_here(
-    shape: tuple[int, ...], mesh: DeviceMesh, rows: tuple[Placement, ...]
-) -> tuple[int, ...]:
-    """The shape of this rank's targets."""
-    blank: Tensor = torch.empty(shape[:-1], device="meta")
-    size = list(blank.shape)
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None
-    for mesh_dim, placement in enumerate(rows):
-        if isinstance(placement, Shard):
-            dim = placement.dim % len(shape)
-            step = -(-size[dim] // mesh.size(mesh_dim))
-            size[dim] = max(0, min(step, size[dim] - coordinate[mesh_dim] * step))
-    return tuple(size)
