@@ -6,8 +6,8 @@
     install(model)
 
 transformers splits the head's weight as a DTensor: its mesh gives the group, and its first
-dimension the vocabulary. The model finds its loss in ``model.loss_function``, a property that may be set, so
-nothing is patched. The plan must keep the logits split ("colwise"). A model's own plan,
+dimension the vocabulary. The model finds its loss in ``model.loss_function``, a property that may
+be set, so nothing is patched. The plan must keep the logits split ("colwise"). A model's own plan,
 "colwise_gather_output", gathers them, and then nothing would be saved.
 
 Read in transformers 5.24. transformers itself is never imported.
