@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .api import cross_entropy, token_statistics
 from .arguments import Options, Outputs
+from .dtensor import Layout
+from .linear.call import Statics
 from .linear.checks import (
     LinearOptions,
     LinearTensors,
@@ -174,7 +176,19 @@ def linear_cross_entropy(
             options.group, layout.total,
         )  # fmt: skip
         loss, zloss = layout.scalar(loss), layout.scalar(zloss)
-        return (loss, zloss) if return_zloss else loss
+    else:
+        loss, zloss = _recomputed_loss(tensors, scales, statics, options, layout)
+    return (loss, zloss) if return_zloss else loss
+
+
+def _recomputed_loss(
+    tensors: LinearTensors,
+    scales: Tensor | None,
+    statics: Statics,
+    options: Options,
+    layout: Layout,
+) -> tuple[Tensor, Tensor]:
+    """(loss, zloss) whose gradients are computed in backward, reduced as the call asks."""
     stats, _, agreed = linear_row_statistics(
         tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target, tensors.weight,
         as_scalar(tensors.normalizer, tensors.input), scales, None, statics, options.group,
@@ -182,12 +196,12 @@ def linear_cross_entropy(
     layout.agree()
     rows = row_losses(stats, tensors.target, tensors.weight, statics.request)
     given = agreed if statics.request.normalized else None
-    loss, of_z = reduce_rows(rows, reduction, given, layout.total)
+    loss, of_z = reduce_rows(rows, options.reduction, given, layout.total)
     zloss = torch.zeros_like(loss) if of_z is None else of_z
-    if reduction == "none":
-        loss, zloss = loss.reshape(tensors.target.shape), zloss.reshape(tensors.target.shape)
-    wrap = layout.rows if reduction == "none" else layout.scalar
-    return (wrap(loss), wrap(zloss)) if return_zloss else wrap(loss)
+    if options.reduction != "none":
+        return layout.scalar(loss), layout.scalar(zloss)
+    shape = tensors.target.shape
+    return layout.rows(loss.reshape(shape)), layout.rows(zloss.reshape(shape))
 
 
 @linear_raises_together
