@@ -31,7 +31,7 @@ from ..reduction import (
 from ..request import is_on
 from .backward import Gradients, Leaves, Needs, RowSums, rows_of
 from .call import LinearCall
-from .forward import Told
+from .forward import HiddenFingerprint
 from .hidden import HiddenRows, preflight_before_gathers
 from .kept import Portion, Rows, kept_rows, masked, some_of
 
@@ -133,9 +133,9 @@ class _InForward:
                 parts.zero_()
             some, column = parts[:, :n], local_target[:n]
             call.fill(engine, some, rows, logits, column)
-            told = Told(call)
-            told.add(hidden, self._keep[rows])
-            return told.bits()
+            seen = HiddenFingerprint(call)
+            seen.add(hidden, self._keep[rows])
+            return seen.bits()
 
         plan, scale = call.plan(self._scratch, call.statics.chunk), some_of(call.scale, rows)
         if not first:
