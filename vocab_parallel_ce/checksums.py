@@ -34,14 +34,14 @@ def float_checksum(values: Tensor) -> Tensor:
     return checksum(values.float().view(torch.int32))
 
 
-def fingerprint(hidden: Tensor) -> Tensor:
+def fingerprint(hidden: Tensor, first_row: int = 0) -> Tensor:
     """Two numbers [2] that tell hidden states [N, H] from others.
 
     The first is a product with a fixed pattern of numbers near 1. The second is the sum of squares,
     which says how large such a product is by chance. On equal hidden states both are equal up to
-    rounding. Fingerprints of row blocks may be added, if all ranks cut their rows alike.
+    rounding. Fingerprints of row blocks may be added, if each is given the number of its first row.
     """
-    rows = torch.arange(hidden.shape[0], device=hidden.device)
+    rows = torch.arange(first_row, first_row + hidden.shape[0], device=hidden.device)
     columns = torch.arange(hidden.shape[1], device=hidden.device)
     values = hidden if hidden.dtype == torch.float64 else hidden.float()
     product = (values @ _pattern(columns).to(values.dtype)) @ _pattern(rows).to(values.dtype)
@@ -50,7 +50,8 @@ def fingerprint(hidden: Tensor) -> Tensor:
 
 def _pattern(places: Tensor) -> Tensor:
     """Numbers of mean square 1 that look like chance."""
-    return ((places % 4096).float() * 2.399963 + 0.5).cos() * 2**0.5  # the golden angle
+    # The golden angle. The period is a prime, so no usual size of a block is a multiple of it.
+    return ((places % 4093).float() * 2.399963 + 0.5).cos() * 2**0.5
 
 
 def fingerprint_bits(fingerprint: Tensor) -> Tensor:

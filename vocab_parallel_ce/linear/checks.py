@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..arguments import Options, Outputs
 from ..checks import check_group, prepare
-from ..kinds import Kind, check_kinds, kind_of, settled
+from ..kinds import Kind, check_kinds, kind_of, settled, traced
 from ..option_checks import is_number
 from ..request import LinearRequest, is_on
 from ..shard import Held, group_rank_and_size, rank_suffix
@@ -157,7 +157,7 @@ def in_forward(
         )
     auto = linear.gradient == "auto" and serves and tensors.input.dtype != torch.float16
     auto &= not straight
-    if rows_shared and torch.compiler.is_compiling():  # no operator sums in the middle of it
+    if rows_shared and traced(tensors.input):  # no operator sums in the middle of it
         return False
     leaves = (tensors.input, tensors.linear_weight, tensors.linear_bias)
     # Asked here: inside an autograd.Function gradients are off, and its inputs still need some.

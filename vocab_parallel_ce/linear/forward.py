@@ -84,12 +84,14 @@ class HiddenFingerprint:
         several = call.group is not None and call.group.size() > 1
         several &= not call.request.sequence_parallel  # what was gathered is the same
         on_host = call.hidden.device.type == "cpu" or call.request.checking
+        self._rows = 0
         self._sum = torch.zeros(2, device=call.hidden.device) if several and on_host else None
 
     def add(self, hidden: Tensor, keep: Tensor) -> None:
         """Add rows [n, H] of a portion; only those in ``keep`` [n] count."""
         if self._sum is not None:
-            self._sum += fingerprint(masked(hidden, keep))
+            self._sum += fingerprint(masked(hidden, keep), self._rows)
+            self._rows += hidden.shape[0]
 
     def bits(self) -> Tensor | None:
         return None if self._sum is None else fingerprint_bits(self._sum)
