@@ -3,14 +3,14 @@
     loss_fn:
       _target_: vocab_parallel_ce.parallel.automodel.VocabParallelCrossEntropy
 
-Idea: a recipe builds the loss that its YAML names, and calls it with logits, labels and the number
-of tokens of all ranks. Automodel's own plans for tensor parallelism leave the logits of most models
-split, as DTensors; its ``MaskedCrossEntropy`` then gathers them whole, in fp32. This one takes them
-as they are.
+A recipe builds the loss that its YAML names, and calls it with logits, labels and the number of
+tokens on all ranks. Automodel's own plans for tensor parallelism leave the logits of most models
+split, as DTensors; its ``MaskedCrossEntropy`` then gathers them whole, in fp32. The loss here takes
+the split logits as they are.
 
-The class inherits from Automodel's ``MaskedCrossEntropy``, for a recipe puts that one in the place
-of any other loss where a model does not know ``logits_to_keep``. So it is made when it is first
-asked for: only then is Automodel imported. Read and run with 0.7.0.
+The class inherits from Automodel's ``MaskedCrossEntropy``: where a model does not know
+``logits_to_keep``, a recipe puts that one in the place of any other loss. Automodel is imported
+only when the class is first used. Read and run with Automodel 0.7.0.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def masked_loss(
     """What Automodel's ``MaskedCrossEntropy`` computes, without whole logits; fp32.
 
     Args:
-        logits: [B, S, V] as a DTensor, its last dimension split over one mesh dimension or over
-            none; or plain: whole logits, or this rank's equal part of them with ``tp_group``.
+        logits: [B, S, V] as a DTensor, its last dimension split over at most one mesh dimension.
+            Or a plain tensor: whole logits, or with ``tp_group`` this rank's equal part of them.
         labels: [B, S] ids. -100 and ``ignore_index`` do not count. Not modified.
         mask: [B, S], 0 where a label does not count.
-        num_label_tokens: divides the sum; where it is 0 the loss and its gradient are 0.
-        loss_weights: [B, S], one factor a token, for the sum.
+        num_label_tokens: divides the sum; with 0 the loss and its gradient are 0.
+        loss_weights: [B, S], one factor for each token; only with reduction "sum".
         reduction: "sum", "mean" or "none".
         ignore_index: the label that does not count, beside -100.
         tp_group: the ranks that hold the parts of plain logits.
@@ -65,9 +65,9 @@ def masked_loss(
         A plain tensor, 0-d, or [B, S] for "none".
 
     Raises:
-        ValueError: for a reduction that ``num_label_tokens`` or ``loss_weights`` does not go with,
-            and what ``cross_entropy`` raises: for labels beyond the vocabulary, Partial logits,
-            whole logits where parts are told by ``tp_group``, parts that are not equal.
+        ValueError: where ``num_label_tokens`` or ``loss_weights`` is given with another reduction
+            than "sum"; and what ``cross_entropy`` raises, for example for labels beyond the
+            vocabulary, Partial logits, whole logits with ``tp_group``, or parts of unequal size.
 
     Communication:
         That of ``cross_entropy``.

@@ -2,8 +2,9 @@
 
 A model of transformers calls ``model.loss_function(logits=, labels=, vocab_size=, ...)``, and
 DeepSpeed sets the same hook. ``CausalLMLoss`` has that signature and computes what transformers'
-own ``ForCausalLMLoss`` computes, from this rank's shard of the logits. Who finds group and shard in
-a model is a file a framework: ``transformers.py``, ``deepspeed.py``. Nothing of them is imported.
+own ``ForCausalLMLoss`` computes, from this rank's shard of the logits. How group and shard are
+found in a model depends on the framework: see ``transformers.py`` and ``deepspeed.py``. Neither
+framework is imported here.
 """
 
 from __future__ import annotations
@@ -41,9 +42,8 @@ class CausalLMLoss:
     Args:
         group: the ranks that split the vocabulary; None for one rank.
         shard: the ids of this rank's columns of the logits.
-        label_smoothing: as in ``cross_entropy``, over the whole vocabulary. transformers' Trainer
-            has an option of the same purpose, which computes a loss of its own from whole logits:
-            leave that at 0.
+        label_smoothing: as in ``cross_entropy``, over the whole vocabulary. Leave the Trainer's
+            ``label_smoothing_factor`` at 0: it computes a loss of its own from whole logits.
         lse_square_scale: adds this times lse squared to the loss of each kept token (z-loss).
         inplace_backward: the gradient overwrites the logits, ``outputs.logits`` included.
 
@@ -64,7 +64,7 @@ class CausalLMLoss:
 
     @property
     def where(self) -> str:
-        """What begins a message: empty on one rank."""
+        """How an error message begins: with this rank, or empty where there is only one."""
         return f"rank {dist.get_rank(self.group)} of the group: " if self.group else ""
 
     def check_vocabulary(self, vocab_size: int | None) -> None:
@@ -90,11 +90,11 @@ class CausalLMLoss:
         Args:
             logits: [..., S, C_r], this rank's shard.
             labels: [..., S]; position s is to predict labels[s + 1]. Unused with shift_labels.
-            vocab_size: what the model's configuration says; where given it must be the shard's.
+            vocab_size: what the model's configuration says; if given, it must equal the shard's.
             num_items_in_batch: the denominator, such as the kept tokens of all micro-batches.
             ignore_index: the label that does not count.
-            shift_labels: [..., S]; the targets themselves, for whoever shifted them already.
-            others: what models hand through (masks, positions); not used, as in transformers.
+            shift_labels: [..., S]; the targets, for callers who have shifted the labels already.
+            others: what models pass on (masks, positions); not used, as in transformers.
 
         Raises:
             ValueError: for logits that were gathered, for another vocabulary, without labels, and

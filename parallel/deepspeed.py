@@ -3,9 +3,9 @@
     engine, *_ = deepspeed.initialize(model=model, config=config)
     install(engine)
 
-Idea: with ``"tensor_parallel": {"vocab_parallel_lm_head": true}`` DeepSpeed replaces the head of a
+With ``"tensor_parallel": {"vocab_parallel_lm_head": true}`` DeepSpeed replaces the head of a
 Hugging Face model by one that keeps its logits split and knows its ids, and sets a loss of its own
-in ``model.loss_function``. The same hook takes ours. Shards may be uneven.
+in ``model.loss_function``. ``install`` sets ours in the same place. Shards may be uneven.
 
 Read in DeepSpeed 0.19.8. DeepSpeed itself is never imported.
 """

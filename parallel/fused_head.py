@@ -1,13 +1,13 @@
 """A causal language model that never makes logits in training: head and loss in one function.
 
-Idea: a model of transformers calls its head and then ``loss_function``. While it trains with
-labels, the head hands its hidden states on as they came, and the loss computes head and loss
-together, a chunk of rows at a time (``linear_cross_entropy``). In every other call, such as
-evaluation and generation, the head makes logits as before. ``outputs.logits`` is None in training:
-what stands there would be hidden states.
+A model of transformers calls its head and then ``loss_function``. When it trains with labels, the
+head is made to return its hidden states unchanged, and the loss function computes head and loss
+together, one chunk of rows at a time (``linear_cross_entropy``). In every other call, such as
+evaluation and generation, the head makes logits as before. In training ``outputs.logits`` is set to
+None, because it would hold hidden states.
 
-A model that changes its logits between head and loss (a cap, a scale) cannot be served so: the loss
-sees that it was not given the very tensor that the head handed on, and raises.
+A model that changes its logits between head and loss (a cap, a scale) cannot be served this way:
+the loss checks that it gets the very tensor that the head returned, and raises otherwise.
 """
 
 from __future__ import annotations

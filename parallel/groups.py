@@ -61,12 +61,17 @@ def grid_size(world_size: int, tp: int | None, dp: int | None) -> tuple[int, int
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """Where this rank stands, and the groups it talks to. Use it as a context manager.
+    """The place of this rank in the grid, and its process groups. Use it as a context manager.
 
-    control  all ranks, always Gloo: barriers, small Python objects and checkpoint plans travel
-             here and never queue behind the accelerator's work
-    mesh     the grid as a DeviceMesh with dimensions "dp" and "tp", for DTensor, over the same
-             groups
+    ``control`` is a group of all ranks that is always Gloo: barriers, small Python objects and
+    checkpoint plans go over it, so they never queue behind the accelerator's work. ``mesh`` is the
+    grid as a DeviceMesh with dimensions "dp" and "tp", for DTensor, made of the same groups.
+
+    Example:
+        ```python
+        with ParallelGroups.open(tp=2) as groups:
+            shard = VocabShard.even(vocab_size, groups.tp_group)
+        ```
     """
 
     device: torch.device
@@ -94,19 +99,30 @@ class ParallelGroups:
         timeout_seconds: float = 600.0,
         deterministic: bool = False,
     ) -> ParallelGroups:
-        """Joins all ranks. Bad sizes and missing devices are refused before anything is connected.
+        """Joins all ranks and makes the groups; every rank calls it.
 
         Where torch.distributed is already initialised, its ranks are used as they are.
 
-        timeout_seconds is how long a rank waits for the others: to join, and in a collective. On an
-        NPU a collective waits 68 s at least, and a rank that it could not free ends 60 s later.
+        Args:
+            device_type: "npu", "cuda" or "cpu"; None takes the best that is here.
+            tp: ranks that split the vocabulary. None: all that ``dp`` leaves.
+            dp: copies of the model. None: all that ``tp`` leaves.
+            timeout_seconds: how long a rank waits for the others, to join and in a collective. On
+                an NPU a collective waits at least 68 s, and a rank that cannot leave one is ended
+                60 s later.
+            deterministic: sums over the groups (all_reduce) shall have the same bits in every run
+                of the same ranks. On an NPU this sets HCCL_DETERMINISTIC=true, which costs speed; a
+                value that is set already stays, and so do existing communicators. NCCL and Gloo
+                have no such switch. The loss does not need it where it gathers, and it does not
+                touch the kernels of the model (torch.use_deterministic_algorithms does).
 
-        deterministic asks that sums over the groups have the same bits in every run of the same
-        ranks. On an NPU that is HCCL_DETERMINISTIC=true, which costs speed; a value that is set
-        already stays, and so do communicators that exist already. NCCL and Gloo have no such
-        switch: they add in an order that follows from the ranks and how they are connected. It is
-        about all_reduce: the loss with the gather has the same bits in any case, and nothing is
-        said about the kernels of the model (torch.use_deterministic_algorithms is about those).
+        Raises:
+            ValueError: where ``tp`` times ``dp`` is not the number of processes, or the device is
+                missing; nothing is connected then.
+            RuntimeError: where ranks do not join in time.
+
+        Communication:
+            Joins the process group and makes at most three more groups.
         """
         if not 0 < timeout_seconds < math.inf:
             raise ValueError(f"timeout_seconds={timeout_seconds} must be a positive number")

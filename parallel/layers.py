@@ -1,13 +1,14 @@
 """Embedding and output head whose weights are split over the vocabulary.
 
-Each tensor-parallel rank owns the rows [start, stop) of a [vocab_size, width] weight. Two autograd
-functions, each the other's mirror, keep everything between the two layers replicated:
+Each tensor-parallel rank owns the rows [start, stop) of a [vocab_size, width] weight. Between the
+two layers every rank holds the same values and the same gradients. Two autograd functions see to
+that; each is the mirror of the other:
 
     reduce_from_group    forward: sum over the group    backward: nothing    (after the embedding)
     copy_to_group        forward: nothing    backward: sum over the group    (before the head)
 
-Initial weights do not depend on how many ranks there are: every rank draws the full weight from
-the same seeded generator and keeps its rows. For a moment that takes the full weight in memory.
+Initial weights do not depend on the number of ranks: every rank draws the full weight from the same
+seeded generator and keeps its rows. While a layer is built, its full weight is in memory.
 """
 
 from __future__ import annotations
@@ -77,9 +78,10 @@ def reduce_from_group(values: Tensor, group: dist.ProcessGroup | None) -> Tensor
 
 
 def copy_to_group(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The same values to ranks that each use them in part; their gradients are summed.
+    """Returns ``values``; in backward their gradient is summed over the group.
 
-    What the head of a split vocabulary does to its hidden states.
+    A head whose vocabulary is split needs it on its hidden states: every rank uses them for its own
+    ids, and so has only a part of their gradient.
 
     Args:
         values: floats of any shape, the same on every rank.
@@ -136,10 +138,10 @@ class VocabParallelEmbedding(_VocabParallelWeight):
 
     Args:
         shard: the rows of the weight that live here.
-        width: of a vector.
+        width: number of elements of a vector.
         group: the tensor-parallel group; None is one rank.
-        generator: draws the whole weight; seeded alike on every rank.
-        std: of the normal distribution that it draws from.
+        generator: draws the whole weight; it must have the same seed on every rank.
+        std: standard deviation of the initial weights, which are normal with mean 0.
 
     Raises:
         ValueError: on CPU, for an id outside the vocabulary.
@@ -165,7 +167,10 @@ class VocabParallelEmbedding(_VocabParallelWeight):
         super().__init__(shard, width, group, generator, std, None)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """An id outside the vocabulary is an error on a CPU; accelerators are not made to wait."""
+        """ids [...] -> [..., width]. On a CPU an id outside the vocabulary is a ValueError.
+
+        On an accelerator it gives a vector of zeros: a look at the ids would wait for the device.
+        """
         shard = self.shard
         if ids.device.type == "cpu" and ids.numel():
             low, high = int(ids.min()), int(ids.max())
@@ -188,11 +193,12 @@ class VocabParallelHead(_VocabParallelWeight):
 
     Args:
         shard: the rows of the weight that live here.
-        width: of the hidden states.
+        width: number of elements of a hidden state.
         group: the tensor-parallel group; None is one rank.
-        generator: draws the whole weight; seeded alike on every rank.
-        std: of the normal distribution that it draws from.
-        weight: ties the head to an embedding of the same shard.
+        generator: draws the whole weight; it must have the same seed on every rank. Unused with
+            ``weight``.
+        std: standard deviation of the initial weights, which are normal with mean 0.
+        weight: the weight of an embedding of the same shard, to tie the two.
 
     Raises:
         ValueError: for a ``weight`` that does not fit the shard.
@@ -221,21 +227,23 @@ class VocabParallelHead(_VocabParallelWeight):
         super().__init__(shard, width, group, generator, std, weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [..., width], the same on every rank -> this rank's logits [..., shard.size]."""
         return F.linear(copy_to_group(hidden, self.group), self.weight)
 
     def loss(self, hidden: Tensor, target: Tensor, **options: Any) -> Any:
-        """The loss of ``self(hidden)``, whose logits never exist whole.
+        """The loss of ``self(hidden)``, without whole logits.
 
         Args:
-            hidden: [..., width], the same on every rank; or this rank's part of the sequence.
+            hidden: [..., width], the same on every rank; with ``sequence_parallel=True`` this
+                rank's part of the sequence.
             target: [...] vocabulary ids, the same on every rank.
-            options: those of ``linear_cross_entropy`` beside the head, the group and the shard.
+            options: all options of ``linear_cross_entropy`` but ``group`` and ``shard``.
 
         Returns:
             What ``linear_cross_entropy`` returns.
 
         Communication:
-            That of ``linear_cross_entropy``; the gradient of the hidden states is summed there.
+            That of ``linear_cross_entropy``, which also sums the gradient of the hidden states.
         """
         return linear_cross_entropy(
             hidden, self.weight, target, group=self.group, shard=self.shard, **options

@@ -4,13 +4,14 @@
 
     trainer_config.loss = VocabParallelCrossEntropyLoss.Config(global_vocab_size=128_256)
 
-Idea: torchtitan's trainer builds the loss that its configuration names, and calls it with logits,
-labels and the number of valid tokens of all ranks; it wants the sum over the tokens, divided by
-that number. Logits are DTensors, split over "tp", or this rank's plain part of them; both are taken
-as they are, without a float copy. ``ChunkedLossWrapper.Config(loss_fn=...)`` takes it, too.
+torchtitan's trainer builds the loss that its configuration names, and calls it with logits, labels
+and the number of valid tokens on all ranks. It expects the sum over the tokens, divided by that
+number. Logits are DTensors that are split over "tp", or this rank's plain part of them. Both are
+taken as they are, without an fp32 copy. The loss also works in
+``ChunkedLossWrapper.Config(loss_fn=...)``.
 
-The class inherits from torchtitan's ``BaseLoss``, so it is made when it is first asked for: only
-then is torchtitan imported. Read and run with 0.3.0.
+The class inherits from torchtitan's ``BaseLoss``. torchtitan is imported only when the class is
+first used. Read and run with torchtitan 0.3.0.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def summed_loss(
         options: of ``cross_entropy``: label_smoothing, lse_square_scale, inplace_backward.
 
     Returns:
-        A plain tensor; a DTensor where ``labels`` is one: partial over mesh dimensions that split
-        rows, the same on the others.
+        A plain tensor. If ``labels`` is a DTensor, a DTensor: partial over mesh dimensions that
+        split rows, replicated over the others.
 
     Raises:
         ValueError: for logits that are split otherwise, or parts without ``global_vocab_size``.

@@ -5,10 +5,10 @@
     )
     install(model)
 
-Idea: transformers splits the head's weight as a DTensor; its mesh tells the group, and its first
-dimension the vocabulary. The model looks its loss up in ``model.loss_function``, a property that it
-lets everybody set: nothing is patched. The plan must keep the logits split ("colwise"); a model's
-own plan, "colwise_gather_output", gathers them, and then there is nothing to save.
+transformers splits the head's weight as a DTensor: its mesh gives the group, and its first
+dimension the vocabulary. The model finds its loss in ``model.loss_function``, a property that may
+be set, so nothing is patched. The plan must keep the logits split ("colwise"). A model's own plan,
+"colwise_gather_output", gathers them, and then nothing would be saved.
 
 Read in transformers 5.24. transformers itself is never imported.
 """
@@ -48,13 +48,14 @@ def install(
 
     Args:
         model: loaded with ``DistributedConfig(tp_size=..., tp_plan={"lm_head": "colwise"})``; the
-            vocabulary need not divide by tp_size. A model that is not split works, too.
+            vocabulary need not be a multiple of tp_size. A model that is not split works as well.
         label_smoothing: in the loss, over the whole vocabulary. Leave the Trainer's own
             ``label_smoothing_factor`` at 0: it wants whole logits.
         lse_square_scale: adds this times lse squared to the loss of each token (z-loss).
         inplace_backward: the gradient overwrites ``outputs.logits``.
-        fused_head: head and loss together (``linear_cross_entropy``): in training logits exist a
-            chunk of rows at a time, and ``outputs.logits`` is None. Elsewhere nothing changes.
+        fused_head: compute head and loss together (``linear_cross_entropy``). In training only one
+            chunk of logits exists at a time, and ``outputs.logits`` is None. Evaluation and
+            generation do not change.
 
     Returns:
         The loss function, which is now ``model.loss_function``.
@@ -87,7 +88,7 @@ def install(
 
 
 def uninstall(model: Any) -> None:
-    """Give the model its own loss back; without effect where ``install`` was not called."""
+    """Give the model its own loss back. Does nothing where ``install`` was not called."""
     loss = getattr(model, "_loss_function", None)
     if isinstance(loss, FusedCausalLMLoss):
         loss.remove()

@@ -4,12 +4,11 @@
 
     install_verl()  # in every worker, before or after verl's engine is imported
 
-Idea: verl's Megatron engine asks for log-probabilities, entropy and the sum of squared
-probabilities one after the other: up to nine collectives and a clone of the logits. Functions of
-the same names and shapes are here, each with one collective; ``lm_head_logits_processor`` answers
-all three, and the temperature, in one pass. verl imports these functions by name, so
-``install_verl`` puts ours where they were imported, too; ``uninstall_verl`` puts back the very same
-objects.
+verl's Megatron engine asks for log-probabilities, entropy and the sum of squared probabilities one
+after the other: up to nine collectives and a clone of the logits. The functions here have the same
+names and shapes and take one collective each. ``lm_head_logits_processor`` computes all three, with
+the temperature, in one pass. verl imports these functions by name, so ``install_verl`` replaces
+them where they were imported to as well; ``uninstall_verl`` puts the original objects back.
 
 Signatures were read in verl 0.9.1. Neither verl nor megatron-core is imported until it is used.
 """
@@ -169,7 +168,7 @@ def _put(place: Any, name: str, ours: Callable[..., Any]) -> None:
 
 
 def uninstall_verl() -> None:
-    """verl's own functions stand where they stood; without effect where nothing was installed."""
+    """Put verl's own functions back. Does nothing where nothing was installed."""
     while _undo:
         place, name, own = _undo.pop()
         setattr(place, name, own)

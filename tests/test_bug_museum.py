@@ -1,12 +1,12 @@
 """The museum: defects found in other implementations, each with a test that it is not here.
 
-Not here, because it cannot happen in a loss over logits:
+Those of a head or of one device have their tests elsewhere:
 
-    B13  embedding gradient not reduced over the ranks (a fused linear loss): the loss has no head;
-         the vocabulary-parallel layers and their gradients have tests of their own
-    B20  full d_hidden all-reduced under sequence parallelism: the same
-    B21  a kernel whose block size spills registers: a matter of speed on one GPU, measured by the
-         benchmark
+    B13  gradient of the embedding not reduced over the ranks (a fused linear loss):
+         linear/test_hidden.py, parallel/test_layers.py
+    B20  full d_hidden all-reduced under sequence parallelism: linear/test_hidden.py (over Gloo,
+         which does not scatter a sum, the fused head does add up whole chunks)
+    B21  a kernel whose block size spills registers: engines/triton/test_compiled.py
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from vocab_parallel_ce import cross_entropy
-from vocab_parallel_ce.launch.measuring.host_side import Operations
+from vocab_parallel_ce.launch.measuring.host_side import Operations, triton_without_launches
 
 from .ranks import Pool
 
@@ -43,3 +43,22 @@ def test_of_one_rank(inplace_backward: bool) -> None:
 def test_of_two_ranks(pool: Pool) -> None:
     for names in pool.run(_operations, 2, (False,)):
         assert len(names) <= TWO_RANKS, names
+
+
+def _launches_beside_triton(group: dist.ProcessGroup) -> tuple[int, int]:
+    """Of torch, forward and backward, where the Triton engine serves: no views, no allocations."""
+    logits = torch.zeros(1, 8, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.zeros(1, dtype=torch.int64)
+    with triton_without_launches():
+        again = logits * 1
+        with Operations() as forward:
+            loss = cross_entropy(again, target, group=group, engine="triton")
+        with Operations() as backward:
+            torch.autograd.grad(loss, again)
+    return forward.launches(), backward.launches()
+
+
+def test_of_two_ranks_beside_triton(pool: Pool) -> None:
+    """docs/cuda.md tells these numbers: six operations and the gather, then two."""
+    for counts in pool.run(_launches_beside_triton, 2):
+        assert counts == (7, 2)

@@ -1,7 +1,7 @@
-"""The public functions: arguments checked, the primitive called, [N] vectors made into a loss.
+"""The public functions on logits: check the arguments, call the primitive, reduce [N] to a loss.
 
-Each docstring stands for itself: shapes, dtypes, errors and communication are told where a function
-is, because that is where a reader looks them up.
+Each docstring is complete by itself (shapes, dtypes, errors, communication), although they repeat
+one another: a reader looks them up one function at a time.
 """
 
 from __future__ import annotations
@@ -133,11 +133,12 @@ def cross_entropy(
         label_smoothing: in [0, 1], PyTorch's formula over the whole vocabulary.
         lse_square_scale: adds this times lse^2 to every kept row (the z-loss of PaLM, Chowdhery et
             al. 2022, section 5). "mean" divides it by the number of kept rows.
-        return_zloss: return (loss, zloss): the z part of the loss too, in the loss's own dtype and
-            shape. A gradient into it adds to the one through the loss, which contains it. 0 where
-            ``lse_square_scale`` is.
-        group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
-            not the default group; where others exist and no shard is told, a warning, once.
+        return_zloss: return a pair (loss, zloss). ``zloss`` is the z-loss part of ``loss``, in the
+            same dtype and shape, and 0 without ``lse_square_scale``. ``loss`` still contains it, so
+            a gradient into ``zloss`` adds to the one through ``loss``.
+        group: the tensor-parallel ``ProcessGroup`` over which the vocabulary is split. None means
+            one rank, not the default group: where the process is one of several ranks, a call with
+            neither ``group`` nor ``shard`` warns once.
         shard: which ids ``input`` holds, a ``VocabShard``. None means equal shards in rank order.
         inplace_backward: let the gradient overwrite the memory of ``input``: the loss then needs
             no memory of the size of the logits. Every later read of ``input`` sees the gradient, a
@@ -145,25 +146,28 @@ def cross_entropy(
         normalizer: a number or 0-d tensor that replaces the denominators of "mean", for example the
             number of kept rows over all data-parallel ranks or micro-batches. It divides the z-loss
             as well. No gradient flows into it.
-        scale: multiplies the logits inside the kernels; 1 / temperature. A number, a 0-d tensor, or
-            one for each row in the shape of ``target``, the same on every rank. It must be finite:
-            else a ValueError on CPU (a NaN row on accelerators). No gradient flows into it.
+        scale: multiplies the logits inside the kernels: 1 / temperature. A number, a 0-d tensor, or
+            a tensor in the shape of ``target`` with one number for each row; the same on every
+            rank. It must be finite: other values raise a ValueError, or in a tensor on an
+            accelerator make their row NaN. No gradient flows into it.
         softcap: the logits become ``softcap * tanh(logits / softcap)`` inside the kernels, before
             ``scale`` (Gemma 2, 2024). None and 0 leave them as they are.
         engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
             "eager".
-        collective: "all_gather" (one collective; the same bits on every rank and in every run),
-            "all_reduce" (two), or "auto", which gathers up to about 6 MB.
-        check: True exchanges a preflight first, so that all ranks raise where one has a wrong
-            argument, or where they disagree on the number of rows, the dtype or an option. None
-            follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank:
-            where only some check, the result is undefined (a hang, or a process that ends). Without
-            it, a disagreement on rows, dtype or on what is sent is undefined as well.
-        finite_logits: a promise about rows with ``ignore_index`` and rows of whose loss no gradient
-            comes back: they hold neither NaN nor +inf, after ``scale`` too (-inf may be there). It
-            saves a pass over the gradient on Ascend; other engines ignore it. It changes no number
-            while it is kept; where it is broken, such a row may get gradient NaN instead of 0.
-            Each rank may promise it for its own shard.
+        collective: "all_gather" (one collective; the result is bitwise the same on every rank
+            and in every run), "all_reduce" (two collectives), or "auto", which gathers up to about
+            6 MB.
+        check: True adds a small exchange before the call, so that all ranks raise together: where
+            one has a wrong argument, or where they disagree on the number of rows, the dtype or an
+            option. None follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every
+            rank: if only some ranks check, the result is undefined (a hang, or a process that
+            ends). Without the check, a disagreement on the number of rows, the dtype or the
+            statistics that are computed is undefined as well.
+        finite_logits: a promise of the caller: rows that get no gradient hold neither NaN nor +inf,
+            also after ``scale`` (-inf is allowed). These are the rows with ``ignore_index``, and
+            those whose loss nothing depends on. It saves a pass over the gradient on Ascend; other
+            engines ignore it. While the promise holds, no result changes. If it does not hold, such
+            a row may get a NaN gradient instead of 0. Each rank may promise it for its own shard.
 
     Returns:
         The loss in fp32 (fp64 for fp64 logits), [...] for "none", else 0-d; the same on every rank.
@@ -241,35 +245,39 @@ def cross_entropy_loss(
         ignore_index: rows with this target have loss 0 and gradient 0, whatever their logits hold.
         label_smoothing: in [0, 1], PyTorch's formula over the whole vocabulary.
         lse_square_scale_for_zloss: adds this times lse^2 to every kept row.
-        return_zloss: return the z part of the loss too.
+        return_zloss: also return the z-loss part of ``loss``, which still contains it.
         return_log_prob: False saves a tensor of the size of ``input`` and one pass over it.
-        group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
-            not the default group; where others exist and no shard is told, a warning, once.
+        group: the tensor-parallel ``ProcessGroup`` over which the vocabulary is split. None means
+            one rank, not the default group: where the process is one of several ranks, a call with
+            neither ``group`` nor ``shard`` warns once.
         shard: which ids ``input`` holds, a ``VocabShard``. None means equal shards in rank order.
         inplace_backward: let the gradient overwrite the memory of ``input``: the loss then needs
             no memory of the size of the logits. Every later read of ``input`` sees the gradient, a
             second backward is refused, and so are leaves and tensors whose elements share memory.
         normalizer: a number or 0-d tensor that replaces the denominators of "mean". No gradient
             flows into it.
-        scale: multiplies the logits inside the kernels; 1 / temperature. A number, a 0-d tensor, or
-            one for each row in the shape of ``target``, the same on every rank. It must be finite:
-            else a ValueError on CPU (a NaN row on accelerators). No gradient flows into it.
+        scale: multiplies the logits inside the kernels: 1 / temperature. A number, a 0-d tensor, or
+            a tensor in the shape of ``target`` with one number for each row; the same on every
+            rank. It must be finite: other values raise a ValueError, or in a tensor on an
+            accelerator make their row NaN. No gradient flows into it.
         softcap: the logits become ``softcap * tanh(logits / softcap)`` inside the kernels, before
             ``scale`` (Gemma 2, 2024). None and 0 leave them as they are.
         engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
             "eager".
-        collective: "all_gather" (one collective; the same bits on every rank and in every run),
-            "all_reduce" (two), or "auto", which gathers up to about 6 MB.
-        check: True exchanges a preflight first, so that all ranks raise where one has a wrong
-            argument, or where they disagree on the number of rows, the dtype or an option. None
-            follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank:
-            where only some check, the result is undefined (a hang, or a process that ends). Without
-            it, a disagreement on rows, dtype or on what is sent is undefined as well.
-        finite_logits: a promise about rows with ``ignore_index`` and rows of whose loss no gradient
-            comes back: they hold neither NaN nor +inf, after ``scale`` too (-inf may be there). It
-            saves a pass over the gradient on Ascend; other engines ignore it. It changes no number
-            while it is kept; where it is broken, such a row may get gradient NaN instead of 0.
-            Each rank may promise it for its own shard.
+        collective: "all_gather" (one collective; the result is bitwise the same on every rank
+            and in every run), "all_reduce" (two collectives), or "auto", which gathers up to about
+            6 MB.
+        check: True adds a small exchange before the call, so that all ranks raise together: where
+            one has a wrong argument, or where they disagree on the number of rows, the dtype or an
+            option. None follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every
+            rank: if only some ranks check, the result is undefined (a hang, or a process that
+            ends). Without the check, a disagreement on the number of rows, the dtype or the
+            statistics that are computed is undefined as well.
+        finite_logits: a promise of the caller: rows that get no gradient hold neither NaN nor +inf,
+            also after ``scale`` (-inf is allowed). These are the rows with ``ignore_index``, and
+            those whose loss nothing depends on. It saves a pass over the gradient on Ascend; other
+            engines ignore it. While the promise holds, no result changes. If it does not hold, such
+            a row may get a NaN gradient instead of 0. Each rank may promise it for its own shard.
 
     Returns:
         A ``CrossEntropyLossOutput(loss, log_prob, zloss, lse_for_zloss)``. ``loss`` is in the dtype
@@ -352,53 +360,57 @@ def token_statistics(
 ) -> TokenStatistics:
     """Log-probability of each target, lse, entropy and argmax, in one pass and one exchange.
 
-    What reinforcement learning asks of a policy. Everything that is returned as a float can be
-    differentiated, but for ``sum_p_squared``.
+    These are the quantities that reinforcement learning needs of a policy. All of them can be
+    differentiated but ``argmax`` and ``sum_p_squared``.
 
     Args:
         input: logits [..., C_r] of this rank's shard; fp16, bf16, fp32 or fp64, any strides. Or a
             DTensor sharded over its last dimension.
-        target: [...] int64 or int32 vocabulary ids, the same on every rank. None: no log_prob, and
-            every row counts.
+        target: [...] int64 or int32 vocabulary ids, the same on every rank. None: ``log_prob`` is
+            None, and no row is ignored.
         entropy: return the entropy of each row.
         argmax: return the id of the largest logit of each row.
-        sum_p_squared: return the sum of the squared probabilities of each row (the optimal baseline
-            of policy gradients, a collision probability).
-        selected: [..., K] int64 or int32 vocabulary ids, K of each row, the same on every rank:
-            return the log-probability of each, whatever rank its logit lives on. An id may come
-            twice, and K may be 0. Ids of ignored rows are not looked at; an id of another row must
-            be a class, as a target must, and ``ignore_index`` means nothing here.
+        sum_p_squared: return the sum of the squared probabilities of each row (the collision
+            probability; optimal baselines of policy gradients use it).
+        selected: [..., K] int64 or int32 vocabulary ids, K for each row, the same on every rank:
+            return the log-probability of each, whatever rank holds its logit. An id may occur
+            twice in a row, and K may be 0. In ignored rows the ids are not looked at. In all other
+            rows each id must be a class; ``ignore_index`` has no meaning here.
         ignore_index: rows with this target hold 0 (argmax -1) and have gradient 0.
-        group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
-            not the default group; where others exist and no shard is told, a warning, once.
+        group: the tensor-parallel ``ProcessGroup`` over which the vocabulary is split. None means
+            one rank, not the default group: where the process is one of several ranks, a call with
+            neither ``group`` nor ``shard`` warns once.
         shard: which ids ``input`` holds, a ``VocabShard``. None means equal shards in rank order.
         inplace_backward: let the gradient overwrite the memory of ``input``: the loss then needs
             no memory of the size of the logits. Every later read of ``input`` sees the gradient, a
             second backward is refused, and so are leaves and tensors whose elements share memory.
-        scale: multiplies the logits inside the kernels; 1 / temperature. A number, a 0-d tensor, or
-            one for each row in the shape of ``target``, the same on every rank. It must be finite:
-            else a ValueError on CPU (a NaN row on accelerators). No gradient flows into it.
+        scale: multiplies the logits inside the kernels: 1 / temperature. A number, a 0-d tensor, or
+            a tensor in the shape of ``target`` with one number for each row; the same on every
+            rank. It must be finite: other values raise a ValueError, or in a tensor on an
+            accelerator make their row NaN. No gradient flows into it.
         softcap: the logits become ``softcap * tanh(logits / softcap)`` inside the kernels, before
             ``scale`` (Gemma 2, 2024). None and 0 leave them as they are.
         engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
             "eager".
-        collective: "all_gather" (one collective; the same bits on every rank and in every run),
-            "all_reduce" (two), or "auto", which gathers up to about 6 MB.
-        check: True exchanges a preflight first, so that all ranks raise where one has a wrong
-            argument, or where they disagree on the number of rows, the dtype or an option. None
-            follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank:
-            where only some check, the result is undefined (a hang, or a process that ends). Without
-            it, a disagreement on rows, dtype or on what is sent is undefined as well.
-        finite_logits: a promise about rows with ``ignore_index`` and rows of whose loss no gradient
-            comes back: they hold neither NaN nor +inf, after ``scale`` too (-inf may be there). It
-            saves a pass over the gradient on Ascend; other engines ignore it. It changes no number
-            while it is kept; where it is broken, such a row may get gradient NaN instead of 0.
-            Each rank may promise it for its own shard.
+        collective: "all_gather" (one collective; the result is bitwise the same on every rank
+            and in every run), "all_reduce" (two collectives), or "auto", which gathers up to about
+            6 MB.
+        check: True adds a small exchange before the call, so that all ranks raise together: where
+            one has a wrong argument, or where they disagree on the number of rows, the dtype or an
+            option. None follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every
+            rank: if only some ranks check, the result is undefined (a hang, or a process that
+            ends). Without the check, a disagreement on the number of rows, the dtype or the
+            statistics that are computed is undefined as well.
+        finite_logits: a promise of the caller: rows that get no gradient hold neither NaN nor +inf,
+            also after ``scale`` (-inf is allowed). These are the rows with ``ignore_index``, and
+            those whose loss nothing depends on. It saves a pass over the gradient on Ascend; other
+            engines ignore it. While the promise holds, no result changes. If it does not hold, such
+            a row may get a NaN gradient instead of 0. Each rank may promise it for its own shard.
 
     Returns:
         A ``TokenStatistics(log_prob, lse, entropy, argmax, sum_p_squared, selected_log_prob)``, the
-        same on every rank, each in the shape of ``target`` but the last: [..., K]. ``log_prob`` is
-        that of the target of each token. Not asked for is None.
+        same on every rank. Each has the shape of ``target``; ``selected_log_prob`` is [..., K].
+        ``log_prob`` is the log-probability of each row's target. What was not asked for is None.
 
     Raises:
         TypeError, ValueError: for a wrong argument; the message names the argument, its value, the
@@ -451,7 +463,7 @@ def token_statistics(
 
 
 def _no_target(input: Tensor) -> Tensor:
-    """Ids that are classes in any vocabulary, of which nothing is asked."""
+    """Stand-in targets where a caller gave none: class 0, whose log-probability is not returned."""
     if not isinstance(input, Tensor) or input.dim() == 0:
         return input  # for ``prepare`` to refuse
     local = input.to_local() if isinstance(input, DTensor) else input
@@ -467,7 +479,7 @@ def _loss(
     layout: Layout,
     log_prob_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Statistics]:
-    """(loss, zloss or None for 0), reduced, and the statistics that they are made of."""
+    """(loss, zloss, statistics); loss and zloss are reduced, zloss is None where it is 0."""
     found = row_statistics(
         input, target, weight, request, options.group, options.inplace_backward, log_prob_out,
         as_scalar(options.normalizer, input), of_rows(options.scale, input, target),

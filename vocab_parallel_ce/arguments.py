@@ -1,4 +1,4 @@
-"""The arguments of the public functions on logits, as they are handed on from one to the next."""
+"""The arguments of the public functions, as one object that is passed from function to function."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from .option_checks import check_normalizer, check_plain, check_scale, check_sca
 from .overwriting import check_overwritable
 from .request import RowRequest
 from .scales import number_of
-from .shard import Held, VocabShard, group_rank_and_size, resolve
+from .shard import Held, VocabShard, group_rank_and_size, rank_suffix, resolve
 from .switches import check_word
 from .tensor_checks import check_row_scale, check_selected, check_tensors
 from .transforms import check_transforms
@@ -81,7 +81,7 @@ def admit(
     named = dict(zip(names, values, strict=True))
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
     rank, world = group_rank_and_size(options.group)
-    where = _where(rank, world)
+    where = rank_suffix(rank, world)
     check_kinds(tensors, where)
     check_transforms(tensors, world == 1, where)
     memory: dict[str, Any] = {**named, **{n: settled(v) for n, v in tensors.items()}}
@@ -104,7 +104,7 @@ def _prepare(
     group, scale, shard = options.group, options.scale, options.shard
     check_group(group)
     rank, world = group_rank_and_size(group)
-    where = _where(rank, world)
+    where = rank_suffix(rank, world)
     check_normalizer(options.normalizer, options.reduction, where)
     check_tensors(input, target, weight, where)
     row_scale = False
@@ -134,11 +134,6 @@ def _prepare(
     return request
 
 
-def _where(rank: int, world: int) -> str:
-    """What an error adds where ranks are several."""
-    return f" (rank {rank} of the group)" if world > 1 else ""
-
-
 def _request(
     columns: int,
     rank: int,
@@ -163,7 +158,7 @@ def _request(
     check: bool | None,
 ) -> RowRequest:
     """Everything of a call but its tensors, checked."""
-    where = _where(rank, world)
+    where = rank_suffix(rank, world)
     check_plain(
         reduction, ignore_index, label_smoothing, lse_square_scale, softcap, engine, collective,
         finite_logits, check, where,

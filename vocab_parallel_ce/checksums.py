@@ -35,10 +35,11 @@ def float_checksum(values: Tensor) -> Tensor:
 
 
 def fingerprint(hidden: Tensor, first_row: int = 0) -> Tensor:
-    """Two numbers [2] that tell hidden states [N, H] from others: those of row blocks add up.
+    """Two numbers [2] that tell hidden states [N, H] from others.
 
-    A product with a fixed pattern of numbers of about 1, and the sum of squares that says how large
-    it is by chance. On equal hidden states the two differ by rounding alone.
+    The first is a product with a fixed pattern of numbers near 1. The second is the sum of squares,
+    which says how large such a product is by chance. On equal hidden states both are equal up to
+    rounding. Fingerprints of row blocks may be added, if each is given the number of its first row.
     """
     rows = torch.arange(first_row, first_row + hidden.shape[0], device=hidden.device)
     columns = torch.arange(hidden.shape[1], device=hidden.device)
@@ -49,7 +50,8 @@ def fingerprint(hidden: Tensor, first_row: int = 0) -> Tensor:
 
 def _pattern(places: Tensor) -> Tensor:
     """Numbers of mean square 1 that look like chance."""
-    return ((places % 4096).float() * 2.399963 + 0.5).cos() * 2**0.5  # the golden angle
+    # The golden angle. The period is a prime, so no usual size of a block is a multiple of it.
+    return ((places % 4093).float() * 2.399963 + 0.5).cos() * 2**0.5
 
 
 def fingerprint_bits(fingerprint: Tensor) -> Tensor:

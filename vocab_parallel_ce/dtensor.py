@@ -84,7 +84,8 @@ class Layout:
         )
 
 
-_PLAIN = Layout()
+PLAIN = Layout()
+"""of a call without DTensors"""
 
 
 def vocabulary_group(input: DTensor, dim: int = -1) -> dist.ProcessGroup | None:
@@ -127,7 +128,7 @@ def unwrap(
                     f"{name} is a DTensor but input is not: pass both as DTensors, or "
                     f"{name}.to_local()"
                 )
-        return *admit(input, target, weight, options), _PLAIN
+        return *admit(input, target, weight, options), PLAIN
     if options.group is not None or options.shard is not None:
         raise ValueError(
             "group and shard must be left out for DTensor input: its mesh and placements tell them"
@@ -143,7 +144,7 @@ def unwrap(
     layout = Layout(mesh, placements, rows, tuple(input.shape), hearing)
 
     local = input.to_local(grad_placements=placements)
-    offset = offset_of(tuple(input.shape), mesh, placements)
+    offset, _ = local_part(tuple(input.shape), mesh, placements)
     start = min(offset[last], input.shape[last])
     shard = VocabShard(start, start + local.shape[-1], input.shape[last])
     group = mesh.get_group(vocab_dims[0]) if vocab_dims else None
@@ -161,12 +162,12 @@ def unwrap(
     return *admit(local, here, weight_here, options), layout
 
 
-def offset_of(
+def local_part(
     shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...]
-) -> tuple[int, ...]:
-    """Where the local tensor begins in the global one: DTensor cuts as ``torch.chunk`` does.
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where the local tensor begins in the global one, and its shape.
 
-    In plain integers, so that the compiler can follow them.
+    DTensor cuts as ``torch.chunk`` does. In plain integers, so that the compiler can follow them.
     """
     coordinate = mesh.get_coordinate()
     offset, size = [0] * len(shape), list(shape)
@@ -178,7 +179,7 @@ def offset_of(
             first = min(coordinate[mesh_dim] * step, size[dim])
             offset[dim] += first
             size[dim] = min(step, size[dim] - first)
-    return tuple(offset)
+    return tuple(offset), tuple(size)
 
 
 def _vocab_dims(input: DTensor, last: int) -> list[int]:

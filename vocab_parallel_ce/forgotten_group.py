@@ -1,9 +1,9 @@
 """A forgotten ``group=``: the call of one rank, in a process that is one of several.
 
-``group=None`` means one rank, so a shard of the vocabulary passes for the whole of it, and the loss
-is a plausible wrong number. Nothing in the tensors tells it from data parallelism, where every rank
-holds the whole vocabulary; so it is a warning, once, and a word in the errors that follow from it.
-Who says either way, with ``group=`` or ``shard=``, hears nothing.
+``group=None`` means one rank, so a shard of the vocabulary is taken for the whole of it, and the
+loss is a plausible wrong number. The tensors look the same under data parallelism, where every rank
+holds the whole vocabulary. So it is a warning, once, and errors that follow from it mention it. A
+caller who passes ``group=`` or ``shard=`` sees nothing of this.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The public functions of the fused head: hidden states and the head's weight in, a loss out.
 
-Each docstring stands for itself, as in ``api.py``.
+Each docstring is complete by itself, as in ``api.py``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .api import cross_entropy, token_statistics
 from .arguments import Options, Outputs
+from .dtensor import Layout
+from .linear.call import Statics
 from .linear.checks import (
     LinearOptions,
     LinearTensors,
@@ -57,18 +59,18 @@ def linear_cross_entropy(
     scratch_mib: float | None = None,
     drop_ignored: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``cross_entropy(F.linear(input, linear_weight, linear_bias), target)``; logits never whole.
+    """``cross_entropy(F.linear(input, linear_weight, linear_bias), target)`` without whole logits.
 
     Every rank of ``group`` calls it with the same hidden states, target and options, and with its
     own rows of the head. Every rank gets the same loss, and the gradient of ``input`` is summed
-    over the group. Logits exist a chunk of rows at a time; peak memory is the gradients of
-    ``input`` and ``linear_weight`` and one chunk.
+    over the group. Only one chunk of logits exists at a time. Peak memory is that chunk and the
+    gradients of ``input`` and ``linear_weight``.
 
     Args:
         input: hidden states [..., H]; fp16, bf16, fp32 or fp64, the same on every rank. Or a
-            DTensor, with ``linear_weight`` a DTensor sharded over dimension 0 of the same mesh: it
-            brings group and shard. Where it is itself sharded over dimension 0 there, it is the
-            part of a sequence.
+            DTensor. Then ``linear_weight`` must be a DTensor on the same mesh, with its dimension 0
+            sharded over one mesh dimension, from which group and shard follow. If dimension 0 of
+            ``input`` is sharded over that mesh dimension too, the call is ``sequence_parallel``.
         linear_weight: [V_r, H] this rank's rows of the head, in the dtype of ``input``. Inside
             torch.autocast both are converted, as F.linear does. Rows beyond the shard are padding.
         target: [...] int64 or int32 vocabulary ids, the same on every rank.
@@ -76,48 +78,55 @@ def linear_cross_entropy(
         weight: [vocab_size] floating point class weights, the full vector on every rank.
         reduction: "none", "sum" or "mean" (over the weights of the kept rows, as in PyTorch).
         ignore_index: rows with this target have loss 0 and gradient 0, whatever their hidden states
-            hold. On a CPU they cost nothing, nor with ``drop_ignored``.
+            hold. On a CPU they are left out of the matrix products; for accelerators see
+            ``drop_ignored``.
         label_smoothing: in [0, 1], PyTorch's formula over the whole vocabulary.
         lse_square_scale: adds this times lse^2 to every kept row (the z-loss of PaLM, Chowdhery et
             al. 2022, section 5). "mean" divides it by the number of kept rows.
-        return_zloss: return (loss, zloss): the z part of the loss too.
-        group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
-            not the default group; where others exist and no shard is told, a warning, once.
+        return_zloss: return a pair (loss, zloss). ``zloss`` is the z-loss part of ``loss``, which
+            still contains it.
+        group: the tensor-parallel ``ProcessGroup`` over which the vocabulary is split. None means
+            one rank, not the default group: where the process is one of several ranks, a call with
+            neither ``group`` nor ``shard`` warns once.
         shard: which ids ``linear_weight`` holds, a ``VocabShard``. None means equal shards in rank
             order.
         normalizer: a number or 0-d tensor that replaces the denominators of "mean". No gradient
             flows into it.
-        scale: multiplies the logits inside the kernels; 1 / temperature. A number, a 0-d tensor, or
-            one for each row in the shape of ``target``, the same on every rank. It must be finite:
-            else a ValueError on CPU (a NaN row on accelerators). No gradient flows into it.
-        softcap: the logits become ``softcap * tanh(logits / softcap)`` first. None leaves them.
+        scale: multiplies the logits inside the kernels: 1 / temperature. A number, a 0-d tensor, or
+            a tensor in the shape of ``target`` with one number for each row; the same on every
+            rank. It must be finite: other values raise a ValueError, or in a tensor on an
+            accelerator make their row NaN. No gradient flows into it.
+        softcap: the logits become ``softcap * tanh(logits / softcap)`` before ``scale``. None and 0
+            leave them as they are.
         engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
             "eager".
-        collective: "all_gather" (the same bits on every rank), "all_reduce", or "auto".
-        check: True exchanges a preflight first, so that all ranks raise where one has a wrong
-            argument, or where they disagree on the number of rows, the dtype or an option. None
-            follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank.
-        gradient: when gradients are computed. "forward": with the loss, three matrix products;
-            "sum" and "mean" only, and one backward. "recompute": in backward, from logits that are
-            computed again, four products; for anything. "auto" takes "forward" for "sum" and
-            "mean", but not in fp16, nor with a z-loss that is returned, nor on Ascend where CANN's
-            fused operators serve. Where gradients are off none are computed. Inside
-            ``checkpoint(use_reentrant=False)`` ask for "recompute".
-        hidden_gradient: "summed" over the group, as every rank needs it; or "partial", this rank's
-            share, for a caller that sums it itself.
+        collective: "all_gather" (one collective; the loss is bitwise the same on every rank),
+            "all_reduce" (two collectives), or "auto", which gathers up to about 6 MB.
+        check: True adds a small exchange before the call, so that all ranks raise together: where
+            one has a wrong argument, or where they disagree on the number of rows, the dtype or an
+            option. None follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every
+            rank.
+        gradient: when gradients are computed. "forward": together with the loss, which takes three
+            matrix products; only for "sum" and "mean", and for a single backward. "recompute": in
+            backward, from logits that are computed again, which takes four; for every call. "auto"
+            takes "forward" for "sum" and "mean", and "recompute" in fp16, for a z-loss that is
+            returned, and on Ascend where CANN's fused operators serve. Where gradients are off,
+            none are computed. Inside ``checkpoint(use_reentrant=False)`` pass "recompute".
+        hidden_gradient: "summed": the gradient of ``input`` is summed over the group, as the layers
+            below need it. "partial": it is this rank's share, and the caller sums it.
         sequence_parallel: dimension 0 of ``input`` is the sequence, and each rank holds its equal
             part of it, [S / tp, ..., H]; ``target`` [S, ...] is whole on every rank, and so is what
             is returned. Rows are gathered, and their gradient scattered, a chunk at a time.
-        scratch_mib: what logits may take at a time, in MiB, for an even share of the vocabulary.
-            None: 128 on a CPU and 256 on accelerators, of fp32 logits at most half, and at least
-            128 rows.
-        drop_ignored: leave ignored rows out of the matrix products on an accelerator too. They must
-            be counted for that, so the call waits for the device, and what is wrong with values
-            raises there as on a CPU. On a CPU they always are left out. Not for a split sequence.
+        scratch_mib: memory for the chunk of logits, in MiB, where the vocabulary is split evenly.
+            None: 128 on a CPU and 256 on accelerators; for fp32 and fp64 hidden states at most half
+            of the logits; in any case at least 128 rows.
+        drop_ignored: leave ignored rows out of the matrix products on an accelerator too, as on a
+            CPU. The call then waits for the device to count them, so wrong values raise there as on
+            a CPU. With ``sequence_parallel`` rows are never left out, and this is refused.
 
     Returns:
-        The loss in fp32 (fp64 for fp64), [...] for "none", else 0-d; the same on every rank. With
-        ``return_zloss`` a pair of such tensors, (loss, zloss).
+        The loss in fp32 (fp64 for fp64 hidden states), [...] for "none", else 0-d; the same on
+        every rank. With ``return_zloss`` a pair of such tensors, (loss, zloss).
 
     Raises:
         TypeError, ValueError: for a wrong argument; the message names the argument, its value, the
@@ -130,9 +139,10 @@ def linear_cross_entropy(
 
     Communication:
         One all_gather of 3 floats a row (4 with label smoothing) and a small header, or two
-        all_reduces: with "recompute" for all rows together, with "forward" for each chunk. The
-        gradient of ``input`` is summed by one all_reduce, or one a chunk, beside the matrix
-        products. With one rank, nothing at all.
+        all_reduces: with "recompute" once for all rows, with "forward" once for each chunk. The
+        gradient of ``input`` is summed by one all_reduce, or one for each chunk, while the matrix
+        products run. With ``sequence_parallel`` each chunk of ``input`` is gathered as well. With
+        one rank, nothing at all.
 
     Example:
         ```python
@@ -166,7 +176,19 @@ def linear_cross_entropy(
             options.group, layout.total,
         )  # fmt: skip
         loss, zloss = layout.scalar(loss), layout.scalar(zloss)
-        return (loss, zloss) if return_zloss else loss
+    else:
+        loss, zloss = _recomputed_loss(tensors, scales, statics, options, layout)
+    return (loss, zloss) if return_zloss else loss
+
+
+def _recomputed_loss(
+    tensors: LinearTensors,
+    scales: Tensor | None,
+    statics: Statics,
+    options: Options,
+    layout: Layout,
+) -> tuple[Tensor, Tensor]:
+    """(loss, zloss) whose gradients are computed in backward, reduced as the call asks."""
     stats, _, agreed = linear_row_statistics(
         tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target, tensors.weight,
         as_scalar(tensors.normalizer, tensors.input), scales, None, statics, options.group,
@@ -174,12 +196,12 @@ def linear_cross_entropy(
     layout.agree()
     rows = row_losses(stats, tensors.target, tensors.weight, statics.request)
     given = agreed if statics.request.normalized else None
-    loss, of_z = reduce_rows(rows, reduction, given, layout.total)
+    loss, of_z = reduce_rows(rows, options.reduction, given, layout.total)
     zloss = torch.zeros_like(loss) if of_z is None else of_z
-    if reduction == "none":
-        loss, zloss = loss.reshape(tensors.target.shape), zloss.reshape(tensors.target.shape)
-    wrap = layout.rows if reduction == "none" else layout.scalar
-    return (wrap(loss), wrap(zloss)) if return_zloss else wrap(loss)
+    if options.reduction != "none":
+        return layout.scalar(loss), layout.scalar(zloss)
+    shape = tensors.target.shape
+    return layout.rows(loss.reshape(shape)), layout.rows(zloss.reshape(shape))
 
 
 @linear_raises_together
@@ -206,57 +228,62 @@ def linear_token_statistics(
     scratch_mib: float | None = None,
     drop_ignored: bool = False,
 ) -> TokenStatistics:
-    """``token_statistics`` of ``F.linear(input, linear_weight, linear_bias)``; logits never whole.
+    """``token_statistics`` of ``F.linear(input, linear_weight, linear_bias)`` without whole logits.
 
-    Everything that is returned as a float can be differentiated, but for ``sum_p_squared``.
-    Backward computes the logits again: four matrix products where a head and its loss take three.
+    Every result but ``argmax`` and ``sum_p_squared`` can be differentiated. Backward computes the
+    logits again: forward and backward take four matrix products, where separate ones take three.
 
     Args:
         input: hidden states [..., H]; fp16, bf16, fp32 or fp64, the same on every rank. Or a
-            DTensor, with ``linear_weight`` a DTensor sharded over dimension 0 of the same mesh: it
-            brings group and shard. Where it is itself sharded over dimension 0 there, it is the
-            part of a sequence.
+            DTensor. Then ``linear_weight`` must be a DTensor on the same mesh, with its dimension 0
+            sharded over one mesh dimension, from which group and shard follow. If dimension 0 of
+            ``input`` is sharded over that mesh dimension too, the call is ``sequence_parallel``.
         linear_weight: [V_r, H] this rank's rows of the head, in the dtype of ``input``. Inside
             torch.autocast both are converted, as F.linear does. Rows beyond the shard are padding.
-        target: [...] int64 or int32 vocabulary ids, the same on every rank. None: no log_prob, and
-            every row counts.
+        target: [...] int64 or int32 vocabulary ids, the same on every rank. None: ``log_prob`` is
+            None, and no row is ignored.
         linear_bias: [V_r] this rank's part of the head's bias, or None.
         entropy: return the entropy of each row.
         argmax: return the id of the largest logit of each row.
         sum_p_squared: return the sum of the squared probabilities of each row.
-        selected: [..., K] vocabulary ids, K of each row, the same on every rank: return the
-            log-probability of each, as ``token_statistics`` does.
+        selected: [..., K] int64 or int32 vocabulary ids, K for each row, the same on every rank:
+            return the log-probability of each, as ``token_statistics`` does.
         ignore_index: rows with this target hold 0 (argmax -1) and have gradient 0.
-        group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
-            not the default group; where others exist and no shard is told, a warning, once.
+        group: the tensor-parallel ``ProcessGroup`` over which the vocabulary is split. None means
+            one rank, not the default group: where the process is one of several ranks, a call with
+            neither ``group`` nor ``shard`` warns once.
         shard: which ids ``linear_weight`` holds, a ``VocabShard``. None means equal shards in rank
             order.
-        scale: multiplies the logits inside the kernels; 1 / temperature. A number, a 0-d tensor, or
-            one for each row in the shape of ``target``, the same on every rank. It must be finite:
-            else a ValueError on CPU (a NaN row on accelerators). No gradient flows into it.
-        softcap: the logits become ``softcap * tanh(logits / softcap)`` first. None leaves them.
+        scale: multiplies the logits inside the kernels: 1 / temperature. A number, a 0-d tensor, or
+            a tensor in the shape of ``target`` with one number for each row; the same on every
+            rank. It must be finite: other values raise a ValueError, or in a tensor on an
+            accelerator make their row NaN. No gradient flows into it.
+        softcap: the logits become ``softcap * tanh(logits / softcap)`` before ``scale``. None and 0
+            leave them as they are.
         engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
             "eager".
-        collective: "all_gather" (the same bits on every rank), "all_reduce", or "auto".
-        check: True exchanges a preflight first, so that all ranks raise where one has a wrong
-            argument, or where they disagree on the number of rows, the dtype or an option. None
-            follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank.
-        hidden_gradient: "summed" over the group, as every rank needs it; or "partial", this rank's
-            share, for a caller that sums it itself.
+        collective: "all_gather" (one collective; the loss is bitwise the same on every rank),
+            "all_reduce" (two collectives), or "auto", which gathers up to about 6 MB.
+        check: True adds a small exchange before the call, so that all ranks raise together: where
+            one has a wrong argument, or where they disagree on the number of rows, the dtype or an
+            option. None follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every
+            rank.
+        hidden_gradient: "summed": the gradient of ``input`` is summed over the group, as the layers
+            below need it. "partial": it is this rank's share, and the caller sums it.
         sequence_parallel: dimension 0 of ``input`` is the sequence, and each rank holds its equal
             part of it, [S / tp, ..., H]; ``target`` [S, ...] is whole on every rank, and so is what
             is returned. Rows are gathered, and their gradient scattered, a chunk at a time.
-        scratch_mib: what logits may take at a time, in MiB, for an even share of the vocabulary.
-            None: 128 on a CPU and 256 on accelerators, of fp32 logits at most half, and at least
-            128 rows.
-        drop_ignored: leave ignored rows out of the matrix products on an accelerator too. They must
-            be counted for that, so the call waits for the device, and what is wrong with values
-            raises there as on a CPU. On a CPU they always are left out. Not for a split sequence.
+        scratch_mib: memory for the chunk of logits, in MiB, where the vocabulary is split evenly.
+            None: 128 on a CPU and 256 on accelerators; for fp32 and fp64 hidden states at most half
+            of the logits; in any case at least 128 rows.
+        drop_ignored: leave ignored rows out of the matrix products on an accelerator too, as on a
+            CPU. The call then waits for the device to count them, so wrong values raise there as on
+            a CPU. With ``sequence_parallel`` rows are never left out, and this is refused.
 
     Returns:
         A ``TokenStatistics(log_prob, lse, entropy, argmax, sum_p_squared, selected_log_prob)``, the
-        same on every rank, each in the shape of ``target`` but the last: [..., K]. ``log_prob`` is
-        that of the target of each token. Not asked for is None.
+        same on every rank. Each has the shape of ``target``; ``selected_log_prob`` is [..., K].
+        ``log_prob`` is the log-probability of each row's target. What was not asked for is None.
 
     Raises:
         TypeError, ValueError: for a wrong argument; the message names the argument, its value, the
@@ -268,8 +295,11 @@ def linear_token_statistics(
 
     Communication:
         In forward one all_gather of 3 floats a row (one more each for entropy, argmax and
-        sum_p_squared, K for selected) and a small header, or two all_reduces. In backward one
-        all_reduce of the gradient of ``input``. With one rank, nothing at all.
+        sum_p_squared, K for selected) and a small header, or two all_reduces (argmax always
+        gathers). In backward the gradient of ``input`` is summed by one all_reduce, or by one for
+        each chunk where the rows are too many for one. With ``sequence_parallel`` each chunk of
+        ``input`` is gathered in both directions, and its gradient scattered. With one rank, nothing
+        at all.
 
     Example:
         ```python
@@ -307,7 +337,7 @@ def linear_token_statistics(
 
 
 def _no_target(input: Tensor, sequence_parallel: bool, group: dist.ProcessGroup | None) -> Tensor:
-    """Ids that are classes in any vocabulary, of which nothing is asked; as many as all rows."""
+    """Stand-in targets where a caller gave none: class 0, for every row of the whole sequence."""
     if not isinstance(input, Tensor) or input.dim() == 0:
         return input  # for ``prepare_linear`` to refuse
     shape = list(input.shape[:-1])

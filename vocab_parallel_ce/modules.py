@@ -23,31 +23,36 @@ class VocabParallelCrossEntropyLoss(HoldsGroup):
         ignore_index: rows with this target have loss 0 and gradient 0.
         label_smoothing: in [0, 1], PyTorch's formula over the whole vocabulary.
         lse_square_scale: adds this times lse^2 to every kept row (z-loss).
-        return_zloss: a call returns (loss, zloss): the z part of the loss too.
-        group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
-            not the default group; where others exist and no shard is told, a warning, once.
+        return_zloss: a call returns a pair (loss, zloss). ``zloss`` is the z-loss part of ``loss``,
+            which still contains it.
+        group: the tensor-parallel ``ProcessGroup`` over which the vocabulary is split. None means
+            one rank, not the default group: where the process is one of several ranks, a call with
+            neither ``group`` nor ``shard`` warns once.
         shard: which ids ``input`` holds, a ``VocabShard``. None means equal shards in rank order.
         inplace_backward: let the gradient overwrite the memory of ``input``: the loss then needs
             no memory of the size of the logits. Every later read of ``input`` sees the gradient, a
             second backward is refused, and so are leaves and tensors whose elements share memory.
-        scale: multiplies the logits inside the kernels; 1 / temperature. A finite number.
-        softcap: the logits become ``softcap * tanh(logits / softcap)`` first. None leaves them.
+        scale: multiplies the logits inside the kernels: 1 / temperature. A finite number.
+        softcap: the logits become ``softcap * tanh(logits / softcap)`` before ``scale``. None and 0
+            leave them as they are.
         engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
             "eager".
-        collective: "all_gather" (one collective; the same bits on every rank and in every run),
-            "all_reduce" (two), or "auto", which gathers up to about 6 MB.
-        check: True exchanges a preflight first, so that all ranks raise where one has a wrong
-            argument, or where they disagree on the number of rows, the dtype or an option. None
-            follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank:
-            where only some check, the result is undefined (a hang, or a process that ends). Without
-            it, a disagreement on rows, dtype or on what is sent is undefined as well.
-        finite_logits: a promise about rows with ``ignore_index`` and rows of whose loss no gradient
-            comes back: they hold neither NaN nor +inf, after ``scale`` too (-inf may be there). It
-            saves a pass over the gradient on Ascend; other engines ignore it. It changes no number
-            while it is kept; where it is broken, such a row may get gradient NaN instead of 0.
-            Each rank may promise it for its own shard.
+        collective: "all_gather" (one collective; the result is bitwise the same on every rank
+            and in every run), "all_reduce" (two collectives), or "auto", which gathers up to about
+            6 MB.
+        check: True adds a small exchange before the call, so that all ranks raise together: where
+            one has a wrong argument, or where they disagree on the number of rows, the dtype or an
+            option. None follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every
+            rank: if only some ranks check, the result is undefined (a hang, or a process that
+            ends). Without the check, a disagreement on the number of rows, the dtype or the
+            statistics that are computed is undefined as well.
+        finite_logits: a promise of the caller: rows that get no gradient hold neither NaN nor +inf,
+            also after ``scale`` (-inf is allowed). These are the rows with ``ignore_index``, and
+            those whose loss nothing depends on. It saves a pass over the gradient on Ascend; other
+            engines ignore it. While the promise holds, no result changes. If it does not hold, such
+            a row may get a NaN gradient instead of 0. Each rank may promise it for its own shard.
 
-    Copies (``copy.deepcopy``: an average of weights, a reference model) share the group object.
+    A copy by ``copy.deepcopy`` (an average of weights, a reference model) shares the group object.
     ``pickle`` and ``torch.save`` of the whole module keep the group's name and its global ranks.
 
     Raises:
@@ -145,8 +150,8 @@ class VocabParallelCrossEntropyLoss(HoldsGroup):
 class VocabParallelLinearCrossEntropyLoss(HoldsGroup):
     """``linear_cross_entropy`` with its options fixed at construction.
 
-    It holds no head: hidden states and the head's weight come with the call, so that tied weights
-    and wrappers of parameters stay as they are.
+    The module does not own the head: hidden states and the head's weight are passed to each call,
+    so tied weights and wrapped parameters stay as they are.
 
     Args:
         weight: [vocab_size] class weights, the full vector on every rank. It becomes a buffer: it
@@ -155,29 +160,40 @@ class VocabParallelLinearCrossEntropyLoss(HoldsGroup):
         ignore_index: rows with this target have loss 0 and gradient 0.
         label_smoothing: in [0, 1], PyTorch's formula over the whole vocabulary.
         lse_square_scale: adds this times lse^2 to every kept row (z-loss).
-        return_zloss: a call returns (loss, zloss): the z part of the loss too.
-        group: the tensor-parallel ``ProcessGroup`` that holds the vocabulary. None means one rank,
-            not the default group; where others exist and no shard is told, a warning, once.
+        return_zloss: a call returns a pair (loss, zloss). ``zloss`` is the z-loss part of ``loss``,
+            which still contains it.
+        group: the tensor-parallel ``ProcessGroup`` over which the vocabulary is split. None means
+            one rank, not the default group: where the process is one of several ranks, a call with
+            neither ``group`` nor ``shard`` warns once.
         shard: which ids ``linear_weight`` holds, a ``VocabShard``. None means equal shards in rank
             order.
-        scale: multiplies the logits inside the kernels; 1 / temperature. A finite number.
-        softcap: the logits become ``softcap * tanh(logits / softcap)`` first. None leaves them.
+        scale: multiplies the logits inside the kernels: 1 / temperature. A finite number.
+        softcap: the logits become ``softcap * tanh(logits / softcap)`` before ``scale``. None and 0
+            leave them as they are.
         engine: "auto" takes the fastest engine of the tensors' device; or "cpu", "npu", "triton",
             "eager".
-        collective: "all_gather" (the same bits on every rank), "all_reduce", or "auto".
-        check: True exchanges a preflight first, so that all ranks raise where one has a wrong
-            argument. None follows the variable VOCAB_PARALLEL_CE_CHECK.
+        collective: "all_gather" (one collective; the loss is bitwise the same on every rank),
+            "all_reduce" (two collectives), or "auto", which gathers up to about 6 MB.
+        check: True adds a small exchange before each call, so that all ranks raise together where
+            one has a wrong argument or where they disagree. None follows the variable
+            VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank.
         gradient: "forward", "recompute" or "auto": when gradients are computed.
         hidden_gradient: "summed" over the group, or "partial": this rank's share.
         sequence_parallel: dimension 0 of ``input`` is this rank's part of the sequence.
-        scratch_mib: what logits may take at a time, in MiB; None: 128 on a CPU, 256 elsewhere.
-        drop_ignored: leave ignored rows out of the products on an accelerator too; waits for it.
+        scratch_mib: memory for the chunk of logits, in MiB. None: at most 128 on a CPU, 256
+            elsewhere.
+        drop_ignored: leave ignored rows out of the matrix products on an accelerator too, at the
+            price of waiting for the device.
 
-    Copies (``copy.deepcopy``) share the group object. ``pickle`` and ``torch.save`` of the whole
+    ``linear_cross_entropy`` documents the last five in full.
+
+    A copy by ``copy.deepcopy`` shares the group object. ``pickle`` and ``torch.save`` of the whole
     module keep the group's name and its global ranks.
 
     Raises:
         As ``linear_cross_entropy`` does, when the module is called.
+        RuntimeError: at the first call after loading, where this process has no group of that name
+            with exactly these ranks; ``module.group = ...`` says which one to use.
 
     Communication:
         None at construction; in a call that of ``linear_cross_entropy``.
@@ -251,8 +267,8 @@ class VocabParallelLinearCrossEntropyLoss(HoldsGroup):
             normalizer: replaces the denominators of "mean"; it changes with every batch.
 
         Returns:
-            The loss in fp32 (fp64 for fp64), [...] for "none", else 0-d. With ``return_zloss`` a
-            pair of such tensors, (loss, zloss).
+            The loss in fp32 (fp64 for fp64 hidden states), [...] for "none", else 0-d. With
+            ``return_zloss`` a pair of such tensors, (loss, zloss).
         """
         return linear_cross_entropy(
             input,
@@ -285,7 +301,7 @@ class VocabParallelLinearCrossEntropyLoss(HoldsGroup):
 
 
 def _told(module: HoldsGroup) -> str:
-    """The reduction, and every option that is not its default, but for the group."""
+    """What ``print(module)`` shows: the reduction, and every other option that was changed."""
     told = []
     for name, parameter in inspect.signature(type(module).__init__).parameters.items():
         if name in ("self", "weight", "group"):

@@ -20,15 +20,15 @@ _INT64 = torch.iinfo(torch.int64)
 _LARGEST = sys.float_info.max
 
 
-def check_numbers(options: Options, where: str = "") -> None:
-    """Raise for an option whose value alone is wrong, whatever the tensors."""
+def check_numbers(options: Options) -> None:
+    """Raise for an option whose value alone is wrong, before there is a call with tensors."""
     check_plain(
         options.reduction, options.ignore_index, options.label_smoothing, options.lse_square_scale,
         options.softcap, options.engine, options.collective, options.finite_logits, options.check,
-        where,
+        where="",
     )  # fmt: skip
-    check_scale(options.scale, where)
-    check_normalizer(options.normalizer, options.reduction, where)
+    check_scale(options.scale, where="")
+    check_normalizer(options.normalizer, options.reduction, where="")
 
 
 def check_plain(

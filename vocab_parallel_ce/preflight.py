@@ -36,7 +36,7 @@ _FORMAT = f"<{_FIELDS}q{HEADER_INTS}i{_TEXT_BYTES}s"
 
 
 class Plan(NamedTuple):
-    """What a rank that found nothing wrong is about to do."""
+    """What a rank is about to send and compute; it found no error of its own."""
 
     request: RowRequest
     logits: Tensor
@@ -141,11 +141,11 @@ def is_told(problem: Exception) -> bool:
 
 
 class together:  # noqa: N801 (a context manager, read as a word)
-    """Tells the other ranks of ``group`` of whatever is raised inside: a wrong call, an argument,
-    memory that is not there, an engine that cannot. They raise as well.
+    """With ``check``: if the block raises on this rank, the other ranks of ``group`` raise as well.
 
-    Not of what comes after the preflight: the others no longer listen.
-    ``check`` is the argument of the public functions, or the word of a request.
+    That holds for any exception (a wrong argument, no memory, an engine that is not available), but
+    only until the preflight of the block has run: after that the other ranks no longer wait for
+    one. ``check`` is the argument of the public functions, or the word that a request has for it.
     """
 
     def __init__(self, group: object, check: object) -> None:

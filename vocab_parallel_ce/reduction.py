@@ -114,7 +114,8 @@ def _square(lse: Tensor) -> Tensor:
     return torch.where(finite, lse.masked_fill(~finite, 0.0).square(), other)
 
 
-def _same(value: Tensor) -> Tensor:
+def own_rows_only(value: Tensor) -> Tensor:
+    """The ``total`` of a call whose ranks all hold the same rows: there is nothing to add."""
     return value
 
 
@@ -122,7 +123,7 @@ def reduce_rows(
     rows: RowLosses,
     reduction: str,
     normalizer: Tensor | None = None,
-    total: Callable[[Tensor], Tensor] = _same,
+    total: Callable[[Tensor], Tensor] = own_rows_only,
 ) -> tuple[Tensor, Tensor | None]:
     """(loss with z, the z part of it or None where that is 0): [N], or 0-d when reduced.
 
@@ -148,7 +149,7 @@ def denominators(
     dtype: torch.dtype,
     has_zloss: bool,
     normalizer: Tensor | None = None,
-    total: Callable[[Tensor], Tensor] = _same,
+    total: Callable[[Tensor], Tensor] = own_rows_only,
 ) -> tuple[Tensor, Tensor]:
     """What "mean" divides the sum of losses by, and that of z-losses: 0-d each, in ``dtype``."""
     if normalizer is not None:

@@ -1,9 +1,9 @@
 """Ranks whose rows of the head are the same, though their shards say otherwise.
 
-Each rank took the same slice of the whole weight, and the loss is a plausible wrong number. Where
-shards were not told that is an error; who tells them may mean it (a head that was initialised with
-one seed on every rank), so here it is a warning, once in a process. The values of one shard under
-another one's name, each once, cannot be told from another weight.
+It happens when each rank takes the same slice of the whole weight; the loss is then a plausible
+wrong number. Without ``shard=`` this is an error. With ``shard=`` it may be meant (a head that was
+initialised with the same seed on every rank), so it is a warning, once in a process. Shards that
+are merely exchanged between ranks cannot be noticed: they look like another weight.
 """
 
 from __future__ import annotations

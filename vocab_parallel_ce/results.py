@@ -37,7 +37,8 @@ class TokenStatistics(NamedTuple):
 
     log_prob: Tensor
     """log p of the TARGET of each token; 0 where the target is ``ignore_index``. Differentiable.
-    None where no target was given, of which the type says nothing: who gives one need not ask.
+    None where no target was given. The type leaves that out, so that callers who give one need no
+    check.
     (``CrossEntropyLossOutput.log_prob`` is another quantity: [N, C_r], one number a class.)"""
     lse: Tensor
     """log sum_c e^x_c of each row; 0 where ignored. Differentiable."""
@@ -61,7 +62,7 @@ def named_statistics(
     log_prob: bool,
     selected: bool,
 ) -> TokenStatistics:
-    """What ``row_statistics`` returned, in the ``shape`` of the targets."""
+    """The statistics of ``primitive.row_statistics`` by name, in the ``shape`` of the targets."""
 
     def row(place: int) -> Tensor:
         return layout.rows(stats[place].reshape(shape))

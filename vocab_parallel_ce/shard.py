@@ -1,7 +1,7 @@
 """VocabShard: which vocabulary ids live on this rank.
 
-A shard is three integers and never talks to anybody. The one way that communicates,
-``VocabShard.from_group``, is called by hand when the model is built.
+A shard is three integers and communicates nothing. Only ``VocabShard.from_group`` does, which a
+program calls once, when it builds the model.
 """
 
 from __future__ import annotations
@@ -25,15 +25,20 @@ def group_rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
     return group.rank(), group.size()  # at a tenth of what torch.distributed takes to ask them
 
 
+def rank_suffix(rank: int, world: int) -> str:
+    """What an error message says last: which rank raises it, where there are several."""
+    return f" (rank {rank} of the group)" if world > 1 else ""
+
+
 @dataclass(frozen=True)
 class VocabShard:
     """The ids [start, stop) of a vocabulary of ``vocab_size`` live on this rank.
 
     Column j of the logits is id ``start + j``. Columns beyond ``stop - start`` are padding: they
-    take no part in the softmax and their gradient is exactly 0. So are ids from ``vocab_size`` on:
-    ``start`` and ``stop`` are cut to it, and the shards of a padded vocabulary can be told as they
-    are stored. The shards of a group must cover [0, vocab_size) without overlap, in any order of
-    ranks; every call of the loss verifies that (an error on CPU, NaN on accelerators).
+    take no part in the softmax and their gradient is exactly 0. Ids from ``vocab_size`` on are
+    padding too: ``start`` and ``stop`` are cut to it, so the shards of a padded vocabulary may be
+    given as they are stored. The shards of a group must cover [0, vocab_size) without overlap, in
+    any order of ranks; every call of the loss verifies that (an error on CPU, NaN on accelerators).
 
     Args:
         start: first id of this rank.
@@ -142,7 +147,7 @@ class VocabShard:
 
 
 class Held(NamedTuple):
-    """What messages call the tensor that holds this rank's part of the vocabulary."""
+    """The words of error messages for the tensor that holds this rank's part of the vocabulary."""
 
     name: str = "input"
     places: str = "columns"
@@ -152,7 +157,7 @@ class Held(NamedTuple):
 def resolve(
     columns: int, shard: VocabShard | None, rank: int, world: int, where: str, held: Held
 ) -> VocabShard:
-    """The shard of a tensor with so many ``columns``: what was told, checked, or an equal one."""
+    """The shard of a tensor with so many ``columns``: ``shard``, checked; or an equal one."""
     name, places = held.name, held.places
     if shard is None:
         if columns == 0:

@@ -1,6 +1,6 @@
 """Where each row's target lives, and which rows count.
 
-Validity is decided from the target and vocab_size alone, never from "no rank owns it".
+Whether a target is valid follows from the target and vocab_size alone, never from "no rank has it".
 """
 
 from __future__ import annotations

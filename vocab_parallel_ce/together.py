@@ -1,4 +1,4 @@
-"""The promise of ``check`` for a public function: where one rank raises, all of the group do."""
+"""Decorators for public functions: with ``check``, if one rank raises, all of its group do."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ T = TypeVar("T")
 
 
 def raises_together(function: Callable[P, T]) -> Callable[P, T]:
-    """A public function, of whose errors the other ranks are told; its call's included."""
+    """For a public function on logits; covers errors in how it was called as well."""
     return _telling(function, "input", 0, dim=-1)
 
 
 def linear_raises_together(function: Callable[P, T]) -> Callable[P, T]:
-    """The same of a function whose second argument holds the vocabulary: the head's weight."""
+    """For a public function of the fused head, where the head's weight holds the vocabulary."""
     return _telling(function, "linear_weight", 1, dim=0)
 
 
 def _telling(function: Callable[P, T], name: str, place: int, dim: int) -> Callable[P, T]:
-    """A DTensor at that place, or of that name, brings the group: it is sharded over ``dim``."""
+    """The argument of that ``name`` and ``place`` holds the vocabulary in its dimension ``dim``.
+
+    Where it is a DTensor, the group is taken from it.
+    """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,8 +1,8 @@
-"""What is to be said of the headers of all ranks: whether their shards and calls fit together.
+"""Decides from the headers of all ranks whether their shards and calls fit together.
 
-raise_on_problems      on the host: the error, the same on every rank, or nothing
-raise_on_own_values    the part of it that one rank alone can be told
-disagreement           on an accelerator: the same verdict as one bool, without reading it
+raise_on_problems      on the host: raises the same error on every rank, or returns
+raise_on_own_values    the part of it that needs no other rank
+disagreement           on an accelerator: the same decision as one bool, never read on the host
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Views that share memory with their tensor, whatever stands in the place of ``torch.Tensor.view``.
 
-MindSpeed puts a function there that first copies what is not contiguous (its feature
-"requirements-basic"; master of 2025 and 2026). Whoever then writes into the view of a padded or
-transposed tensor writes into a copy, and nobody says so: an in-place gradient would be lost. The
-operators below the method are not replaced.
+MindSpeed replaces that method by one that first copies a tensor that is not contiguous (its feature
+"requirements-basic"; master of 2025 and 2026). Writing into the view of a padded or transposed
+tensor then writes into a copy, without an error: an in-place gradient would be lost. MindSpeed does
+not replace the operators below the method, which are called here.
 """
 
 from __future__ import annotations

@@ -28,11 +28,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from vocab_parallel_ce.collectives import BACKEND_OF_DEVICE
 from vocab_parallel_ce.launch.bench.inputs import Inputs, fits, gather, make
 from vocab_parallel_ce.launch.bench.peers import BY_NAME, Loss, Peer, Setting, megatron_forgets
 from vocab_parallel_ce.launch.bench.truth import Reference, check, reference
 from vocab_parallel_ce.launch.measuring.calibration import calibrate
-from vocab_parallel_ce.launch.measuring.collectives import count_collectives
+from vocab_parallel_ce.launch.measuring.collectives import PARTIALS, count_collectives
 from vocab_parallel_ce.launch.measuring.device import MIB, device_module, synchronize
 from vocab_parallel_ce.launch.measuring.idle import wait_until_idle
 from vocab_parallel_ce.launch.measuring.limits import Loops, limit, run_loops
@@ -42,11 +43,9 @@ from vocab_parallel_ce.launch.measuring.passes import Pass
 from vocab_parallel_ce.launch.measuring.rounds import lower_quartile, summary, turns
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 WARM_UP = 2  # runs before anything is measured: compilation, caches, first touches
 MEMORY_RUNS = 3
-PARTIALS = 3  # k: floats a row that plain cross-entropy exchanges (max, sum, target logit)
 PASSES = {"forward": 1, "backward": 2, "both": 3}  # over the logits, at least: read; read, write
 SETTLE = 0.005  # seconds after the restore for OpenMP's threads to stop spinning
 TIMEOUT = datetime.timedelta(minutes=5)  # covers one rank compiling while the others wait
@@ -226,46 +225,60 @@ def _limit(loops: list[Loops], run: dict[str, Any], peer: dict[str, Any]) -> dic
     return {"limit_s": asdict(found), "taken_s": taken, "times_limit": taken / found.total}
 
 
+def _facts_of_run(
+    plan: Plan, shape: tuple[int, int], dtype: str, setting: Setting
+) -> dict[str, Any]:
+    """What a run is called and how large it is; its peers, each with why it cannot run, if so."""
+    rows, vocab = shape
+    peers = [
+        {
+            "name": name,
+            "label": BY_NAME[name].label,
+            "ours": BY_NAME[name].ours,
+            "status": BY_NAME[name].status(setting.world, setting.device.type),
+        }
+        for name in plan.peers
+    ]
+    return {
+        "ranks": setting.world,
+        "dtype": dtype,
+        "rows": rows,
+        "vocab": vocab,
+        "device": setting.device.type,
+        "processor": processor_model(),
+        "threads_per_rank": torch.get_num_threads(),
+        "repeats": plan.repeats,
+        "logits_bytes_per_rank": rows * (vocab // setting.world) * DTYPES[dtype].itemsize,
+        "peers": peers,
+    }
+
+
+_NOTHING_TIMED = {
+    "copy_bandwidth": None,
+    "timed_runs": 0,
+    "busy_runs": 0,
+    "idle_checked": False,
+}
+
+
 def run_case(
     plan: Plan, shape: tuple[int, int], dtype: str, setting: Setting, rank: int, tell: Tell
 ) -> dict[str, Any]:
     """All peers on one shape and dtype; the numbers of all ranks, merged (alike on every rank)."""
-    device, world = setting.device, setting.world
     rows, vocab = shape
     name = dtype if len(plan.shapes) == 1 else f"[{rows}, {vocab}] {dtype}"
 
     def say(text: str, steps: int) -> None:
         tell(f"{name}: {text}", steps)
 
+    run = _facts_of_run(plan, shape, dtype, setting)
     peers = [BY_NAME[name] for name in plan.peers]
-    result: dict[str, dict[str, Any]] = {
-        peer.name: {
-            "name": peer.name,
-            "label": peer.label,
-            "ours": peer.ours,
-            "status": peer.status(world, device.type),
-        }
-        for peer in peers
-    }
-    size = rows * (vocab // world) * DTYPES[dtype].itemsize
-    run = {
-        "ranks": world,
-        "dtype": dtype,
-        "rows": rows,
-        "vocab": vocab,
-        "device": device.type,
-        "processor": processor_model(),
-        "threads_per_rank": torch.get_num_threads(),
-        "repeats": plan.repeats,
-        "logits_bytes_per_rank": size,
-        "peers": [result[name] for name in plan.peers],
-    }
-    nothing = {"copy_bandwidth": None, "timed_runs": 0, "busy_runs": 0, "idle_checked": False}
-    if not all(gather(fits(rows, vocab // world, DTYPES[dtype], device))):
+    result = {facts["name"]: facts for facts in run["peers"]}
+    if not all(gather(fits(rows, vocab // setting.world, DTYPES[dtype], setting.device))):
         for facts in result.values():
             facts["status"] = facts["status"] or f"{NO_ROOM}: the logits alone"
         say("no room", len(peers) * (plan.repeats + 2))
-        return run | nothing
+        return run | _NOTHING_TIMED
 
     if "torch._dynamo" in sys.modules:
         # Compiled peers meet each shape as a fresh process would: static, and never beyond the
@@ -292,17 +305,21 @@ def run_case(
     if plan.calibrate:
         say("calibrating", 0)
         run["calibration"] = asdict(calibrate(setting.group, DTYPES[dtype], plan.repeats, gather))
+    return run | _merge_run(gather(timed), ready, run)
 
-    every: list[Timed] = gather(timed)
-    if not timed.copies:
-        return run | nothing
-    copies = zip(*(other.copies for other in every), strict=True)
-    bandwidth = [2 * size * world / max(ranks) for ranks in copies]
+
+def _merge_run(every: list[Timed], ready: list[Peer], run: dict[str, Any]) -> dict[str, Any]:
+    """The times of all ranks into the peers of ``run``; returns what is said of the run itself."""
+    if not every[0].copies:
+        return _NOTHING_TIMED
+    size, result = run["logits_bytes_per_rank"], {facts["name"]: facts for facts in run["peers"]}
+    copies = zip(*(timed.copies for timed in every), strict=True)
+    bandwidth = [2 * size * len(every) / max(ranks) for ranks in copies]
+    speed = statistics.median(bandwidth)
     for peer in ready:
-        speed = statistics.median(bandwidth)
-        result[peer.name].update(_merge(every, peer, rows, size, speed))
-    if timed.loops:
-        loops = [Loops.slowest(r) for r in zip(*(o.loops for o in every), strict=True)]
+        result[peer.name].update(_merge(every, peer, run["rows"], size, speed))
+    loops = [Loops.slowest(r) for r in zip(*(timed.loops for timed in every), strict=True)]
+    if loops:
         run["loops"] = {
             f"{column.name}_s": summary([getattr(one, column.name) for one in loops])
             for column in fields(Loops)
@@ -310,11 +327,12 @@ def run_case(
         for peer in ready:
             if peer.ours:
                 result[peer.name].update(_limit(loops, run, result[peer.name]))
-    return run | {
+    quiet = every[0].quiet
+    return {
         "copy_bandwidth": summary(bandwidth),
-        "timed_runs": len(every[0].quiet),
-        "busy_runs": sum(state is False for state in every[0].quiet),
-        "idle_checked": any(state is not None for state in every[0].quiet),
+        "timed_runs": len(quiet),
+        "busy_runs": sum(state is False for state in quiet),
+        "idle_checked": any(state is not None for state in quiet),
     }
 
 
@@ -336,7 +354,7 @@ def run_plan(plan: Plan, tell: Tell, init_method: str | None = None) -> list[dic
         device_module(device).set_device(device)
     settle_malloc(strict=False)
     dist.init_process_group(
-        BACKENDS[plan.device],
+        BACKEND_OF_DEVICE[plan.device],
         init_method=init_method,
         rank=rank,
         world_size=world,

@@ -30,7 +30,7 @@ from vocab_parallel_ce.launch.doctor.cases import Place
 from vocab_parallel_ce.launch.doctor.environment import DTYPES
 from vocab_parallel_ce.launch.doctor.ranks import Outcome, Ranks
 from vocab_parallel_ce.launch.doctor.selftest import Tell
-from vocab_parallel_ce.launch.measuring.collectives import time_collective
+from vocab_parallel_ce.launch.measuring.collectives import PARTIALS, time_collective
 from vocab_parallel_ce.launch.measuring.device import synchronize
 from vocab_parallel_ce.launch.measuring.logits import produced
 from vocab_parallel_ce.launch.measuring.memory import exact_peaks, peak_extra, settle_malloc
@@ -38,7 +38,6 @@ from vocab_parallel_ce.launch.measuring.passes import time_copy, time_pass
 from vocab_parallel_ce.launch.measuring.rounds import slowest
 
 TIMED_DTYPES = ("fp32", "bf16", "fp16")
-PARTIALS = 3  # floats a row that plain cross-entropy exchanges
 PASSES = 3  # over the logits: read; read and write
 WARM_UP = 2
 TILE = 64  # rows

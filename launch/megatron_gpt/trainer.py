@@ -105,7 +105,7 @@ class MicroBatch:
 
 
 class MegatronTrainer:
-    """The state of a run on this rank. ``megatron_model.megatron`` must be entered."""
+    """The state of a run on this rank. The context ``model.megatron`` must be entered."""
 
     def __init__(
         self, options: MegatronTrainOptions, groups: ParallelGroups, corpus: Corpus

@@ -27,7 +27,6 @@ from vocab_parallel_ce.launch.command_line import (
     ROWS,
     VOCAB,
     Json,
-    TensorParallel,
     job,
     number,
     option,
@@ -113,7 +112,9 @@ def refuse_what_has_no_use(why: str, given: dict[str, object]) -> None:
 def main(
     vocab: Annotated[int | None, whole("Of all ranks together. [default: 131072]", *VOCAB)] = None,
     rows: Annotated[int | None, whole("Rows of logits. [default: 8192]", *ROWS)] = None,
-    tp: TensorParallel = None,
+    tp: Annotated[
+        int | None, whole("Ranks that split the vocabulary. [default: 8]", "--tp")
+    ] = None,
     dtype: Annotated[
         str,
         option(options.dtype, "--dtype", metavar="fp32|bf16|fp16", help="Of the logits."),
@@ -161,8 +162,7 @@ def main(
 ) -> None:
     """Memory, traffic and time of the loss, by a model; with --measure, beside what is seen.
 
-    Without --measure nothing runs: it predicts for a machine that need not be there. --tp is 8
-    unless it is given.
+    Without --measure nothing runs: it predicts for a machine that need not be there.
     """
     if measure:
         if card not in (None, "cpu"):

@@ -51,7 +51,8 @@ from vocab_parallel_ce.collectives import GATHER_LIMIT_BYTES
 from vocab_parallel_ce.engines.npu import max_sum, operator
 from vocab_parallel_ce.engines.npu.traffic import Step, of_step
 from vocab_parallel_ce.header import HEADER_INTS
-from vocab_parallel_ce.launch.bench.rank import DTYPES, PARTIALS
+from vocab_parallel_ce.launch.bench.rank import DTYPES
+from vocab_parallel_ce.launch.measuring.collectives import PARTIALS
 from vocab_parallel_ce.launch.plan.devices import MIB
 from vocab_parallel_ce.switches import SCRATCH_MIB
 

@@ -236,7 +236,7 @@ def main(
         bool | None,
         typer.Option(
             "--fused-head/--no-fused-head",
-            help="Logits never whole; default: where they would exceed its budget.",
+            help="Head and loss together; default: where the logits would exceed its budget.",
             show_default=False,
         ),
     ] = None,

@@ -8,10 +8,10 @@ From then on every model of the process computes its loss here, whichever of Meg
 configuration asks for. ``uninstall()`` goes back. Importing this module imports no Megatron;
 megatron-core 0.12.1 (which MindSpeed builds on), 0.16.1 and 0.19.2 are tested.
 
-Three functions below have Megatron's names and signatures and can also be called by hand. They
-take the options that ``install`` has by default. ``cross_entropy_target`` is what a model of
-Megatron after 0.19 is handed as its loss. Errors call the logits ``input`` and the labels
-``target``, as ``vocab_parallel_ce.cross_entropy`` does, whose rules they follow.
+Three functions below have Megatron's names and signatures and can also be called directly; they use
+the default options of ``install``. ``cross_entropy_target`` is the loss in the form that a model of
+Megatron after 0.19 is given. Error messages call the logits ``input`` and the labels ``target``, as
+those of ``vocab_parallel_ce.cross_entropy`` do.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ def cross_entropy_target(
     *,
     options: MegatronOptions | None = None,
 ) -> Tensor:
-    """The loss as Megatron after 0.19 wants it: ``loss = target(logits, labels, tp_group)``.
+    """The loss as Megatron after 0.19 calls it: ``loss = target(logits, labels, tp_group)``.
 
-    The signature is that of ``CrossEntropyTarget`` in Megatron's documentation of 0.20.0. Give it
-    to a provider (``vocab_parallel_cross_entropy`` of a ``BackendSpecProvider`` returns it), or to
-    one model, where nothing of Megatron is replaced. The logits are left alone, though Megatron
-    lets a target use them up; ``inplace_backward`` makes use of that.
+    The signature is that of ``CrossEntropyTarget`` in Megatron's documentation of 0.20.0. Return it
+    from the method ``vocab_parallel_cross_entropy`` of a ``BackendSpecProvider``, or set it on one
+    model; then nothing of Megatron is replaced. Megatron allows such a loss to overwrite the
+    logits. It does so only with ``inplace_backward``, in backward.
 
     Args:
         logits: [s, b, v/tp] this rank's shard, fp16, bf16, fp32 or fp64.
         labels: [s, b] int64 or int32 vocabulary ids, the same on every rank; -100 is ignored.
         tp_group: the ranks that hold the vocabulary. None: Megatron's tensor-parallel group, or
             one rank where Megatron has made no groups.
-        options: what ``install`` takes, as an object, for this call alone. None: the options of
-            the installation that rules, which counts the call, or the defaults.
+        options: the arguments of ``install``, as an object, for this call alone. None: the options
+            of the latest ``install``, which also counts the call; without one, the defaults.
 
     Returns:
         [s, b] fp32 (fp64 for fp64 logits), the same on every rank. Its gradient has the logits'
@@ -130,12 +130,15 @@ def vocab_parallel_cross_entropy(
 def fused_vocab_parallel_cross_entropy(
     vocab_parallel_logits: Tensor, target: Tensor, tp_group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """``megatron.core.fusions.fused_cross_entropy``'s signature for the same loss.
+    """``vocab_parallel_cross_entropy`` with the signature of Megatron's fused loss.
+
+    That is the function of this name in ``megatron.core.fusions.fused_cross_entropy``.
 
     Args:
         vocab_parallel_logits: [*, v/tp] this rank's shard, fp16, bf16, fp32 or fp64.
         target: [*] int64 or int32 vocabulary ids, the same on every rank; -100 is ignored.
-        tp_group: the ranks that hold the vocabulary; None as above.
+        tp_group: the ranks that hold the vocabulary. None: Megatron's tensor-parallel group, or
+            one rank where Megatron has made no groups.
 
     Returns:
         [*] fp32 (fp64 for fp64 logits), the same on every rank.
@@ -161,14 +164,15 @@ def te_parallel_cross_entropy(
     tp_group: dist.ProcessGroup | None = None,
     is_cg_capturable: bool = False,
 ) -> Tensor:
-    """The signature of Megatron's call into TransformerEngine for the same loss.
+    """``vocab_parallel_cross_entropy`` with the signature of Megatron's call to TransformerEngine.
 
     TransformerEngine is not needed.
 
     Args:
         logits: [*, v/tp] this rank's shard, fp16, bf16, fp32 or fp64.
         labels: [*] int64 or int32 vocabulary ids, the same on every rank; -100 is ignored.
-        tp_group: the ranks that hold the vocabulary; None as above.
+        tp_group: the ranks that hold the vocabulary. None: Megatron's tensor-parallel group, or
+            one rank where Megatron has made no groups.
         is_cg_capturable: accepted, and changes nothing.
 
     Returns:

@@ -117,28 +117,28 @@ def install(
     check: bool | None = None,
     finite_logits: bool = False,
 ) -> Installation:
-    """Put this library's loss in the place of megatron-core's, for every model of the process.
+    """Replace megatron-core's loss by this library's, for every model of the process.
 
-    Replaces ``vocab_parallel_cross_entropy``, ``fused_vocab_parallel_cross_entropy`` and
-    ``te_parallel_cross_entropy`` in every module that holds them, before or after models are
-    imported or built, and checks that it took. A model of Megatron after 0.19 keeps its loss from
-    when it was built: one that keeps Megatron's own gets this one, and is given back its own by
-    ``uninstall``; one that was given another loss keeps that, with a warning. Call it on every
-    rank, with the same options. A second call changes the options; it returns a handle of its own,
-    which takes back only itself.
+    Call it on every rank, with the same options, before or after models are imported or built. It
+    replaces ``vocab_parallel_cross_entropy``, ``fused_vocab_parallel_cross_entropy`` and
+    ``te_parallel_cross_entropy`` in every module that holds them, and checks that this worked. A
+    model of Megatron after 0.19 stores its loss when it is built. If it stores one of Megatron's,
+    it gets this library's loss, and ``uninstall`` gives the stored one back; if it stores another
+    loss, it keeps that, and a warning says so. A second call changes the options; it returns its
+    own handle, which undoes only this second call.
 
     Args:
         vocab_size: the number of ids without Megatron's padding (``padded_vocab_size``). The
             padding columns then take no part in the softmax and get gradient exactly 0, and
-            gathered logits are always recognised, an error. None: every column of every rank is a
-            class, as Megatron has it, and logits that look gathered (the same on every rank) are
-            a warning on CPU and with ``check``, once, and nothing on accelerators.
-        shard: this rank's VocabShard, where shards are not equal or not in rank order, or whole
-            ranks are padding; it tells vocab_size as well.
+            gathered logits are always recognised, and an error. None: every column of every rank is
+            a class, as in Megatron. Then logits that look gathered (the same on every rank) only
+            cause one warning, on CPU and with ``check``; on accelerators they are not noticed.
+        shard: this rank's VocabShard, where shards are not equal or not in rank order, or where
+            whole ranks are padding; it includes ``vocab_size``.
         ignore_index: tokens with this label have loss 0 and gradient 0, whatever their logits.
-        invalid_target: what a label is that is neither a class nor ignore_index: "error" (a
-            ValueError on CPU, NaN on accelerators), or "ignore": loss 0 and gradient 0, for those
-            who leave such tokens to ``loss_mask``.
+        invalid_target: what happens to a label that is neither a class nor ``ignore_index``.
+            "error": a ValueError on CPU, NaN on accelerators. "ignore": loss 0 and gradient 0, for
+            data where only ``loss_mask`` marks such tokens.
         lse_square_scale: adds this times lse^2 to the loss of every token (the z-loss).
         softcap: the logits become ``softcap * tanh(logits / softcap)`` inside the kernels. For a
             model that does not cap them itself; one that does needs none here.
@@ -147,19 +147,20 @@ def install(
             one rank, and here on any number. "pytorch": as ``torch.nn.functional.cross_entropy``.
         engine: "auto" takes the fastest engine of the tensors' device; or an engine by name.
         collective: "all_gather" (one), "all_reduce" (two), or "auto", which gathers up to 6 MB.
-        check: exchange a preflight before each call, so that ranks that disagree raise together.
-            None follows the variable VOCAB_PARALLEL_CE_CHECK. The same on every rank.
-        finite_logits: a promise that tokens of loss 0, those that ``loss_mask`` leaves out among
-            them, have no NaN and no +inf among their logits. Saves a pass over the gradient on
-            Ascend and changes no number; where it is broken, such a row may get gradient NaN.
+        check: True adds a small exchange before each call, so that ranks that disagree raise
+            together. None follows the variable VOCAB_PARALLEL_CE_CHECK. The same on every rank.
+        finite_logits: a promise that the logits of tokens without a gradient (``ignore_index``, or
+            left out by ``loss_mask``) hold no NaN and no +inf. It saves a pass over the gradient on
+            Ascend and changes no result. If it does not hold, such a row may get a NaN gradient.
 
     Returns:
         An Installation: ``calls``, ``zloss``, ``uninstall()``; also a context manager.
 
     Raises:
-        ImportError without megatron-core; RuntimeError where the replacement did not take, or this
-        version looks its loss up elsewhere (all is put back then); ValueError and TypeError for
-        options.
+        ImportError: without megatron-core.
+        RuntimeError: where the replacement did not work, or this version finds its loss elsewhere;
+            everything is put back then.
+        TypeError, ValueError: for wrong options.
 
     Communication:
         None. ``VocabParallelCrossEntropy``, which MindSpeed patches, is not touched.

@@ -39,24 +39,25 @@ def loss_func(
 ) -> tuple[Tensor, Tensor, Report]:
     """``pretrain_gpt.loss_func`` of Megatron, with the z-loss reported beside the loss.
 
-    Which mean a step takes is for Megatron's schedule to say, and there are three:
+    Megatron's schedule decides which mean a step takes. There are three:
 
-        ``calculate_per_token_loss`` on: sums and numbers are added up over micro-batches and ranks
-        before they are divided: the mean over all tokens of the step;
-        off: each rank divides each micro-batch by its own number of tokens, and the means are
-        averaged. Context-parallel ranks hold parts of the same sequences, so where they have
-        unequal masks the result depends on how many of them there are;
-        off, with ``over_context_parallel``: each micro-batch is divided by the number of tokens on
-        all its context-parallel ranks: the same for any number of them.
+    1. ``calculate_per_token_loss`` on: sums and numbers of tokens are added up over micro-batches
+       and ranks, and then divided. This is the mean over all tokens of the step.
+    2. Off: each rank divides each micro-batch by its own number of tokens, and the means are
+       averaged. Context-parallel ranks hold parts of the same sequences, so with unequal masks the
+       result depends on the number of these ranks.
+    3. Off, with ``over_context_parallel``: each micro-batch is divided by the number of tokens on
+       all its context-parallel ranks. The result does not depend on the number of these ranks.
 
-    Before megatron-core 0.13 the second is already the third.
+    Before megatron-core 0.13 the second way is the same as the third.
 
     Args:
         loss_mask: [b, s] or flat; what each token counts, in the denominator as well. A token that
             counts 0 leaves no trace, even if its loss is NaN.
         output_tensor: [b, s] the loss of each token, as the model returned it; z-loss included.
         model: what Megatron passes; its configuration says how the schedule will divide.
-        over_context_parallel: see above; one more all_reduce of one number a micro-batch.
+        over_context_parallel: the third way above, for one more all_reduce of one number for each
+            micro-batch.
 
     Returns:
         (sum of loss * loss_mask, number of tokens as an int tensor, report). The report is
@@ -64,16 +65,17 @@ def loss_func(
         part of "lm loss" that is z. Both as the training loop of the installed version adds them
         up: one tensor [2], or before megatron-core 0.13 a tuple, summed over data-parallel ranks.
 
-        Megatron wants the number as an int. Where the mask adds up to none, it is rounded up and
-        the sum grows in proportion, so that the quotient is the mean; the report has the exact
-        ones.
+        Megatron wants the number as an int. Where the mask does not add up to an int, the number is
+        rounded up and the sum is enlarged in proportion, so that their quotient is the mean. The
+        report has the exact values.
 
     Raises:
-        ValueError: where the mask adds up to no int and ``calculate_per_token_loss`` is on, whose
-            sums over ranks that could not be right, or where ``model`` is missing, so that nobody
-            knows. Found on CPU and with ``check``; else the loss is NaN in the first case, and
-            off is assumed in the second. With ``check`` all data-parallel and context-parallel
-            ranks raise it, whichever has such a mask: a collective of 1 KB more a micro-batch.
+        ValueError: where the mask does not add up to an int, and either
+            ``calculate_per_token_loss`` is on (Megatron's sums over ranks would be wrong), or
+            ``model`` is missing, so that this is not known. Found on CPU and with ``check``. On an
+            accelerator without ``check`` the loss is NaN in the first case, and "off" is assumed in
+            the second. With ``check`` all data-parallel and context-parallel ranks raise together,
+            which costs one more collective of 1 KB for each micro-batch.
 
     The z part is that of the last call of the loss: call this right after the model, as Megatron's
     schedules do. Raises ValueError where that call was for another number of tokens.

@@ -201,3 +201,11 @@ def test_files_exist() -> None:
         ):
             base = ROOT / "vocab_parallel_ce" if name.startswith("engines/") else ROOT
             assert (base / name).exists(), f"{page.name}: {name}"
+
+
+def test_the_map_of_the_package_is_whole() -> None:
+    """CONTRIBUTING.md names every file of the package's own folder, and no other."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text.partition("in the order in which a call meets them")[2].partition("| to change")[0]
+    named = set(re.findall(r"`(\w+\.py)`", table))
+    assert named == {f.name for f in (ROOT / "vocab_parallel_ce").glob("*.py")} - {"__init__.py"}

@@ -28,6 +28,10 @@ def _disagreement(group: dist.ProcessGroup, name: str, gradient: str) -> str:
     if bad and name == "hidden":
         call["input"] = torch.randn(N, H, generator=torch.Generator().manual_seed(9))
         call["input"].requires_grad_()
+    if name == "hidden chunks":
+        call["scratch_mib"] = scratch_for(N // 2, V, torch.float32)
+    if bad and name == "hidden chunks":  # two whole chunks in the other order
+        call["input"] = call["input"].roll(N // 2, 0).detach().requires_grad_()
     if bad and name == "hidden sign":
         call["input"] = (-call["input"]).detach().requires_grad_()
     if bad and name == "hidden NaN":
@@ -58,6 +62,7 @@ def _disagreement(group: dist.ProcessGroup, name: str, gradient: str) -> str:
 DISAGREEMENTS = {
     "same head": "linear_weight looks gathered",
     "hidden": "ranks disagree on input: the hidden states of rank 0 and rank 1",
+    "hidden chunks": "ranks disagree on input: the hidden states",
     "hidden sign": "ranks disagree on input: the hidden states",
     "hidden NaN": "ranks disagree on input: the hidden states",
     "target": "ranks disagree on target",

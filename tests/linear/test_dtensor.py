@@ -19,6 +19,7 @@ from torch.distributed.tensor import (
     Shard,
     distribute_tensor,
 )
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from vocab_parallel_ce import linear_cross_entropy, linear_token_statistics
 
@@ -161,3 +162,25 @@ def test_refusals(pool: Pool) -> None:
     for texts in pool.run(_refusals, 2):
         for text, part in zip(texts, wanted, strict=True):
             assert part in text, (text, part)
+
+
+def _traced(group: dist.ProcessGroup) -> tuple[float, float]:
+    """Rows over the ranks: eagerly, and as a graph that make_fx has traced."""
+    full, weight, target = _batch(6)
+    mesh = _line(group)
+    hidden = distribute_tensor(full.requires_grad_(), mesh, [Shard(0)])
+    head = distribute_tensor(weight.requires_grad_(), mesh, [Replicate()])
+
+    def loss(hidden: DTensor, head: DTensor) -> DTensor:
+        out = linear_cross_entropy(hidden, head, target)
+        assert isinstance(out, DTensor)
+        return out
+
+    graph = make_fx(loss)(hidden, head)
+    eager, traced = (float(call(hidden, head).full_tensor()) for call in (loss, graph))
+    return eager, traced
+
+
+def test_a_traced_mean_is_that_of_all_rows(pool: Pool) -> None:
+    for eager, traced in pool.run(_traced, 2):
+        assert traced == pytest.approx(eager, rel=1e-12)

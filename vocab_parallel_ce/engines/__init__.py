@@ -1,4 +1,4 @@
-"""One file a device; ``select`` says which one serves a tensor."""
+"""One file or folder for each engine; ``select`` says which engine serves a tensor."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from .cpu import engine as cpu
 from .npu import engine as npu
 from .triton import engine as triton
 
-ENGINES = ("auto", "cpu", "npu", "triton", "eager")
-
 _MODULES: dict[str, Engine] = {"cpu": cpu, "npu": npu, "triton": triton, "eager": eager}
+"""Each engine by the name that ``engine=`` gives it."""
 _OF_DEVICE = {"cpu": "cpu", "npu": "npu", "cuda": "triton"}
-# What brings an engine where it is missing:
+"""The engine that "auto" takes for a type of device; eager for every other type."""
 _REMEDY = {
     "cpu": "`pip install 'vocab_parallel_ce[cpu]'` brings the cpu engine",
     "npu": "torch_npu 2.5.1.post1 or newer, on a CANN that has the operator, brings the npu engine",
     "triton": "`pip install 'vocab_parallel_ce[cuda]'` brings Triton; the engine also needs a "
     "card of compute capability 8.0 or newer and a C compiler",
 }
+"""What the user can do where an engine of ``_OF_DEVICE`` is not available."""
+
+ENGINES = ("auto", *_MODULES)
 
 
 @functools.cache
 def _engine_or_reason(name: str) -> Engine | str:
     """The engine, or why it cannot run here."""
-    if name == "eager":
-        return eager
-    reason: str | None = {"cpu": cpu, "npu": npu, "triton": triton}[name].unavailable()
+    reason = _MODULES[name].unavailable()
     return _MODULES[name] if reason is None else reason
 
 

@@ -1,7 +1,7 @@
-"""What an engine is: three functions on one device's 2-D tensors, and the words they share.
+"""What an engine is: three functions on 2-D tensors of one device, and the types that they share.
 
-It may have ``RowFunctions`` besides, its own versions of the arithmetic on [N] vectors, and
-``LinearFunctions``, which start at hidden states.
+An engine may also have ``RowFunctions``, its own versions of the arithmetic on [N] vectors, and
+``LinearFunctions``, which start from hidden states.
 
 An engine knows nothing of groups, reductions, padding or options. It sees one rank's shard
 
@@ -95,7 +95,7 @@ class Coefficients(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """The partials of a row that W ranks hold, still apart, and the ranks' headers."""
+    """The partials of W ranks, not yet merged, and the ranks' headers."""
 
     parts: Tensor
     """[W, k, N], rows named by ``Wanted.rows``; W = 1 where there is nothing left to merge"""
@@ -109,7 +109,7 @@ class Gathered(NamedTuple):
 
     @classmethod
     def of_one_rank(cls, parts: Tensor) -> Gathered:
-        """[k, N] of a rank alone: nobody asks what it weighs, or where it starts."""
+        """[k, N] of the only rank. What is read for W > 1 alone is filled with any tensor."""
         return cls(parts[None], parts, parts, None)
 
 
@@ -118,7 +118,7 @@ NOTHING_FOUND = (-1, 0, -1, -1, -1, 0)
 
 
 class HeaderLayout(NamedTuple):
-    """What a kernel that judges headers must know of them; the header's own module says it."""
+    """Where a kernel finds the fields of a header; ``header.py`` fills it in."""
 
     ints: int
     static: int
@@ -143,20 +143,20 @@ class HeaderLayout(NamedTuple):
 class RowFunctions(Protocol):
     """An engine's own versions of the arithmetic on [N] vectors around its three functions.
 
-    Plain torch would make a hundred small calls of it. The same numbers as the torch functions that
-    each stands for.
+    Plain torch takes about a hundred small calls for it. Each function gives the same numbers as
+    the torch functions that it names.
     """
 
     ON_HOST: bool
-    """True: they serve where values may be looked at, and are ``HostRowFunctions``. False: they
-    look at none and judge on the device."""
+    """True: they run on the host, where values may be read, and are ``HostRowFunctions``. False:
+    they run on a device and never read a value on the host."""
 
     def locate(
         self, target: Tensor, start: int, stop: int, vocab_size: int, ignore_index: int
     ) -> tuple[Tensor, int]:
-        """``targets.locate``: the local_target of ``target`` [N] int64.
+        """``targets.locate``: the local_target of ``target`` [N] int64, and a bad row.
 
-        And the first row whose target is no class; -1 where there is none, or nobody looked.
+        That is the first row whose target is no class; -1 where there is none, or on a device.
         """
         ...
 
@@ -180,12 +180,13 @@ class RowFunctions(Protocol):
 
         ``buffer`` is int32 and begins with the header, whose first ``layout.static`` ints are
         ``static``. W_r is ``shard_total`` in the dtype of ``parts`` [k, N], the partials of a shard
-        of ``size`` columns; the targets may be more than its rows, those of a whole batch.
-        ``with_content``: tell of their m and s. ``normalizer`` is 0-d, in that dtype;
+        of ``size`` columns. There may be more targets than rows: those of a whole batch.
+        ``with_content``: include the checksum of m and s. ``normalizer`` is 0-d, in that dtype;
         ``weight_checksum`` is 0 where there are no class weights.
 
-        Returns a 0-d int32, unless ``ON_HOST``: 1 if rows that all ranks hold alike are no sign of
-        gathered logits, because every kept row is constant or some target lies beyond the shard.
+        Returns None with ``ON_HOST``, else ``excuse``, a 0-d int32. It is 1 if equal partials on
+        all ranks do not mean gathered logits here: every kept row is constant, or some target lies
+        beyond the shard.
         """
         ...
 
@@ -201,45 +202,45 @@ class RowFunctions(Protocol):
         layout: HeaderLayout,
         excuse: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """``statistics.merge`` and ``finish`` and ``verdict.disagreement``: stats, m, s, argmax.
+        """``statistics.merge``, ``statistics.finish`` and ``verdict.disagreement`` in one.
 
-        And what a row weighs in a mean, [N] or None where that is left to torch: the class
-        ``weight`` of its target, or 1 where there are none; 0 for an ignored row. ``excuse`` is
-        what ``sign`` returned. ``ON_HOST``: the headers were judged, and no target is wrong.
+        Returns (stats, m, s, argmax, row_weight). ``row_weight`` [N] is what a row weighs in a
+        mean: the class ``weight`` of its target, or 1 without class weights; 0 for an ignored row;
+        None leaves it to torch. ``excuse`` is what ``sign`` returned. With ``ON_HOST`` the headers
+        have been checked before, and no target is wrong.
         """
         ...
 
 
 class HostRowFunctions(RowFunctions, Protocol):
-    """Those of an engine that says ``ON_HOST``."""
+    """The row functions of an engine with ``ON_HOST``."""
 
     def agree(self, headers: Tensor, layout: HeaderLayout) -> bool:
-        """Whether nothing at all is to be said of ``headers`` [W, ints]: sure of a yes.
+        """True if ``headers`` [W, ints] certainly show no problem.
 
-        The usual case: shards in rank order that tile the vocabulary, everything else alike,
-        nothing found, no sign of gathered logits. A no is for ``verdict.raise_on_problems`` to
-        explain.
+        That is the usual case: shards in rank order that tile the vocabulary, everything else
+        equal, nothing found, no sign of gathered logits. After False,
+        ``verdict.raise_on_problems`` decides and explains.
         """
         ...
 
     def weigh(self, weight: Tensor) -> tuple[int, int]:
-        """The first class of ``weight`` [vocab_size], fp32 or fp64, that is not finite, or -1.
-
-        And its ``checksums.float_checksum``.
+        """For ``weight`` [vocab_size] in fp32 or fp64: the first class that is not finite, or -1;
+        and the ``checksums.float_checksum``.
         """
         ...
 
 
 class LinearFunctions(Protocol):
-    """An engine's statistics and gradients straight from hidden states [N, H]; it makes the logits
-    that it needs, and nobody sees them.
+    """An engine's statistics and gradients from hidden states [N, H], without visible logits.
 
-    They serve a loss with smoothing, class weights, z and one scale. What wants more (a bias, a
-    softcap, entropy, ...) goes by chunks of logits, through the engine's three functions.
+    They serve losses with label smoothing, class weights, z-loss and one scale. Calls with other
+    options (a bias, a softcap, entropy, ...) go by chunks of logits, through the engine's three
+    functions.
     """
 
     LEAST_IDS: int
-    """rows of the weight, below which a shard goes by chunks, whatever ``why_not`` said"""
+    """A shard with fewer rows of the weight goes by chunks, whatever ``why_not`` said."""
 
     def why_not(self, dtype: torch.dtype, width: int, ids: int, scale: float) -> str | None:
         """Why they do not serve such calls; None if they do.
@@ -293,13 +294,17 @@ class Engine(Protocol):
     """
 
     ROW_FUNCTIONS: RowFunctions | None
-    """None: plain torch does that"""
+    """None: plain torch does the arithmetic on [N] vectors"""
 
     LINEAR_FUNCTIONS: LinearFunctions | None
-    """None: matrix products make logits, a chunk at a time"""
+    """None: the fused head makes logits by matrix products, a chunk at a time"""
 
     LEAVES_LOG_PROB: bool
-    """The kernel of ``partials`` writes log-probabilities anyway, and ``log_prob_out`` gets them"""
+    """Whether ``partials`` can also write log-probabilities, into ``log_prob_out``, for free"""
+
+    def unavailable(self) -> str | None:
+        """Why this engine cannot run on this machine, in one line; None if it can."""
+        ...
 
     def supports(self, logits: Tensor) -> bool:
         """Whether this engine can serve such logits (device and dtype)."""

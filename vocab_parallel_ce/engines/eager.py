@@ -31,7 +31,13 @@ _BLOCK_ELEMENTS = {"cpu": 1 << 20}
 _BLOCK_ELEMENTS_ACCELERATOR = 1 << 24
 
 
+def unavailable() -> str | None:
+    """Never: it needs torch alone."""
+    return None
+
+
 def supports(logits: Tensor) -> bool:
+    """Every device and dtype."""
     return True
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..arguments import Options, Outputs
 from ..checks import check_group, prepare
-from ..kinds import Kind, check_kinds, kind_of, settled
+from ..kinds import Kind, check_kinds, kind_of, settled, traced
 from ..option_checks import is_number
 from ..request import LinearRequest, is_on
-from ..shard import Held, group_rank_and_size
+from ..shard import Held, group_rank_and_size, rank_suffix
 from ..tensor_checks import LOGITS_DTYPES
 from ..transforms import check_transforms
 from .call import Statics, bytes_of_a_logit
@@ -59,7 +59,7 @@ def admit_linear(tensors: LinearTensors, options: Options) -> tuple[LinearTensor
         return tensors, options
     check_group(options.group)
     rank, world = group_rank_and_size(options.group)
-    where = f" (rank {rank} of the group)" if world > 1 else ""
+    where = rank_suffix(rank, world)
     of_options = {"scale": options.scale, "selected": options.selected}
     given = {**tensors._asdict(), **of_options}
     named = {n: v for n, v in given.items() if isinstance(v, Tensor)}
@@ -80,7 +80,7 @@ def prepare_linear(
     """
     check_group(options.group)
     rank, world = group_rank_and_size(options.group)
-    where = f" (rank {rank} of the group)" if world > 1 else ""
+    where = rank_suffix(rank, world)
     _check_words(linear, where)
     _check_tensors(tensors, where)
     _check_target(tensors.input, tensors.target, linear, world, where)
@@ -149,8 +149,7 @@ def in_forward(
     serves = options.reduction != "none" and not z_apart
     if linear.gradient == "forward" and not serves:
         why = "the z-loss has a gradient of its own" if z_apart else "every row has one of its own"
-        rank, world = group_rank_and_size(options.group)
-        where = f" (rank {rank} of the group)" if world > 1 else ""
+        where = rank_suffix(*group_rank_and_size(options.group))
         raise ValueError(
             f"gradient='forward' needs one incoming gradient, but with "
             f"{'return_zloss=True' if z_apart else 'reduction=none'} {why}{where}; use "
@@ -158,7 +157,7 @@ def in_forward(
         )
     auto = linear.gradient == "auto" and serves and tensors.input.dtype != torch.float16
     auto &= not straight
-    if rows_shared and torch.compiler.is_compiling():  # no operator sums in the middle of it
+    if rows_shared and traced(tensors.input):  # no operator sums in the middle of it
         return False
     leaves = (tensors.input, tensors.linear_weight, tensors.linear_bias)
     # Asked here: inside an autograd.Function gradients are off, and its inputs still need some.

@@ -10,26 +10,24 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from ..arguments import Options
 from ..dtensor import (
+    PLAIN,
     Layout,
     check_row_options,
     check_target,
+    local_part,
     local_row_options,
     local_target,
     local_weight,
-    offset_of,
     row_groups,
 )
 from ..rounds import play_before
 from ..shard import VocabShard
 from ..switches import check_is_on, check_word
 from .checks import LinearOptions, LinearTensors
-
-_PLAIN = Layout()
 
 
 def unwrap_linear(
@@ -42,14 +40,8 @@ def unwrap_linear(
     """
     hidden, head = tensors.input, tensors.linear_weight
     if not isinstance(hidden, DTensor) or not isinstance(head, DTensor):
-        given = {**tensors._asdict(), "scale": options.scale, "selected": options.selected}
-        for name, value in given.items():
-            if isinstance(value, DTensor):
-                raise ValueError(
-                    f"{name} is a DTensor, but not both input and linear_weight are: pass both as "
-                    f"DTensors of one mesh, or {name}.to_local()"
-                )
-        return tensors, options, linear, _PLAIN
+        _refuse_single_dtensors(tensors, options)
+        return tensors, options, linear, PLAIN
     if options.group is not None or options.shard is not None:
         raise ValueError(
             "group and shard must be left out for DTensors: the mesh and the placements of "
@@ -74,20 +66,10 @@ def unwrap_linear(
     summed = list(placements)
     if linear.hidden_gradient == "partial" and vocabulary is not None and not sequence:
         summed[vocabulary] = Partial()
-    of_head = [_gradient_of_head(d, p, vocabulary, rows) for d, p in enumerate(head.placements)]
-    local_head = head.to_local(grad_placements=of_head)
-    bias = tensors.linear_bias
-    if isinstance(bias, DTensor):
-        if tuple(bias.placements) != tuple(head.placements):
-            raise ValueError(
-                f"linear_bias has placements {tuple(bias.placements)}, linear_weight "
-                f"{tuple(head.placements)}; both must lie alike"
-            )
-        bias = bias.to_local(grad_placements=of_head)
-    start = min(offset_of(tuple(head.shape), mesh, tuple(head.placements))[0], head.shape[0])
-    shard = VocabShard(start, start + local_head.shape[0], head.shape[0])
+    local_head, bias, shard = _local_head(head, tensors.linear_bias, vocabulary, rows)
     local = hidden.to_local(grad_placements=summed)
-    here = _rows_here(tuple(hidden.shape), mesh, rows)
+    offset, size = local_part(tuple(hidden.shape), mesh, rows)
+    offset, here = offset[:-1], size[:-1]  # of this rank's targets
     check_target(tensors.target, here, layout)
     check_row_options(options, here, layout)
     weight = local_weight(tensors.weight)
@@ -96,7 +78,6 @@ def unwrap_linear(
     normalizer = tensors.normalizer
     if isinstance(normalizer, DTensor):
         normalizer = normalizer.full_tensor()
-    offset = offset_of(tuple(hidden.shape[:-1]), mesh, rows)
     target = local_target(tensors.target, here, layout, offset)
     options = local_row_options(options, here, layout, offset)
     return (
@@ -105,6 +86,35 @@ def unwrap_linear(
         linear._replace(sequence_parallel=sequence),
         layout,
     )
+
+
+def _refuse_single_dtensors(tensors: LinearTensors, options: Options) -> None:
+    """Raises where one argument is a DTensor, though input and linear_weight are not both."""
+    given = {**tensors._asdict(), "scale": options.scale, "selected": options.selected}
+    for name, value in given.items():
+        if isinstance(value, DTensor):
+            raise ValueError(
+                f"{name} is a DTensor, but not both input and linear_weight are: pass both as "
+                f"DTensors of one mesh, or {name}.to_local()"
+            )
+
+
+def _local_head(
+    head: DTensor, bias: Tensor | None, vocabulary: int | None, rows: tuple[Placement, ...]
+) -> tuple[Tensor, Tensor | None, VocabShard]:
+    """This rank's weight and bias, and the ids of their rows."""
+    mesh, placements = head.device_mesh, tuple(head.placements)
+    gradients = [_gradient_of_head(d, p, vocabulary, rows) for d, p in enumerate(placements)]
+    weight = head.to_local(grad_placements=gradients)
+    if isinstance(bias, DTensor):
+        if tuple(bias.placements) != placements:
+            raise ValueError(
+                f"linear_bias has placements {tuple(bias.placements)}, linear_weight "
+                f"{placements}; both must lie alike"
+            )
+        bias = bias.to_local(grad_placements=gradients)
+    start = min(local_part(tuple(head.shape), mesh, placements)[0][0], head.shape[0])
+    return weight, bias, VocabShard(start, start + weight.shape[0], head.shape[0])
 
 
 def _vocabulary_dim(head: DTensor) -> int | None:
@@ -172,19 +182,3 @@ def _gradient_of_head(
     if dim != vocabulary and rows[dim].is_shard():
         return Partial()
     return placement
-
-
-def _rows_here(
-    shape: tuple[int, ...], mesh: DeviceMesh, rows: tuple[Placement, ...]
-) -> tuple[int, ...]:
-    """The shape of this rank's targets."""
-    blank: Tensor = torch.empty(shape[:-1], device="meta")
-    size = list(blank.shape)
-    coordinate = mesh.get_coordinate()
-    assert coordinate is not None
-    for mesh_dim, placement in enumerate(rows):
-        if isinstance(placement, Shard):
-            dim = placement.dim % len(shape)
-            step = -(-size[dim] // mesh.size(mesh_dim))
-            size[dim] = max(0, min(step, size[dim] - coordinate[mesh_dim] * step))
-    return tuple(size)

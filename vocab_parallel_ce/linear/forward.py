@@ -31,7 +31,7 @@ def linear_statistics(call: LinearCall) -> RowResult:
     def fill(engine: Engine, parts: Tensor, local_target: Tensor) -> Tensor | None:
         keep = local_target != IGNORED
         kept = kept_rows(keep) if call.leaves_out else None
-        told = Told(call)
+        seen = HiddenFingerprint(call)
         if kept is not None:
             parts.zero_()
         portions = call.portions(kept, chunk)
@@ -39,7 +39,7 @@ def linear_statistics(call: LinearCall) -> RowResult:
 
         def one(portion: Portion) -> None:
             hidden, column = source.take(portion), local_target[portion.rows]
-            told.add(hidden, keep[portion.rows])
+            seen.add(hidden, keep[portion.rows])
             with rows_of_parts(parts, portion.rows) as some:
                 if functions is None:
                     logits = call.head.logits(hidden, scratch[: portion.count])
@@ -53,7 +53,7 @@ def linear_statistics(call: LinearCall) -> RowResult:
         with source.sent_to_the_end():
             for portion in portions:
                 one(portion)
-        return told.bits()
+        return seen.bits()
 
     preflight_before_gathers(call, scratch, 0)
     with together(call.group, call.request.check):
@@ -73,22 +73,25 @@ def rows_of_parts(parts: Tensor, rows: Rows) -> Iterator[Tensor]:
     parts[:, rows] = some
 
 
-class Told:
-    """What the header tells of the hidden states: where others can compare, and where it is seen.
+class HiddenFingerprint:
+    """The fingerprint of the hidden states for the header, so that ranks can compare theirs.
 
-    Not on an accelerator that nobody waits for: nobody would read it.
+    None where that is of no use: with one rank, with a split sequence (all ranks gather the same
+    rows), and on an accelerator without ``check``, where nobody would read it.
     """
 
     def __init__(self, call: LinearCall) -> None:
         several = call.group is not None and call.group.size() > 1
         several &= not call.request.sequence_parallel  # what was gathered is the same
         on_host = call.hidden.device.type == "cpu" or call.request.checking
+        self._rows = 0
         self._sum = torch.zeros(2, device=call.hidden.device) if several and on_host else None
 
     def add(self, hidden: Tensor, keep: Tensor) -> None:
-        """Some rows [n, H], of which those in ``keep`` [n] count."""
+        """Add rows [n, H] of a portion; only those in ``keep`` [n] count."""
         if self._sum is not None:
-            self._sum += fingerprint(masked(hidden, keep))
+            self._sum += fingerprint(masked(hidden, keep), self._rows)
+            self._rows += hidden.shape[0]
 
     def bits(self) -> Tensor | None:
         return None if self._sum is None else fingerprint_bits(self._sum)

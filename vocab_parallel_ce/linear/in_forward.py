@@ -22,6 +22,7 @@ from ..preflight import together
 from ..reduction import (
     RowLosses,
     denominators,
+    own_rows_only,
     reduce_rows,
     row_coefficients,
     row_losses,
@@ -30,7 +31,7 @@ from ..reduction import (
 from ..request import is_on
 from .backward import Gradients, Leaves, Needs, RowSums, rows_of
 from .call import LinearCall
-from .forward import Told
+from .forward import HiddenFingerprint
 from .hidden import HiddenRows, preflight_before_gathers
 from .kept import Portion, Rows, kept_rows, masked, some_of
 
@@ -58,15 +59,11 @@ class _Pending:
     coefficients: Tensor
 
 
-def _same(value: Tensor) -> Tensor:
-    return value
-
-
 def loss_with_gradients(
     call: LinearCall,
     leaves: Leaves,
     needs: Needs,
-    total: Callable[[Tensor], Tensor] = _same,
+    total: Callable[[Tensor], Tensor] = own_rows_only,
 ) -> LossAndGradients:
     """The reduced loss of ``call`` and the gradients that ``needs`` asks for.
 
@@ -136,9 +133,9 @@ class _InForward:
                 parts.zero_()
             some, column = parts[:, :n], local_target[:n]
             call.fill(engine, some, rows, logits, column)
-            told = Told(call)
-            told.add(hidden, self._keep[rows])
-            return told.bits()
+            seen = HiddenFingerprint(call)
+            seen.add(hidden, self._keep[rows])
+            return seen.bits()
 
         plan, scale = call.plan(self._scratch, call.statics.chunk), some_of(call.scale, rows)
         if not first:

@@ -193,10 +193,6 @@ def linear_row_statistics(
     return apart(stats, statics.request.wanted, selected), argmax, agreed
 
 
-def _same(value: Tensor) -> Tensor:
-    return value
-
-
 def linear_loss(
     hidden: Tensor,
     head_weight: Tensor,
@@ -207,7 +203,7 @@ def linear_loss(
     scale: Tensor | None,
     statics: Statics,
     group: dist.ProcessGroup | None,
-    total: Callable[[Tensor], Tensor] = _same,
+    total: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """(loss, its z part), 0-d; only the loss is differentiable, once.
 

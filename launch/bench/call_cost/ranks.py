@@ -15,10 +15,10 @@ from torch.multiprocessing.spawn import start_processes
 from vocab_parallel_ce import cross_entropy
 from vocab_parallel_ce.collectives import Payload, all_gather_flat
 from vocab_parallel_ce.launch.measuring.calls import fixed_costs
+from vocab_parallel_ce.launch.measuring.collectives import PARTIALS
 
 RANKS = 2
 ALONE = "its all_gather alone"
-PARTIALS = 3  # floats a row that plain cross-entropy exchanges
 
 
 def fixed_cost_of_ranks(rows: int, columns: int, rounds: int, calls: int = 100) -> dict[str, float]:

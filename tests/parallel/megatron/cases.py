@@ -128,7 +128,7 @@ class Want:
     naive_grad: Tensor
 
     def check(self, loss: Tensor, grad: Tensor | None = None) -> None:
-        """Ours, by the rule of ``tests/tolerance.py``; ``grad`` is [.., V], of the summed loss."""
+        """Ours, by the rule of ``testing.tolerance``; ``grad`` is [.., V], of the summed loss."""
         assert_close(loss, self.loss, self.expected.naive.loss, "loss")
         if grad is not None:
             assert_close(grad, self.grad, self.naive_grad, "gradient")

@@ -1,6 +1,6 @@
 """The loss by Megatron's names: against Megatron where that is right, else against fp64.
 
-What Megatron gets wrong is in ``test_megatron_defects.py``.
+What Megatron gets wrong is in ``test_defects.py``.
 """
 
 from __future__ import annotations

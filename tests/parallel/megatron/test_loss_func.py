@@ -1,7 +1,7 @@
 """The loss functions under Megatron's own schedule, data-parallel wrapper and gradient finalizing.
 
 What must come out is computed here from the whole batch in fp64, by what each version of Megatron
-says it divides by: see ``parallel/megatron_loss_func.py``.
+says it divides by: see ``parallel/megatron/loss_func.py``.
 """
 
 from __future__ import annotations
