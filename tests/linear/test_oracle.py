@@ -35,7 +35,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "smoothing": {"label_smoothing": 0.3},
     "z-loss": {"lse_square_scale": 0.02},
     "scale": {"scale": 0.37},
-    "softcap": {"softcap": 2.0, "scale": 0.8, "biased": True},
+    "softcap": {"softcap": 2.0, "scale": 0.7, "biased": True},
     "all": {
         "weight": True,
         "ignore_index": 7,
