@@ -217,3 +217,8 @@ def test_a_header_tells_of_the_rows_that_were_read(dtype: torch.dtype) -> None:
         steps.write_header(payload, float(request.size))
         told.append(payload.header.clone())
     assert torch.equal(*told)
+
+
+def test_ids_of_32_bits_are_refused_before_an_address_is_read() -> None:
+    with pytest.raises(TypeError, match=r"expected torch.int64, got torch.int32"):
+        vectors.locate(torch.zeros(3, dtype=torch.int32), 0, 8, 8, -100)
