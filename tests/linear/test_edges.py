@@ -48,6 +48,26 @@ def test_width_of_one_and_one_row(gradient: str) -> None:
     )
 
 
+def _ids_of_32_bits(group: dist.ProcessGroup, gradient: str) -> None:
+    """They mean what those of 64 bits do, and nothing beside them is read or written."""
+    losses = []
+    for dtype in (torch.int64, torch.int32):
+        call = sharded_call(group, gradient=gradient, label_smoothing=0.1)
+        call["target"] = call["target"].to(dtype)
+        call["target"][::3] = -100
+        loss = linear_cross_entropy(**call)
+        assert isinstance(loss, Tensor)
+        losses.append((loss, *torch.autograd.grad(loss, (call["input"], call["linear_weight"]))))
+    for wide, narrow in zip(*losses, strict=True):
+        assert torch.equal(wide, narrow)
+
+
+@pytest.mark.parametrize("gradient", ["forward", "recompute"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_targets_of_32_bits(pool: Pool, world: int, gradient: str) -> None:
+    pool.run(_ids_of_32_bits, world, (gradient,))
+
+
 @pytest.mark.parametrize("gradient", ["forward", "recompute"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_ignored_rows_hold_goes_nowhere(value: float, gradient: str) -> None:
