@@ -139,9 +139,7 @@ def linear_call(
     """From tensors as a caller has them: [..., H], [V_r, H], [V_r], [...]; scale is [N]."""
     head = plain_head(head_weight, head_bias, statics.request)
     ids = target.reshape(-1).long()  # kernels read them so, where they are announced as well
-    return LinearCall(
-        flat(hidden), head, ids, weight, statics, group, normalizer, scale, selected
-    )
+    return LinearCall(flat(hidden), head, ids, weight, statics, group, normalizer, scale, selected)
 
 
 def plain_head(weight: Tensor, bias: Tensor | None, request: RowRequest) -> Head:
