@@ -160,9 +160,9 @@ def linear_cross_entropy(
     tensors, options = admit_linear(tensors, options)
     tensors = _converted(tensors)
     statics = prepare_linear(tensors, options, linear, Outputs())
-    if seen_through_transforms(tensors):
+    if seen_through_transforms(tensors, options):
         return cross_entropy(
-            F.linear(input, linear_weight, linear_bias), target, weight, reduction, ignore_index,
+            _whole_logits(tensors, ignore_index), target, weight, reduction, ignore_index,
             label_smoothing, lse_square_scale=lse_square_scale, return_zloss=return_zloss,
             shard=shard, normalizer=normalizer, scale=scale, softcap=softcap, engine=engine,
         )  # fmt: skip
@@ -319,9 +319,9 @@ def linear_token_statistics(
     tensors = _converted(tensors)
     outputs = Outputs(entropy=entropy, argmax=argmax, squares=sum_p_squared)
     statics = prepare_linear(tensors, options, linear, outputs)
-    if seen_through_transforms(tensors):
+    if seen_through_transforms(tensors, options):
         return token_statistics(
-            F.linear(input, linear_weight, linear_bias), target, entropy=entropy, argmax=argmax,
+            _whole_logits(tensors, options.ignore_index), target, entropy=entropy, argmax=argmax,
             sum_p_squared=sum_p_squared, selected=selected, ignore_index=ignore_index, shard=shard,
             scale=scale, softcap=softcap, engine=engine,
         )  # fmt: skip
@@ -334,6 +334,13 @@ def linear_token_statistics(
     log_prob, further = target is not None, selected is not None
     shape = tensors.target.shape
     return named_statistics(stats, best, shape, layout, outputs, log_prob, further)
+
+
+def _whole_logits(tensors: LinearTensors, ignore_index: int) -> Tensor:
+    """For torch.func. What ignored rows hold must not reach the gradient of the weight."""
+    ignored = tensors.target.long() == ignore_index
+    hidden = tensors.input.masked_fill(ignored[..., None], 0.0)
+    return F.linear(hidden, tensors.linear_weight, tensors.linear_bias)
 
 
 def _no_target(input: Tensor, sequence_parallel: bool, group: dist.ProcessGroup | None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -62,6 +63,22 @@ def test_the_same_numbers(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(got, want)
     for a, b in zip(torch.autograd.grad(got, leaves), wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("gradient", ["forward", "recompute"])
+def test_operators_promise_where_gradients_lie(gradient: str) -> None:
+    """A compiler reads them as an operator of shapes alone has said, whatever the strides."""
+    hidden, head, _, target = _batch()
+    hidden = hidden.detach().t().contiguous().t().requires_grad_()
+
+    def strides(hidden: Tensor, head: Tensor, target: Tensor) -> tuple[tuple[int, ...], ...]:
+        loss = linear_cross_entropy(hidden * 1, head, target, gradient=gradient)
+        assert isinstance(loss, Tensor)
+        return tuple(g.stride() for g in torch.autograd.grad(loss, (hidden, head)))
+
+    with FakeTensorMode() as fake:
+        told = strides(*(fake.from_tensor(x) for x in (hidden, head, target)))
+    assert strides(hidden, head, target) == told
 
 
 def test_rows_may_change() -> None:

@@ -137,6 +137,11 @@ def _refusals(group: dist.ProcessGroup) -> list[str]:
         (hidden, head, {"sequence_parallel": True}),
         (distribute_tensor(full[:7], mesh, [Shard(0)]), head, {}),
         (distribute_tensor(full, mesh, [Shard(1)]), head, {}),
+        (
+            distribute_tensor(full, mesh, [Shard(0)]),
+            distribute_tensor(weight, mesh, [Replicate()]),
+            {"linear_bias": torch.zeros(10, dtype=torch.float64, requires_grad=True)},
+        ),
     )
     out = []
     for hidden_, head_, options in calls:
@@ -158,6 +163,7 @@ def test_refusals(pool: Pool) -> None:
         "DTensors tell it",
         "cannot share evenly",
         "dimension 0 only",
+        "linear_bias is a plain tensor that needs a gradient",
     )
     for texts in pool.run(_refusals, 2):
         for text, part in zip(texts, wanted, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +49,26 @@ def test_width_of_one_and_one_row(gradient: str) -> None:
     )
 
 
+def _ids_of_32_bits(group: dist.ProcessGroup, gradient: str) -> None:
+    """They mean what those of 64 bits do, and nothing beside them is read or written."""
+    losses = []
+    for dtype in (torch.int64, torch.int32):
+        call = sharded_call(group, gradient=gradient, label_smoothing=0.1)
+        call["target"] = call["target"].to(dtype)
+        call["target"][::3] = -100
+        loss = linear_cross_entropy(**call)
+        assert isinstance(loss, Tensor)
+        losses.append((loss, *torch.autograd.grad(loss, (call["input"], call["linear_weight"]))))
+    for wide, narrow in zip(*losses, strict=True):
+        assert torch.equal(wide, narrow)
+
+
+@pytest.mark.parametrize("gradient", ["forward", "recompute"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_targets_of_32_bits(pool: Pool, world: int, gradient: str) -> None:
+    pool.run(_ids_of_32_bits, world, (gradient,))
+
+
 @pytest.mark.parametrize("gradient", ["forward", "recompute"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_ignored_rows_hold_goes_nowhere(value: float, gradient: str) -> None:
@@ -88,6 +109,42 @@ def test_torch_func_is_served_on_one_rank() -> None:
 
     got = torch.func.grad(loss)(hidden.detach())
     (want,) = torch.autograd.grad(F.cross_entropy(F.linear(hidden, head), target), hidden)
+    torch.testing.assert_close(got, want)
+
+
+def test_torch_func_keeps_ignored_rows_out_of_the_head() -> None:
+    call = a_call()
+    hidden, head, target = (call[n] for n in ("input", "linear_weight", "target"))
+    hidden = hidden.detach().clone()
+    target[::2], hidden[::2] = -100, math.nan
+
+    def loss(head: Tensor) -> Tensor:
+        out = linear_cross_entropy(hidden, head, target)
+        assert isinstance(out, Tensor)
+        return out
+
+    (want,) = torch.autograd.grad(loss(head), head)
+    torch.testing.assert_close(torch.func.grad(loss)(head.detach()), want)
+
+
+@pytest.mark.parametrize("name", ["scale", "weight", "normalizer"])
+def test_vmap_over_an_option_alone(name: str) -> None:
+    call: dict[str, Any] = {k: v.detach() for k, v in a_call().items()}
+    values = torch.rand(3, *((V,) if name == "weight" else ())) + 0.5
+
+    def loss(value: Tensor) -> Tensor:
+        out = linear_cross_entropy(**{**call, name: value})
+        assert isinstance(out, Tensor)
+        return out
+
+    got = torch.func.vmap(loss)(values)
+    torch.testing.assert_close(got, torch.stack([loss(value) for value in values]))
+
+
+@pytest.mark.parametrize("gradient", ["forward", "recompute"])
+def test_any_number_of_mib_may_be_allowed(gradient: str) -> None:
+    call = a_call(gradient=gradient)
+    want, got = linear_cross_entropy(**call), linear_cross_entropy(**call, scratch_mib=1e308)
     torch.testing.assert_close(got, want)
 
 

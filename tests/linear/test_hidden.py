@@ -206,3 +206,23 @@ def test_collectives(pool: Pool) -> None:
     ):
         for counted in pool.run(_gathers, 2, (options,)):
             assert counted == {"forward": forward, "backward": backward}, options
+
+
+def _one_row_between_others(group: dist.ProcessGroup, gradient: str) -> None:
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    full, head = torch.randn(world, 2, generator=torch.Generator().manual_seed(1)), torch.ones(4, 1)
+    mine = full[rank : rank + 1, ::2].requires_grad_()
+    assert mine.stride() == (2, 2)
+    loss = linear_cross_entropy(
+        mine, head, torch.arange(world), group=group, gradient=gradient, sequence_parallel=True,
+        shard=VocabShard(rank * 4, rank * 4 + 4, world * 4),
+    )  # fmt: skip
+    assert isinstance(loss, Tensor)
+    whole = full[:, :1].expand(world, world * 4)
+    torch.testing.assert_close(loss, F.cross_entropy(whole, torch.arange(world)))
+    loss.backward()
+
+
+@pytest.mark.parametrize("gradient", WAYS)
+def test_a_part_of_one_number_may_lie_anywhere(pool: Pool, gradient: str) -> None:
+    pool.run(_one_row_between_others, 2, (gradient,))

@@ -207,6 +207,19 @@ def test_a_second_derivative_by_one_side_is_refused(gradient: str) -> None:
             torch.autograd.grad(grad.square().sum(), (hidden, head)[by], allow_unused=True)
 
 
+@pytest.mark.parametrize("gradient", WAYS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_second_derivative_by_the_bias_is_refused(frozen: bool, gradient: str) -> None:
+    hidden, head, target = _batch()
+    bias = torch.randn(V, requires_grad=True)
+    if frozen:
+        hidden, head = hidden.detach(), head.detach()
+    loss = _loss(hidden, head, target, linear_bias=bias, gradient=gradient)
+    (grad,) = torch.autograd.grad(loss, bias if frozen else head, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.grad(grad.square().sum(), bias, allow_unused=True)
+
+
 def test_the_tape_holds_no_hidden_states() -> None:
     """With gradients in forward: their gradient is kept, and they are not."""
     hidden, head, target = _batch()

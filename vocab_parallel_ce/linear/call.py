@@ -48,7 +48,7 @@ class LinearCall:
     """[N, H], or this rank's part of them"""
     head: Head
     target: Tensor
-    """[N]"""
+    """[N] int64"""
     weight: Tensor | None
     """[vocab_size] class weights"""
     statics: Statics
@@ -138,9 +138,8 @@ def linear_call(
 ) -> LinearCall:
     """From tensors as a caller has them: [..., H], [V_r, H], [V_r], [...]; scale is [N]."""
     head = plain_head(head_weight, head_bias, statics.request)
-    return LinearCall(
-        flat(hidden), head, target.reshape(-1), weight, statics, group, normalizer, scale, selected
-    )
+    ids = target.reshape(-1).long()  # kernels read them so, where they are announced as well
+    return LinearCall(flat(hidden), head, ids, weight, statics, group, normalizer, scale, selected)
 
 
 def plain_head(weight: Tensor, bias: Tensor | None, request: RowRequest) -> Head:

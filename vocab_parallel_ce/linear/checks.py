@@ -122,12 +122,12 @@ def prepare_linear(
     )
 
 
-def seen_through_transforms(tensors: LinearTensors) -> bool:
+def seen_through_transforms(tensors: LinearTensors, options: Options) -> bool:
     """Whether torch.func stands between the caller and the numbers: on one rank, whole logits."""
-    leaves = (tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target)
     if torch.compiler.is_compiling():
         return False
-    return any(x is not None and kind_of(x) is Kind.TRANSFORMED for x in leaves)
+    given = (*tensors, options.scale, options.selected)
+    return any(isinstance(x, Tensor) and kind_of(x) is Kind.TRANSFORMED for x in given)
 
 
 def in_forward(

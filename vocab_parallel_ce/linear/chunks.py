@@ -23,7 +23,8 @@ _BUDGET_MIB_ACCELERATOR = 256
 def budget_bytes(device_type: str, scratch_mib: float | None) -> int:
     """What logits may take at a time."""
     default = _BUDGET_MIB.get(device_type, _BUDGET_MIB_ACCELERATOR)
-    return int((default if scratch_mib is None else scratch_mib) * MIB)
+    # Whatever is passed, a number of rows fits into the integers of operators.
+    return int(min((default if scratch_mib is None else scratch_mib) * MIB, 2.0**62))
 
 
 def rows_of_a_chunk(

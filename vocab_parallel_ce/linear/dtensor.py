@@ -113,6 +113,12 @@ def _local_head(
                 f"{placements}; both must lie alike"
             )
         bias = bias.to_local(grad_placements=gradients)
+    elif isinstance(bias, Tensor) and bias.requires_grad and gradients != list(placements):
+        raise ValueError(
+            "linear_bias is a plain tensor that needs a gradient, but input shards its rows: the "
+            "gradient would be that of this rank's rows alone; pass linear_bias as a DTensor that "
+            "lies as linear_weight does"
+        )
     start = min(local_part(tuple(head.shape), mesh, placements)[0][0], head.shape[0])
     return weight, bias, VocabShard(start, start + weight.shape[0], head.shape[0])
 

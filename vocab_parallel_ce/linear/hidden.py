@@ -72,9 +72,7 @@ class HiddenRows:
         check_group_serves(call.hidden.device.type, call.group)
         mine = call.hidden[portion.own].contiguous()
         out = mine.new_empty(portion.count, mine.shape[1])
-        # As bytes: not every backend carries every dtype.
-        into, given = out.view(-1).view(torch.uint8), mine.view(-1).view(torch.uint8)
-        return all_gather_flat(into, given, call.group, async_op=True), out
+        return all_gather_flat(_bytes(out), _bytes(mine), call.group, async_op=True), out
 
 
 class HiddenSum:
@@ -87,7 +85,9 @@ class HiddenSum:
     def __init__(self, call: LinearCall, keep_wide: bool = False) -> None:
         like, group = call.hidden, call.group
         wide = keep_wide and is_narrow(like.dtype)
-        self.out = torch.zeros_like(like, dtype=torch.float32 if wide else like.dtype)
+        dtype = torch.float32 if wide else like.dtype
+        # Not zeros_like: hidden states may lie in any order, and the operators promise one.
+        self.out = torch.zeros(like.shape, dtype=dtype, device=like.device)
         alone = call.statics.partial or group is None or group.size() == 1
         self._group = None if alone else group
         self._under_way: list[tuple[Any, Tensor, Portion]] = []
@@ -129,6 +129,12 @@ class HiddenSum:
         while self._under_way:
             self._finish()
         return self.out
+
+
+def _bytes(values: Tensor) -> Tensor:
+    """A contiguous tensor as bytes: not every backend carries every dtype."""
+    # Of a single element torch says contiguous whatever the stride, and makes no bytes of others.
+    return values.as_strided((values.numel(),), (1,)).view(torch.uint8)
 
 
 def _is_gloo(values: Tensor, group: dist.ProcessGroup) -> bool:

@@ -80,7 +80,9 @@ class _LinearRowStatistics(torch.autograd.Function):
                 Needs(*ctx.needs_input_grad[:3]),
             )
             grad = None if out.hidden is None else out.hidden.view(hidden.shape)
-        origins = (grad_stats, _origin(hidden, head_weight)) if torch.is_grad_enabled() else ()
+        origins: tuple[Tensor, ...] = ()
+        if torch.is_grad_enabled():
+            origins = grad_stats, _origin(hidden, head_weight, head_bias)
         return (*_handed_out((grad, out.weight, out.bias), *origins), *(None,) * 7)
 
 
@@ -102,7 +104,7 @@ class _LinearLoss(torch.autograd.Function):
         total: Callable[[Tensor], Tensor],
         origin: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """``origin``: 0-d, of the tape of hidden states and weight, which are not kept for it."""
+        """``origin``: 0-d, of the tape of the first three, which are not kept for it."""
         call = linear_call(
             hidden, head_weight, head_bias, target, weight, normalizer, scale, None, statics, group,
         )  # fmt: skip
@@ -139,9 +141,10 @@ class _LinearLoss(torch.autograd.Function):
         return (*_handed_out((hidden, *grads[1:]), *origins), *(None,) * 8)
 
 
-def _origin(hidden: Tensor, head_weight: Tensor) -> Tensor:
-    """0, on the tape of both: a gradient that leads there can refuse a second derivative."""
-    return hidden[..., :0].sum() + head_weight[:0].sum()
+def _origin(hidden: Tensor, head_weight: Tensor, head_bias: Tensor | None) -> Tensor:
+    """0, on the tape of all: a gradient that leads there can refuse a second derivative."""
+    zero = hidden[..., :0].sum() + head_weight[:0].sum()
+    return zero if head_bias is None else zero + head_bias[:0].sum()
 
 
 def _one_gradient(grad: Tensor) -> Tensor:
@@ -217,6 +220,6 @@ def linear_loss(
         )
     out: tuple[Tensor, Tensor] = _LinearLoss.apply(  # type: ignore[no-untyped-call]
         hidden, head_weight, head_bias, target, weight, normalizer, scale, statics, group, total,
-        _origin(hidden, head_weight),
+        _origin(hidden, head_weight, head_bias),
     )  # fmt: skip
     return out
