@@ -32,6 +32,7 @@ from vocab_parallel_ce.engines.contract import (
     arithmetic_dtype,
 )
 from vocab_parallel_ce.engines.cpu import threads, vectors
+from vocab_parallel_ce.engines.cpu.addresses import matrix, vector
 from vocab_parallel_ce.engines.cpu.pieces import piece_width
 
 ROW_FUNCTIONS: RowFunctions | None = vectors
@@ -86,12 +87,12 @@ def partials(
     stored, arithmetic = logits.dtype, arithmetic_dtype(logits.dtype)
     token = _token(stored)
     scales, factor = _scales(scale, arithmetic)
-    rows = _matrix(logits, stored), _vector(local_target, torch.int64)
+    rows = matrix(logits, stored), vector(local_target, torch.int64)
     weight = weight.contiguous() if wanted.smooth and weight is not None else None
     width = piece_width(*logits.shape)
     pieces = -(-logits.shape[1] // width)
     parts = out if pieces == 1 else out.new_empty(out.shape[0], pieces * out.shape[1])
-    place = _vector(parts, arithmetic)
+    place = vector(parts, arithmetic)
     plain = len(wanted.rows) == 3 and softcap == 0
     if plain and _contiguous(logits) and _positive(scale, factor):
         _run(
@@ -100,16 +101,16 @@ def partials(
         )  # fmt: skip
     else:
         _run(
-            _kernels().general.partials, logits, *rows, _vector(weight, arithmetic)[0],
+            _kernels().general.partials, logits, *rows, vector(weight, arithmetic)[0],
             wanted.smooth, wanted.entropy, wanted.squares, wanted.argmax, wanted.ignored_rows,
             scales, factor, float(softcap), token, place,
         )  # fmt: skip
     if pieces > 1:
         weights = None if weight is None else _sums_of_pieces(weight, width)
         _kernels().merge(
-            0, logits.shape[0], logits.shape[1], width, place, _vector(weights, arithmetic)[0],
+            0, logits.shape[0], logits.shape[1], width, place, vector(weights, arithmetic)[0],
             wanted.smooth, wanted.entropy, wanted.squares, wanted.argmax,
-            _SCALARS[arithmetic](1.0), _vector(out, arithmetic),
+            _SCALARS[arithmetic](1.0), vector(out, arithmetic),
         )  # fmt: skip
 
 
@@ -138,10 +139,10 @@ def gradient(
     token = _token(stored)
     scales, factor = _scales(scale, arithmetic)
     softmax, target_part, smooth, entropy = coefficients
-    source, place = _matrix(logits, stored), _matrix(out, stored)
+    source, place = matrix(logits, stored), matrix(out, stored)
     rows = (
-        _vector(local_target, torch.int64), _vector(m, arithmetic), _vector(s, arithmetic),
-        _vector(softmax, arithmetic), _vector(target_part, arithmetic),
+        vector(local_target, torch.int64), vector(m, arithmetic), vector(s, arithmetic),
+        vector(softmax, arithmetic), vector(target_part, arithmetic),
     )  # fmt: skip
     plain = smooth is None and entropy is None and softcap == 0
     if plain and factor == factor and _contiguous(logits) and _contiguous(out):
@@ -149,8 +150,8 @@ def gradient(
         return
     weight = weight.contiguous() if smooth is not None and weight is not None else None
     _run(
-        _kernels().general.gradient, logits, source, *rows, _vector(smooth, arithmetic),
-        _vector(entropy, arithmetic), _vector(weight, arithmetic)[0], scales, factor,
+        _kernels().general.gradient, logits, source, *rows, vector(smooth, arithmetic),
+        vector(entropy, arithmetic), vector(weight, arithmetic)[0], scales, factor,
         float(softcap), token, place,
     )  # fmt: skip
 
@@ -184,8 +185,8 @@ def log_prob(
     stored, arithmetic = logits.dtype, arithmetic_dtype(logits.dtype)
     token = _token(stored)
     scales, factor = _scales(scale, arithmetic)
-    source, place = _matrix(logits, stored), _matrix(out, stored)
-    rows = _vector(m, arithmetic), _vector(s, arithmetic)
+    source, place = matrix(logits, stored), matrix(out, stored)
+    rows = vector(m, arithmetic), vector(s, arithmetic)
     cap = float(softcap)
     _run(_kernels().general.log_prob, logits, source, *rows, scales, factor, cap, token, place)
 
@@ -217,29 +218,13 @@ def _contiguous(tensor: Tensor) -> bool:
 def _scales(scale: float | Tensor, arithmetic: torch.dtype) -> tuple[tuple[int, int], Any]:
     """(a vector of one a row, a number for all of them): the second counts where there is none."""
     if isinstance(scale, Tensor):
-        return _vector(scale, arithmetic), _SCALARS[arithmetic](1.0)
+        return vector(scale, arithmetic), _SCALARS[arithmetic](1.0)
     return (0, 0), _SCALARS[arithmetic](scale)
 
 
 def _positive(scale: float | Tensor, factor: Any) -> bool:
     """Whether kernels see a scale above 0 in every row: fp32 makes 0 of 1e-50."""
     return bool((scale > 0).all()) if isinstance(scale, Tensor) else bool(factor > 0)
-
-
-def _vector(tensor: Tensor | None, dtype: torch.dtype) -> tuple[int, int]:
-    if tensor is None:
-        return 0, 0
-    if tensor.dtype != dtype:  # a wrong type would be read, or written, beyond its end
-        raise TypeError(f"expected {dtype}, got {tensor.dtype}")
-    return tensor.data_ptr(), tensor.stride(0) * dtype.itemsize
-
-
-def _matrix(tensor: Tensor, dtype: torch.dtype) -> tuple[int, int, int]:
-    if tensor.dtype != dtype:
-        raise TypeError(f"expected {dtype}, got {tensor.dtype}")
-    row, column = tensor.stride()
-    size = dtype.itemsize
-    return tensor.data_ptr(), row * size, column * size
 
 
 def _run(kernel: Any, logits: Tensor, *args: Any) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vocab_parallel_ce.engines.contract import Gathered, HeaderLayout, Wanted
 from vocab_parallel_ce.engines.cpu import threads
+from vocab_parallel_ce.engines.cpu.addresses import vector
 
 ON_HOST = True
 ELEMENTS_PER_ROW = 16  # how many logits take as long as what is done to a row here
@@ -29,7 +30,8 @@ def locate(
     """See ``contract.RowFunctions``."""
     out = torch.empty_like(target, memory_format=torch.contiguous_format)
     bad: int = _kernels().locate_rows(
-        0, target.shape[0], *_ids(target), start, stop, vocab_size, ignore_index, out.data_ptr(),
+        0, target.shape[0], *vector(target, torch.int64), start, stop, vocab_size, ignore_index,
+        out.data_ptr(),
     )  # fmt: skip
     return out, bad
 
@@ -54,7 +56,7 @@ def sign(
     if normalizer is not None:
         bits = int(normalizer.view(torch.int64 if normalizer.itemsize == 8 else torch.int32))
     _kernels().sign_rows(
-        target.shape[0], *_ids(target), parts.shape[1], parts.data_ptr(),
+        target.shape[0], *vector(target, torch.int64), parts.shape[1], parts.data_ptr(),
         parts.stride(0) * parts.itemsize, with_content, _TOKENS[parts.dtype], static.data_ptr(),
         layout.static, layout.ints, int(weight_checksum), _int(scale_checksum),
         _int(selected_checksum), bits, float(shard_total), buffer.data_ptr(),
@@ -106,19 +108,12 @@ def conclude(
     threads.run(
         _kernels().conclude_rows, rows, rows * ELEMENTS_PER_ROW, parts.data_ptr(), part * size,
         row * size, parts.shape[0], *_vector(gathered.shard_weight), *_vector(gathered.starts),
-        *_ids(target), ignore_index, vocab_size, *_vector(weight),
+        *vector(target, torch.int64), ignore_index, vocab_size, *_vector(weight),
         float(total_weight), wanted.smooth, wanted.entropy, wanted.squares, wanted.argmax,
         wanted.ignored_rows, _TOKENS[parts.dtype], stats.data_ptr(), rows * size, m.data_ptr(),
         s.data_ptr(), row_weight.data_ptr(), 0 if argmax is None else argmax.data_ptr(),
     )  # fmt: skip
     return stats, m, s, argmax, row_weight
-
-
-def _ids(target: Tensor) -> tuple[int, int]:
-    """Address and step in bytes."""
-    if target.dtype != torch.int64:  # ids of 32 bits would be read, or written, beyond their end
-        raise TypeError(f"expected torch.int64, got {target.dtype}")
-    return target.data_ptr(), target.stride(0) * 8
 
 
 def _vector(values: Tensor | None) -> tuple[int, int]:
