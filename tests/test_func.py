@@ -123,6 +123,36 @@ def test_ignored_and_masked_rows() -> None:
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize(
+    "options", [{"softcap": 5.0}, {"scale": torch.tensor([1, 2, torch.nan, 4])}]
+)
+def test_ignored_rows_under_a_cap_and_a_scale(options: dict[str, Any]) -> None:
+    """What cap and scale make of such a row does not reach the gradient either."""
+    x, y = torch.randn(4, CLASSES), torch.tensor([0, 1, -100, 3])
+    x[2] = torch.nan
+    leaf = x.clone().requires_grad_()
+
+    def loss(a: Tensor) -> Tensor:
+        out: Tensor = cross_entropy(a, y, **options)
+        return out
+
+    (want,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(x), want)
+    rows = torch.eye(4)
+    losses = cross_entropy(leaf, y, reduction="none", **options)
+    (many,) = torch.autograd.grad(losses, leaf, rows, is_grads_batched=True)
+    assert bool((many[:, 2] == 0).all())
+    torch.testing.assert_close(many.sum(0), 3 * want)
+
+
+def test_no_rows() -> None:
+    def loss(a: Tensor) -> Tensor:
+        none = torch.empty(0, dtype=torch.int64)
+        return cross_entropy(a, none, reduction="sum", label_smoothing=0.1)
+
+    assert torch.func.grad(loss)(torch.randn(0, CLASSES)).shape == (0, CLASSES)
+
+
 def test_invalid_targets() -> None:
     """An error where values can be looked at, NaN in the row under vmap; never a number."""
     x, y = torch.randn(2, ROWS, CLASSES), _target(2, ROWS)

@@ -111,9 +111,10 @@ def statistics(
     """The same from the columns of the targets; ``weight`` is the full vector."""
     dtype, wanted = arithmetic_dtype(logits.dtype), request.wanted
     ignored = (local_target == IGNORED)[:, None]
-    x = _scaled(logits, request, scale)
+    x = _unpadded(logits, request)
     blank = x.detach() if wanted.ignored_rows else torch.zeros_like(x)
-    x = torch.where(ignored, blank, x)  # no gradient for what is ignored, NaN included
+    # No gradient for what is ignored, whatever scale and cap make of it: NaN included.
+    x = _scaled(torch.where(ignored, blank, x), request, scale)
     m = x.detach().amax(1, keepdim=True)
     shifted = x - torch.where(m == -torch.inf, 0.0, m)
     e = shifted.exp()
@@ -124,7 +125,7 @@ def statistics(
     lse = m[:, 0] + log_s
     rows = [nll, lse if wanted.ignored_rows else torch.where(ignored[:, 0], 0.0, lse)]
     if request.smooth:
-        w = torch.ones_like(x[0]) if weight is None else weight.to(dtype)[: request.size]
+        w = x.new_ones(x.shape[1]) if weight is None else weight.to(dtype)[: request.size]
         rows.append(torch.where(ignored[:, 0], 0.0, log_s * w.sum() - (shifted * w).sum(1)))
     if request.entropy:
         t = torch.where(e == 0, 0.0, e * torch.where(e == 0, 0.0, shifted)).sum(1)
@@ -156,22 +157,27 @@ def gradient(
         leaf = logits.detach().requires_grad_()
         stats = statistics(leaf, local_target, weight, request, scale, selected)[0]
         (grad,) = torch.autograd.grad(stats, leaf, grad_stats)
-    return grad
+    unused = (grad_stats == 0).all(0).reshape(*logits.shape[:-1], 1)
+    return grad.masked_fill(unused, 0.0)  # as the engines do: 0 * NaN is NaN
 
 
 def log_prob(
     logits: Tensor, m: Tensor, s: Tensor, request: RowRequest, scale: Tensor | None = None
 ) -> Tensor:
     """``passes.compute_log_prob`` by plain torch."""
-    x = _scaled(logits, request, scale) - m[:, None] - s.log()[:, None]
+    x = _scaled(_unpadded(logits, request), request, scale) - m[:, None] - s.log()[:, None]
     padding = logits.shape[-1] - request.size
     x = torch.nn.functional.pad(x, (0, padding), value=-torch.inf)
     return x.to(logits.dtype).reshape(logits.shape)
 
 
-def _scaled(logits: Tensor, request: RowRequest, scale: Tensor | None) -> Tensor:
+def _unpadded(logits: Tensor, request: RowRequest) -> Tensor:
+    """[N, C] in the dtype of the arithmetic"""
     x = logits.reshape(-1, logits.shape[-1])[:, : request.size]
-    x = x.to(arithmetic_dtype(logits.dtype))
+    return x.to(arithmetic_dtype(logits.dtype))
+
+
+def _scaled(x: Tensor, request: RowRequest, scale: Tensor | None) -> Tensor:
     if request.softcap != 0:
         x = request.softcap * (x / request.softcap).tanh()
     return x * (request.scale if scale is None else (scale + (scale - scale))[:, None])
