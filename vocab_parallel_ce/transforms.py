@@ -31,8 +31,16 @@ ONE_RANK_ONLY = (
 
 
 def active() -> bool:
-    """Whether a transform of torch.func is running, here or further up the stack."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a transform of torch.func is running, here or further up the stack.
+
+    Inside, what torch makes of plain tensors is seen through the transform as well. functionalize
+    does not count: it only traces.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    only_traces = torch._C._functorch.TransformType.Functionalize
+    return any(interpreter.key() != only_traces for interpreter in stack)
 
 
 def check_transforms(arguments: dict[str, Tensor], alone: bool, where: str) -> None:
@@ -46,7 +54,7 @@ def check_transforms(arguments: dict[str, Tensor], alone: bool, where: str) -> N
         }
         if any(_has_tangent(value, levels) for value in tensors):
             raise ValueError(NO_JVP + where)
-    if not alone and any(kind_of(value) is Kind.TRANSFORMED for value in tensors):
+    if not alone and (active() or any(kind_of(value) is Kind.TRANSFORMED for value in tensors)):
         raise ValueError(ONE_RANK_ONLY + where)
 
 
