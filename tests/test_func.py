@@ -123,6 +123,58 @@ def test_ignored_and_masked_rows() -> None:
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize(
+    "options", [{"softcap": 5.0}, {"scale": torch.tensor([1, 2, torch.nan, 4])}]
+)
+def test_ignored_rows_under_a_cap_and_a_scale(options: dict[str, Any]) -> None:
+    """What cap and scale make of such a row does not reach the gradient either."""
+    x, y = torch.randn(4, CLASSES), torch.tensor([0, 1, -100, 3])
+    x[2] = torch.nan
+    leaf = x.clone().requires_grad_()
+
+    def loss(a: Tensor) -> Tensor:
+        out: Tensor = cross_entropy(a, y, **options)
+        return out
+
+    (want,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(x), want)
+    rows = torch.eye(4)
+    losses = cross_entropy(leaf, y, reduction="none", **options)
+    (many,) = torch.autograd.grad(losses, leaf, rows, is_grads_batched=True)
+    assert bool((many[:, 2] == 0).all())
+    torch.testing.assert_close(many.sum(0), 3 * want)
+
+
+@pytest.mark.parametrize("function", ["loss", "operator", "statistics"])
+def test_inside_a_transform_of_something_else(function: str) -> None:
+    """Nothing of the call is seen through the transform, but what torch makes of it is."""
+    x, y = torch.randn(ROWS, CLASSES, requires_grad=True), _target(ROWS)
+
+    def value() -> Tensor:
+        if function == "loss":
+            out: Tensor = cross_entropy(x, y, normalizer=3, scale=torch.full((ROWS,), 0.5))
+            return out
+        if function == "operator":
+            result = cross_entropy_loss(x, y)
+            return result.loss.sum() + result.log_prob.square().mean()
+        return token_statistics(x, y, selected=y.clamp(min=0)[:, None]).lse.sum()
+
+    want = value()
+    (gradient,) = torch.autograd.grad(want, x)
+    torch.testing.assert_close(torch.func.vmap(lambda a: a * value())(torch.ones(2))[1], want)
+    by_factor, got = torch.func.grad_and_value(lambda a: a * value())(torch.ones(()))
+    torch.testing.assert_close(by_factor, want)
+    torch.testing.assert_close(torch.autograd.grad(got, x)[0], gradient)
+
+
+def test_no_rows() -> None:
+    def loss(a: Tensor) -> Tensor:
+        none = torch.empty(0, dtype=torch.int64)
+        return cross_entropy(a, none, reduction="sum", label_smoothing=0.1)
+
+    assert torch.func.grad(loss)(torch.randn(0, CLASSES)).shape == (0, CLASSES)
+
+
 def test_invalid_targets() -> None:
     """An error where values can be looked at, NaN in the row under vmap; never a number."""
     x, y = torch.randn(2, ROWS, CLASSES), _target(2, ROWS)
@@ -185,6 +237,13 @@ def _on_several_ranks(group: dist.ProcessGroup) -> None:
     ):
         with pytest.raises(ValueError, match=rf"one rank only.*rank {rank} of the group"):
             attempt()
+    # Neither is a loss inside a transform of something else: torch would wrap what it makes.
+    for options in ({}, {"scale": torch.ones(ROWS)}, {"normalizer": 3}, {"check": True}):
+        for transform in (torch.func.grad, torch.func.vmap):
+            with pytest.raises(ValueError, match="one rank only"):
+                transform(lambda a, o=options: a + cross_entropy(x[0], y, group=group, **o))(
+                    torch.ones(()) if transform is torch.func.grad else torch.ones(2)
+                )
     leaf = x[0].clone().requires_grad_()
     out = cross_entropy(leaf, y, group=group, reduction="none")
     with pytest.raises(ValueError, match="one rank only"):

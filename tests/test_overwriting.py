@@ -76,6 +76,13 @@ def test_overlapping_memory_is_refused(overlap: Layout) -> None:
     assert_close(grad, exact, naive, "gradient")
 
 
+def test_no_elements_share_no_memory() -> None:
+    """A stride of 0 on one rank alone would let the others wait."""
+    leaf, target = random_leaf(3, 0, 1), torch.empty(3, 0, dtype=torch.int64)
+    logits = made_of(leaf).as_strided((3, 0, 1), (0, 1, 0))
+    cross_entropy(logits, target, reduction="sum", inplace_backward=True)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_allowed_where_no_gradient_flows(

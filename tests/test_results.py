@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from vocab_parallel_ce import cross_entropy, cross_entropy_loss, token_statistics
+from vocab_parallel_ce import (
+    cross_entropy,
+    cross_entropy_loss,
+    linear_cross_entropy,
+    linear_token_statistics,
+    token_statistics,
+)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -90,3 +99,31 @@ def test_token_statistics_result(lead: tuple[int, ...], dtype: torch.dtype) -> N
 def test_target_dtypes(dtype: torch.dtype) -> None:
     x, target = _batch(6)
     assert torch.equal(cross_entropy(x, target.to(dtype)), cross_entropy(x, target))
+
+
+FLOATS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "loss": lambda x, y: cross_entropy(x, y, reduction="none"),
+    "loss and z-loss": lambda x, y: cross_entropy(x, y, reduction="none", return_zloss=True)[0],
+    "operator's": lambda x, y: cross_entropy_loss(x, y, reduction="none").loss,
+    "log_prob": lambda x, y: token_statistics(x, y).log_prob,
+    "lse": lambda x, y: token_statistics(x, y).lse,
+    "entropy": lambda x, y: token_statistics(x, y, entropy=True).entropy,
+    "selected": lambda x, y: token_statistics(x, y, selected=y[..., None]).selected_log_prob,
+    "fused head's": lambda x, y: linear_cross_entropy(x, torch.eye(11), y, reduction="none"),
+    "fused head's lse": lambda x, y: linear_token_statistics(x, torch.eye(11), y).lse,
+}
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("lead", [(5,), (2, 3)], ids=str)
+def test_a_result_may_be_written_into(lead: tuple[int, ...], name: str) -> None:
+    """``loss *= mask``, as with F.cross_entropy; the gradient is that of a product."""
+    x, target = _batch(*lead)
+    leaf = x.requires_grad_()
+    gradients: list[Tensor] = []
+    for in_place in (False, True):
+        value = FLOATS[name](leaf, target)
+        factor = torch.arange(1.0, 1 + value.numel()).reshape(value.shape)
+        value = value.mul_(factor) if in_place else value * factor
+        gradients += torch.autograd.grad(value.sum(), leaf)
+    assert torch.equal(*gradients)

@@ -47,6 +47,19 @@ def test_nan_under_a_mask(engine: str, inplace: bool, smoothing: float) -> None:
     assert bool((got[[1, 3]] == 0).all())
 
 
+def test_nan_of_other_rows_in_batched_gradients() -> None:
+    logits = torch.randn(3, 8)
+    logits[1], logits[2, 0] = torch.nan, torch.inf
+    leaf = move(logits).requires_grad_()
+    losses = cross_entropy(leaf, move(torch.tensor([0, 3, 7])), reduction="none")
+    each = [
+        torch.autograd.grad(losses, leaf, up, retain_graph=True)[0] for up in move(torch.eye(3))
+    ]
+    (many,) = torch.autograd.grad(losses, leaf, move(torch.eye(3)), is_grads_batched=True)
+    torch.testing.assert_close(many, torch.stack(each), equal_nan=True)
+    assert bool((many[0, 1:] == 0).all())
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_nan_under_a_mask_on_two_ranks(pool: Pool, engine: str) -> None:
     for got, want in pool.run(_gradient, 2, (engine, True, 0.0)):

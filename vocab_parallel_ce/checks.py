@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import forgotten_group
+from . import forgotten_group, transforms
 from .arguments import Options, Outputs
 from .collectives import check_backend_dtype, check_group_serves
 from .engines import select
@@ -30,7 +30,6 @@ from .scales import number_of
 from .shard import Held, VocabShard, group_rank_and_size, rank_suffix, resolve
 from .switches import check_word
 from .tensor_checks import check_row_scale, check_selected, check_tensors
-from .transforms import check_transforms
 
 T = TypeVar("T")
 
@@ -75,7 +74,8 @@ def admit(
     if torch.compiler.is_compiling():
         return input, target, weight, options
     values = (input, target, weight, options.normalizer, options.scale, options.selected)
-    if forward_ad._current_level < 0 and ordinary(*(v for v in values if isinstance(v, Tensor))):
+    plain = forward_ad._current_level < 0 and not transforms.active()
+    if plain and ordinary(*(v for v in values if isinstance(v, Tensor))):
         return input, target, weight, options
     names = ("input", "target", "weight", "normalizer", "scale", "selected")
     named = dict(zip(names, values, strict=True))
@@ -83,7 +83,7 @@ def admit(
     rank, world = group_rank_and_size(options.group)
     where = rank_suffix(rank, world)
     check_kinds(tensors, where)
-    check_transforms(tensors, world == 1, where)
+    transforms.check_transforms(tensors, world == 1, where)
     memory: dict[str, Any] = {**named, **{n: settled(v) for n, v in tensors.items()}}
     if memory["input"] is not input and options.inplace_backward and input.requires_grad:
         check_overwritable(input, where)

@@ -124,6 +124,8 @@ def check_overwritable(input: Tensor, where: str) -> None:
 
 def _overlaps_itself(x: Tensor) -> bool:
     """Whether some element may share memory with another (sure to be False for dense views)."""
+    if x.numel() == 0:
+        return False  # whatever its strides, which may be 0
     span = 1
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
         if size > 1:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .collectives import COLLECTIVES, all_gather_flat, communication_device, is_dry_run
 from .engines.contract import arithmetic_dtype
@@ -168,6 +169,14 @@ def _exchange(
     packed: bytes, group: dist.ProcessGroup, device: torch.device
 ) -> list[tuple[Any, ...]]:
     """What every rank has packed, in rank order."""
+    # These are bytes to send, whatever torch.func or a mode makes of the tensors of the call.
+    with _disable_current_modes(), torch._C._DisableFuncTorch():
+        return _exchanged(packed, group, device)
+
+
+def _exchanged(
+    packed: bytes, group: dist.ProcessGroup, device: torch.device
+) -> list[tuple[Any, ...]]:
     mine = torch.frombuffer(bytearray(packed), dtype=torch.int32).to(device)
     world = dist.get_world_size(group)
     received = mine.new_empty(world * mine.numel())

@@ -208,7 +208,7 @@ def row_statistics(
             logits, target, weight, request, group, inplace_backward, normalizer, scale, selected
         )
         return Statistics(apart(stats, request.wanted, selected), m, s, argmax, agreed)
-    if transforms.active() and _transformed(logits, target, weight, normalizer, scale, selected):
+    if transforms.active():
         stats, m, s, argmax = transforms.row_statistics(
             logits, target, weight, request, scale, selected
         )
@@ -252,6 +252,6 @@ def log_prob(
 
         return compiled.log_prob(logits, m, s, request, scale)
     with torch.no_grad():
-        if transforms.active() and _transformed(logits, m, s):
+        if transforms.active():
             return transforms.log_prob(logits.detach(), m, s, request, scale)
         return compute_log_prob(logits.detach(), m, s, request, scale)

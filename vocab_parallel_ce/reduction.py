@@ -140,7 +140,10 @@ def reduce_rows(
         )
         loss = loss / of_loss
         zloss = None if zloss is None else zloss / of_zloss
-    return (loss if zloss is None else loss + zloss), zloss
+    if zloss is not None:
+        return loss + zloss, zloss
+    # Its caller may write into it, which torch forbids of a row of the statistics.
+    return (loss.clone() if reduction == "none" else loss), None
 
 
 def denominators(

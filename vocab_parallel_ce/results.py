@@ -65,7 +65,8 @@ def named_statistics(
     """The statistics of ``primitive.row_statistics`` by name, in the ``shape`` of the targets."""
 
     def row(place: int) -> Tensor:
-        return layout.rows(stats[place].reshape(shape))
+        # A copy: its caller may write into it, which torch forbids of a row of the statistics.
+        return layout.rows(stats[place].clone().reshape(shape))
 
     of_target = layout.rows(0.0 - stats[0].reshape(shape)) if log_prob else None
     named = 2 + outputs.entropy + outputs.squares

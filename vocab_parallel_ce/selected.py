@@ -37,8 +37,9 @@ def flat_ids(selected: Tensor | None) -> Tensor | None:
 
 
 def by_row(log_prob: Tensor, rows: torch.Size) -> Tensor:
-    """[K, N] -> [..., K]"""
-    return log_prob.t().contiguous().reshape(*rows, log_prob.shape[0])
+    """[K, N] -> [..., K], a copy"""
+    whole = log_prob.t().clone(memory_format=torch.contiguous_format)
+    return whole.reshape(*rows, log_prob.shape[0])
 
 
 def is_allowed(selected: Tensor, ignored: Tensor, vocab_size: int) -> Tensor:

@@ -31,8 +31,16 @@ ONE_RANK_ONLY = (
 
 
 def active() -> bool:
-    """Whether a transform of torch.func is running, here or further up the stack."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a transform of torch.func is running, here or further up the stack.
+
+    Inside, what torch makes of plain tensors is seen through the transform as well. functionalize
+    does not count: it only traces.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    only_traces = torch._C._functorch.TransformType.Functionalize
+    return any(interpreter.key() != only_traces for interpreter in stack)
 
 
 def check_transforms(arguments: dict[str, Tensor], alone: bool, where: str) -> None:
@@ -46,7 +54,7 @@ def check_transforms(arguments: dict[str, Tensor], alone: bool, where: str) -> N
         }
         if any(_has_tangent(value, levels) for value in tensors):
             raise ValueError(NO_JVP + where)
-    if not alone and any(kind_of(value) is Kind.TRANSFORMED for value in tensors):
+    if not alone and (active() or any(kind_of(value) is Kind.TRANSFORMED for value in tensors)):
         raise ValueError(ONE_RANK_ONLY + where)
 
 
@@ -111,9 +119,10 @@ def statistics(
     """The same from the columns of the targets; ``weight`` is the full vector."""
     dtype, wanted = arithmetic_dtype(logits.dtype), request.wanted
     ignored = (local_target == IGNORED)[:, None]
-    x = _scaled(logits, request, scale)
+    x = _unpadded(logits, request)
     blank = x.detach() if wanted.ignored_rows else torch.zeros_like(x)
-    x = torch.where(ignored, blank, x)  # no gradient for what is ignored, NaN included
+    # No gradient for what is ignored, whatever scale and cap make of it: NaN included.
+    x = _scaled(torch.where(ignored, blank, x), request, scale)
     m = x.detach().amax(1, keepdim=True)
     shifted = x - torch.where(m == -torch.inf, 0.0, m)
     e = shifted.exp()
@@ -124,7 +133,7 @@ def statistics(
     lse = m[:, 0] + log_s
     rows = [nll, lse if wanted.ignored_rows else torch.where(ignored[:, 0], 0.0, lse)]
     if request.smooth:
-        w = torch.ones_like(x[0]) if weight is None else weight.to(dtype)[: request.size]
+        w = x.new_ones(x.shape[1]) if weight is None else weight.to(dtype)[: request.size]
         rows.append(torch.where(ignored[:, 0], 0.0, log_s * w.sum() - (shifted * w).sum(1)))
     if request.entropy:
         t = torch.where(e == 0, 0.0, e * torch.where(e == 0, 0.0, shifted)).sum(1)
@@ -156,22 +165,27 @@ def gradient(
         leaf = logits.detach().requires_grad_()
         stats = statistics(leaf, local_target, weight, request, scale, selected)[0]
         (grad,) = torch.autograd.grad(stats, leaf, grad_stats)
-    return grad
+    unused = (grad_stats == 0).all(0).reshape(*logits.shape[:-1], 1)
+    return grad.masked_fill(unused, 0.0)  # as the engines do: 0 * NaN is NaN
 
 
 def log_prob(
     logits: Tensor, m: Tensor, s: Tensor, request: RowRequest, scale: Tensor | None = None
 ) -> Tensor:
     """``passes.compute_log_prob`` by plain torch."""
-    x = _scaled(logits, request, scale) - m[:, None] - s.log()[:, None]
+    x = _scaled(_unpadded(logits, request), request, scale) - m[:, None] - s.log()[:, None]
     padding = logits.shape[-1] - request.size
     x = torch.nn.functional.pad(x, (0, padding), value=-torch.inf)
     return x.to(logits.dtype).reshape(logits.shape)
 
 
-def _scaled(logits: Tensor, request: RowRequest, scale: Tensor | None) -> Tensor:
+def _unpadded(logits: Tensor, request: RowRequest) -> Tensor:
+    """[N, C] in the dtype of the arithmetic"""
     x = logits.reshape(-1, logits.shape[-1])[:, : request.size]
-    x = x.to(arithmetic_dtype(logits.dtype))
+    return x.to(arithmetic_dtype(logits.dtype))
+
+
+def _scaled(x: Tensor, request: RowRequest, scale: Tensor | None) -> Tensor:
     if request.softcap != 0:
         x = request.softcap * (x / request.softcap).tanh()
     return x * (request.scale if scale is None else (scale + (scale - scale))[:, None])
