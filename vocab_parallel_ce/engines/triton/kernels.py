@@ -246,7 +246,7 @@ def _gradient_block(
     CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Some columns of a row; ``softmax`` and ``entropy`` come divided by s."""
-    read = inside & (target != IGNORED)
+    read = tl.where(target == IGNORED, False, inside)
     z = tl.load(source, mask=read, other=0.0)
     d = _x(z, scale, cap, CAPPED) - m
     e = _exp(d)
