@@ -86,10 +86,15 @@ def _natural(table: Table, index: int) -> int:
     return max(len(line) for cell in _cells(table, index) for line in cell.split("\n"))
 
 
+def _usual(table: Table, index: int) -> int:
+    """Characters that a column of words may be narrowed to; numbers are not wrapped."""
+    natural = _natural(table, index)
+    return min(natural, WORDS if index else FIRST) if table.columns[index].words else natural
+
+
 def _least(table: Table, index: int) -> int:
     """Characters that a column must have: no word is cut."""
-    usual = WORDS if index else FIRST
-    return min(_natural(table, index), max(usual, _longest_word(table, index)))
+    return max(_usual(table, index), _longest_word(table, index))
 
 
 def _longest_word(table: Table, index: int) -> int:
@@ -118,9 +123,9 @@ def narrowed(table: Table, width: int) -> Iterator[Table]:
 
 
 def _fitted(table: Table, room: int) -> list[int]:
-    """Characters of each column, together ``room`` if that can be without cutting a word."""
+    """Characters of each column, together ``room``: words are broken only where they must be."""
     widths = [_natural(table, index) for index in range(len(table.columns))]
-    for least in (_least, _longest_word):
+    for least in (_least, _usual, _longest_word):
         while sum(widths) > room:
             wrapped = [index for index, each in enumerate(widths) if each > least(table, index)]
             if not wrapped:
