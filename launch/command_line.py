@@ -105,9 +105,13 @@ def choice(kind: type[Enum], help: str, *names: str) -> Any:
     return option(parse, *names, metavar="|".join(values), help=help)
 
 
-def whole(help: str, *names: str, least: int | None = 1) -> Any:
+def whole(help: str, *names: str, least: int = 1) -> Any:
     """A whole number."""
     return option(partial(options.whole, least=least), *names, metavar="N", help=help)
+
+
+def seed_option(help: str, *names: str) -> Any:
+    return option(options.seed, *names, metavar="N", help=help)
 
 
 def number(help: str, *names: str, least: float | None = 0) -> Any:

@@ -42,6 +42,17 @@ def training_dtype(text: str) -> str:
     return one_of(DTYPES.get(text, text), TRAINABLE)
 
 
+LARGEST_SEED = 2**32 - 1
+"""of either sign; what is made of a seed then fits a generator of torch"""
+
+
+def seed(text: str) -> int:
+    value = whole(text)
+    if abs(value) > LARGEST_SEED:
+        raise ValueError(f"{value} must lie within {-LARGEST_SEED} and {LARGEST_SEED}")
+    return value
+
+
 def whole(text: str, least: int | None = None) -> int:
     try:
         value = int(text)

@@ -86,13 +86,22 @@ def _natural(table: Table, index: int) -> int:
     return max(len(line) for cell in _cells(table, index) for line in cell.split("\n"))
 
 
+def _usual(table: Table, index: int) -> int:
+    """Characters that a column of words may be narrowed to; numbers are not wrapped."""
+    natural = _natural(table, index)
+    return min(natural, WORDS if index else FIRST) if table.columns[index].words else natural
+
+
 def _least(table: Table, index: int) -> int:
     """Characters that a column must have: no word is cut."""
-    natural = _natural(table, index)
+    return max(_usual(table, index), _longest_word(table, index))
+
+
+def _longest_word(table: Table, index: int) -> int:
+    """Of a column; numbers are not wrapped, so theirs is a whole line."""
     if not table.columns[index].words:
-        return natural
-    longest = max(len(word) for cell in _cells(table, index) for word in cell.split() or [""])
-    return min(natural, max(WORDS if index else FIRST, longest))
+        return _natural(table, index)
+    return max(len(word) for cell in _cells(table, index) for word in cell.split() or [""])
 
 
 def narrowed(table: Table, width: int) -> Iterator[Table]:
@@ -113,6 +122,18 @@ def narrowed(table: Table, width: int) -> Iterator[Table]:
         yield Table("", columns, [[row[index] for index in kept] for row in table.rows])
 
 
+def _fitted(table: Table, room: int) -> list[int]:
+    """Characters of each column, together ``room``: words are broken only where they must be."""
+    widths = [_natural(table, index) for index in range(len(table.columns))]
+    for least in (_least, _usual, _longest_word):
+        while sum(widths) > room:
+            wrapped = [index for index, each in enumerate(widths) if each > least(table, index)]
+            if not wrapped:
+                break
+            widths[max(wrapped, key=lambda index: widths[index])] -= 1
+    return widths
+
+
 # --- drawing ----------------------------------------------------------------------------------
 
 
@@ -122,7 +143,7 @@ def show(table: Table) -> None:
     _show_wrapped(table.title, "bold", width)
     for part in narrowed(table, width):
         if has_rich():
-            _rich_console(width).print(_of_rich(part))
+            _rich_console(width).print(_of_rich(part, width))
         else:
             print("\n".join(plain(part, width)))
     _show_wrapped(table.caption, "dim", width)
@@ -154,13 +175,15 @@ def _rich_text(text: str) -> Any:
     return Text(text, style=getattr(text, "colour", ""))
 
 
-def _of_rich(table: Table) -> Any:
+def _of_rich(table: Table, width: int) -> Any:
     from rich.table import Table as RichTable
 
     drawn = RichTable()
-    for column in table.columns:
+    room = width - BETWEEN * len(table.columns) - 1
+    for column, each in zip(table.columns, _fitted(table, room), strict=True):
         justify: Any = "left" if column.words else "right"
-        drawn.add_column(_rich_text(column.heading), justify=justify, no_wrap=not column.words)
+        # "fold": what cannot fit is broken, not cut; the sign of a cut is beyond some encodings.
+        drawn.add_column(_rich_text(column.heading), justify=justify, width=each, overflow="fold")
     for row in table.rows:
         drawn.add_row(*(_rich_text(cell) for cell in row))
     return drawn
@@ -168,12 +191,7 @@ def _of_rich(table: Table) -> Any:
 
 def plain(table: Table, width: int) -> Iterator[str]:
     """Lines of text, for where rich is not installed."""
-    widths = [_natural(table, index) for index in range(len(table.columns))]
-    while sum(widths) + 2 * (len(widths) - 1) > width:
-        wrapped = [index for index, each in enumerate(widths) if each > _least(table, index)]
-        if not wrapped:
-            break
-        widths[max(wrapped, key=lambda index: widths[index])] -= 1
+    widths = _fitted(table, width - 2 * (len(table.columns) - 1))
     headings = [column.heading for column in table.columns]
     yield from _plain_row(table, headings, widths)
     yield "  ".join("-" * each for each in widths)

@@ -62,6 +62,10 @@ class CausalLMLoss:
     lse_square_scale: float = 0.0
     inplace_backward: bool = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CausalLMLoss:
+        """Itself: a copy of a model shares the group, which cannot be copied."""
+        return self
+
     @property
     def where(self) -> str:
         """How an error message begins: with this rank, or empty where there is only one."""

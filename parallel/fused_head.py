@@ -36,6 +36,7 @@ class FusedCausalLMLoss:
         self._active = False
         self._handed_on: Tensor | None = None
         self._forward: Callable[..., Any] = self.head.forward
+        self._was_set = "forward" in vars(self.head)
         self._hooks = (
             self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
             self.model.register_forward_hook(self._end, always_call=True),
@@ -44,7 +45,10 @@ class FusedCausalLMLoss:
 
     def remove(self) -> None:
         """The model is as it was."""
-        self.head.forward = self._forward
+        if self._was_set:
+            self.head.forward = self._forward
+        else:  # it was the class's
+            del self.head.forward
         for hook in self._hooks:
             hook.remove()
 

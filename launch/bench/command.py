@@ -57,6 +57,7 @@ from vocab_parallel_ce.launch.measuring.machine import processor
 from vocab_parallel_ce.launch.options import make_folder, make_writable
 from vocab_parallel_ce.launch.refusal import FAILED, Refusal
 from vocab_parallel_ce.launch.terminal import Coloured, progress, ranks_in_words, show_line
+from vocab_parallel_ce.parallel.environment import environment_int
 
 LABELS = {peer.name: peer.label for peer in PEERS}
 GRID_ROWS = (4096, 8192, 16384, 32768)
@@ -238,10 +239,27 @@ def check_counts(counts: Sequence[int], shapes: Sequence[tuple[int, int]], devic
             )
 
 
+def check_table(csv: Path) -> None:
+    """Refusal where medians cannot be added to it; before the work, not after."""
+    make_writable("--csv", csv)
+    read_table(csv)
+
+
+def read_table(csv: Path) -> list[medians.Row]:
+    """What it holds. Refusal where it is no table of medians."""
+    try:
+        return medians.read(csv)
+    except ValueError as error:
+        raise Refusal(f"--csv {error}; name another file") from None
+
+
 def rank_counts(asked: list[int] | None, device: str) -> list[int]:
     """How many ranks to measure with; under torchrun those that there are."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        world = int(os.environ["WORLD_SIZE"])
+        try:
+            world = environment_int("WORLD_SIZE", 1)
+        except ValueError as error:
+            raise Refusal(error) from None
         if asked and asked != [world]:
             raise Refusal(f"--ranks {asked[0]}: torchrun started {world} ranks; leave --ranks out")
         return [world]
@@ -322,7 +340,7 @@ def main(
         make_folder("--out", out)
         make_writable("--out", out / "bench.json")
         if csv is not None:
-            make_writable("--csv", csv)
+            check_table(csv)
     runs: list[dict[str, Any]] = []
     problems: list[str] = []
     if under_torchrun:

@@ -8,6 +8,7 @@ other always come from one run: a ratio between rows of one run means something,
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -137,20 +138,39 @@ def runs_of(rows: list[Row]) -> list[dict[str, Any]]:
     ]
 
 
+def _text(cell: str | None) -> str:
+    """ValueError for a column that is not there."""
+    if cell is None:
+        raise ValueError
+    return cell
+
+
+_CONVERT: dict[str, Callable[[str | None], int | float | str]] = {
+    "int": lambda cell: int(_text(cell)),
+    "float": lambda cell: float(_text(cell)),
+    "str": _text,
+}
+
+
 def read(path: Path = PATH) -> list[Row]:
-    """The table; empty where there is none yet."""
+    """The table; empty where there is none yet. ValueError for a file that is another."""
     if not path.exists():
         return []
-    convert: dict[str, type] = {"int": int, "float": float, "str": str}
     with path.open(newline="") as file:
         found = []
-        for cells in csv.DictReader(file):
+        reader = csv.DictReader(file)
+        for cells in reader:
             values: dict[str, Any] = {}
             for column in fields(Row):
-                kind, text = str(column.type), cells[column.name.rstrip("_")]
+                name, kind = column.name.rstrip("_"), str(column.type)
                 optional = kind.endswith("| None")
-                kind = kind.removesuffix(" | None")
-                values[column.name] = None if optional and not text else convert[kind](text)
+                text, convert = cells.get(name), _CONVERT[kind.removesuffix(" | None")]
+                try:
+                    values[column.name] = None if optional and text == "" else convert(text)
+                except ValueError:
+                    raise ValueError(
+                        f"{path} is no table of medians: line {reader.line_num} has {name}={text!r}"
+                    ) from None
             found.append(Row(**values))
     return found
 

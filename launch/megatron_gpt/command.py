@@ -41,6 +41,7 @@ from vocab_parallel_ce.launch.command_line import (
     open_groups,
     positive,
     say,
+    seed_option,
     usable_device,
     whole,
 )
@@ -67,8 +68,7 @@ def prepare(
 ) -> MegatronTrainer:
     """Everything before the first step. A ValueError from here is about what the user asked for."""
     options.model.check(groups.tp)
-    if groups.rank == 0:
-        make_folder("--out", options.out)
+    make_folder("--out", options.out)
     begin = time.perf_counter()
     corpus = shared_corpus(groups, paths, options.shape.vocab_size, cache)
     say(groups, f"{len(corpus.tokens):,} tokens of text ({time.perf_counter() - begin:.1f} s)")
@@ -125,7 +125,7 @@ def main(
     lr: Annotated[float, positive("Learning rate of Megatron's Adam.")] = 1e-3,
     warmup: Annotated[int, whole("Steps over which lr rises.", least=0)] = 10,
     clip: Annotated[float, number("Largest gradient norm; 0: no limit.")] = 1.0,
-    seed: Annotated[int, whole("Of weights and order of the text.", least=None)] = 0,
+    seed: Annotated[int, seed_option("Of weights and order of the text.")] = 0,
     tp: TensorParallel = None,
     dp: DataParallel = None,
     sequence_parallel: Annotated[bool, typer.Option(help="Megatron's, over the tp ranks.")] = False,

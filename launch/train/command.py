@@ -16,7 +16,6 @@ Exit status: 0, 1 if that comparison failed or the run broke off, 2 if an option
 from __future__ import annotations
 
 import enum
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -43,6 +42,7 @@ from vocab_parallel_ce.launch.command_line import (
     open_groups,
     positive,
     say,
+    seed_option,
     whole,
 )
 from vocab_parallel_ce.launch.options import make_folder
@@ -64,6 +64,7 @@ from vocab_parallel_ce.launch.train.text import (
     text_files,
 )
 from vocab_parallel_ce.launch.train.trainer import Trainer, TrainOptions
+from vocab_parallel_ce.parallel.environment import environment_int
 from vocab_parallel_ce.parallel.groups import ParallelGroups
 
 
@@ -79,7 +80,7 @@ def shared_corpus(
     groups: ParallelGroups, paths: list[Path], vocab_size: int, cache: Path
 ) -> Corpus:
     """The corpus, made by one rank of each host while the others wait, and compared among all."""
-    goes_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    goes_first = environment_int("LOCAL_RANK", 0) == 0
     corpus = load_corpus(paths, vocab_size, cache) if goes_first else None
     groups.barrier()
     corpus = corpus or load_corpus(paths, vocab_size, cache)
@@ -95,7 +96,7 @@ def shared_corpus(
 def begin_or_continue(trainer: Trainer, resume: Resume) -> None:
     """Continues, or clears the run's folder, as asked."""
     # A restart continues what this command began. Hosts count restarts apart, so all are asked.
-    restarts = trainer.groups.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+    restarts = trainer.groups.gather(environment_int("TORCHELASTIC_RESTART_COUNT", 0))
     if resume is Resume.never and not any(restarts):
         trainer.checkpoints.clear()
         if trainer.groups.rank == 0:
@@ -217,7 +218,7 @@ def main(
     lr: Annotated[float, positive("Learning rate of AdamW.")] = 1e-3,
     warmup: Annotated[int, whole("Steps over which lr rises.", least=0)] = 10,
     clip: Annotated[float, number("Largest gradient norm; 0: no limit.")] = 1.0,
-    seed: Annotated[int, whole("Of weights, order of the text, dropout.", least=None)] = 0,
+    seed: Annotated[int, seed_option("Of weights, order of the text, dropout.")] = 0,
     tp: TensorParallel = None,
     dp: DataParallel = None,
     vocab: ModelVocab = 32768,

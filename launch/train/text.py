@@ -129,7 +129,27 @@ def _cache_key(documents: Sequence[bytes], vocab_size: int) -> str:
 
 
 def _build(documents: Sequence[bytes], vocab_size: int, folder: Path) -> None:
-    """Trains the vocabulary, encodes the text, and gives the folder its name in one step."""
+    """Makes vocabulary and tokens, and gives their folder its name in one step."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Before the work: where nothing can be written, that is said at once.
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        vocabulary, learned, tokens = _encoded(documents, vocab_size)
+        fingerprint = hashlib.sha256(vocabulary.encode() + tokens.tobytes()).hexdigest()[:24]
+        (scratch / "tokenizer.json").write_text(vocabulary, encoding="utf-8")
+        np.save(scratch / "tokens.npy", tokens)
+        facts = {"fingerprint": fingerprint, "tokens": len(tokens), "learned": learned}
+        (scratch / "corpus.json").write_text(json.dumps(facts) + "\n")
+        scratch.rename(folder)
+    except OSError:
+        if not (folder / "corpus.json").exists():  # not merely that another process was faster
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _encoded(documents: Sequence[bytes], vocab_size: int) -> tuple[str, int, npt.NDArray[np.int32]]:
+    """Trains the vocabulary: (it as JSON, how many tokens it holds, the text in tokens)."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     texts = [document.decode("utf-8", errors="replace") for document in documents]
@@ -148,26 +168,7 @@ def _build(documents: Sequence[bytes], vocab_size: int, folder: Path) -> None:
         [token for encoding in encodings for token in (*encoding.ids, END_OF_TEXT_ID)],
         dtype=np.int32,
     )
-    vocabulary = tokenizer.to_str()
-    fingerprint = hashlib.sha256(vocabulary.encode() + tokens.tobytes()).hexdigest()[:24]
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        (scratch / "tokenizer.json").write_text(vocabulary)
-        np.save(scratch / "tokens.npy", tokens)
-        facts = {
-            "fingerprint": fingerprint,
-            "tokens": len(tokens),
-            "learned": tokenizer.get_vocab_size(),
-        }
-        (scratch / "corpus.json").write_text(json.dumps(facts) + "\n")
-        scratch.rename(folder)
-    except OSError:
-        if not (folder / "corpus.json").exists():  # not merely that another process was faster
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    return tokenizer.to_str(), tokenizer.get_vocab_size(), tokens
 
 
 class Batches:

@@ -199,6 +199,9 @@ def output_processor(
     return fused_head_loss(hidden_states, labels, output_layer, output_weight, scale=scale)
 
 
+_LOSS = "compute_language_model_loss"
+
+
 class _Deferred(NamedTuple):
     """What the output layer hands out in place of logits."""
 
@@ -217,6 +220,12 @@ class FusedHead:
         self._asks_for_loss = False
         self._forward, self._logits = model.forward, self._layer.forward
         self._loss_of_logits = model.compute_language_model_loss
+        self._places: tuple[tuple[Any, str], ...] = (
+            (model, "forward"),
+            (self._layer, "forward"),
+            (model, _LOSS),
+        )
+        self._before = [vars(owner).get(name) for owner, name in self._places]
         model.forward, self._layer.forward = self._forward_of_model, self._forward_of_layer
         model.compute_language_model_loss = self._loss
 
@@ -247,12 +256,11 @@ class FusedHead:
 
     def undo(self) -> None:
         """The model is as it was. A second call does nothing."""
-        for owner, name in (
-            (self._model, "forward"),
-            (self._layer, "forward"),
-            (self._model, "compute_language_model_loss"),
-        ):
-            owner.__dict__.pop(name, None)
+        for (owner, name), before in zip(self._places, self._before, strict=True):
+            vars(owner).pop(name, None)
+            if before is not None:  # somebody else's, on this one object
+                setattr(owner, name, before)
+        self._places, self._before = (), []
 
     def __enter__(self) -> FusedHead:
         return self
@@ -294,9 +302,9 @@ def fuse_head(model: nn.Module) -> FusedHead:
         ```
     """
     inner: Any = model
-    while not hasattr(inner, "compute_language_model_loss") and hasattr(inner, "module"):
+    while not hasattr(inner, _LOSS) and hasattr(inner, "module"):
         inner = inner.module
-    if not hasattr(inner, "compute_language_model_loss"):
+    if not hasattr(inner, _LOSS):
         raise TypeError(
             f"model must be a GPTModel of megatron-core or wrap one, got {type(model).__name__}"
         )
@@ -305,7 +313,7 @@ def fuse_head(model: nn.Module) -> FusedHead:
         if getattr(inner, "post_process", True):
             raise TypeError(f"model has no output_layer: {type(inner).__name__}")
         return _NoHead()
-    if "compute_language_model_loss" in inner.__dict__:
+    if _LOSS in inner.__dict__:
         raise ValueError("the head of this model is fused already, or its loss replaced")
     _check_layer(layer)
     _check_mtp(inner)

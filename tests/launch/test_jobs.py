@@ -102,6 +102,10 @@ BAD = [
     ("train", ["--stepz", "3"], "there is no option --stepz; did you mean --steps?"),
     ("train", ["--steps"], "--steps needs a value; see --help"),
     ("train", ["--lr", "nan"], "--lr nan is not a finite number"),
+    *(
+        (job, ["--seed", "-99999999999"], "--seed -99999999999 must lie within -4294967295 and ")
+        for job in ("train", "megatron-gpt")
+    ),
     ("train", ["--text", "/not/there"], "--text /not/there does not exist"),
     ("train", ["--tp", "3"], "tp=3 times dp=1 is 3, but the number of processes is 1; start 3"),
     ("megatron-gpt", ["--loss", "mine"], "--loss 'mine' is not one of megatron, megatron-fused"),
@@ -148,7 +152,7 @@ def test_a_card_that_is_not_here(job: str) -> None:
 @pytest.mark.parametrize(
     ("job", "option"),
     [("train", "--out"), ("megatron-gpt", "--out"), ("train", "--cache"), ("bench", "--out"),
-     ("bench", "--csv"), ("plan", "--json"), ("doctor", "--json")],
+     ("bench", "--csv"), ("plan", "--json"), ("doctor", "--json"), ("fused-head", "--json")],
 )  # fmt: skip
 def test_a_place_that_cannot_be_written(job: str, option: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("some text of a few words " * 200)
@@ -164,6 +168,38 @@ def test_a_place_that_cannot_be_written(job: str, option: str, tmp_path: Path) -
     assert option in line
     assert str(taken) in line
     assert "Not a directory" in line
+
+
+@pytest.mark.parametrize("given", [["bench", "--out"], ["curve", "--picture"]])
+def test_a_table_that_is_none_is_refused_before_the_work(given: list[str], tmp_path: Path) -> None:
+    job, where = given
+    table = tmp_path / "other.csv"
+    for text, cell in (("card,rows\na,3\n", "device=None"), ("a,b\n1,2\n", "card=None")):
+        table.write_text(text)
+        line = one_line(invoke(job, "--csv", table, where, tmp_path / "x", "--device", "cpu"), job)
+        assert line == (
+            f"--csv {table} is no table of medians: line 2 has {cell}; name another file"
+        )
+        assert table.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("job", "name"),
+    [("bench", "WORLD_SIZE"), ("train", "LOCAL_RANK"), ("train", "TORCHELASTIC_RESTART_COUNT")],
+)
+def test_a_variable_of_the_launcher_that_is_no_number(
+    job: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text").write_text("some text of a few words " * 200)
+    given = ["--device", "cpu", "--out", tmp_path / "run"]
+    if job == "bench":
+        monkeypatch.setenv("RANK", "0")
+    else:
+        sizes = "--vocab 300 --width 8 --layers 1 --heads 1 --context 8 --batch 1".split()  # noqa: SIM905
+        given += ["--text", tmp_path / "text", "--cache", tmp_path, *sizes]
+    monkeypatch.setenv(name, "x")
+    monkeypatch.setattr(refusal, "PATIENCE", 0.0)
+    assert f"environment variable {name}='x' is not a number" in one_line(invoke(job, *given), job)
 
 
 @pytest.mark.parametrize(

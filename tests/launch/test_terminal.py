@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 import sys
 
 import pytest
@@ -51,6 +53,30 @@ def test_nothing_is_cut(
         assert word in said
     assert "Title [1, 2]" in said
     assert ("┏" in said) == rich
+
+
+@pytest.mark.parametrize("rich", [True, False])
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_words_that_no_line_holds_are_broken_and_not_cut(
+    rich: bool, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sign of a cut hides what was found, and many an encoding does not have it."""
+    monkeypatch.setenv("COLUMNS", "40")
+    if not rich:
+        monkeypatch.setattr(terminal, "has_rich", lambda: False)
+    name, value = "VOCAB_PARALLEL_CE_CHECK", "Linux-6.18.44-x86_64-with-glibc2.36"
+    made = Table("", words("name", "value", "verdict"), [[name, value, "is ok"]])
+    raw = io.BytesIO()
+    with io.TextIOWrapper(raw, encoding=encoding) as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        show(made)
+        out.flush()
+        said = raw.getvalue().decode(encoding)
+    assert "…" not in said
+    rows = [re.split(" *[|\u2502] *|  +", line) for line in said.splitlines()]
+    cells = [[cell for cell in row if cell] for row in rows]
+    assert value in "".join(row[-1] for row in cells if row)
+    assert max(map(len, said.splitlines())) <= 43
 
 
 def test_a_width_that_nobody_tells_is_80(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from tests.ranks import Pool
 from vocab_parallel_ce import VocabShard
@@ -145,6 +148,20 @@ def refused(group: dist.ProcessGroup, folder: str) -> list[str]:
     return said
 
 
+def copied(group: dist.ProcessGroup, folder: str) -> None:
+    """As who makes a reference model of it does; torch cannot copy what transformers has split."""
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("tp",))
+    ours = whole(Path(folder)).train()
+    parallelize_module(ours.lm_head, mesh, ColwiseParallel())
+    install(ours)
+    other = copy.deepcopy(ours)
+    want, loss = ours(**batch()).loss, other(**batch()).loss
+    assert torch.equal(loss, want)
+    loss.backward()
+    assert full(other.lm_head.weight.grad).abs().sum() > 0
+    assert ours.lm_head.weight.grad is None
+
+
 def trained(group: dist.ProcessGroup, folder: str, out: str) -> list[float]:
     """Losses of transformers' own Trainer on two ranks, which it finds as under torchrun.
 
@@ -187,6 +204,18 @@ def test_loss_and_gradients_are_those_of_transformers(
         assert not outcome.kind, outcome.trace
         assert outcome.value.keys() == CALLS.keys()
         assert max(outcome.value.values()) < 5e-6, outcome.value
+
+
+def test_a_copy_of_the_model_is_on_its_own(ranks: Pool, tmp_path: Path) -> None:
+    for outcome in ranks.outcomes(copied, 2, (str(tiny(tmp_path)),)):
+        assert not outcome.kind, outcome.trace
+
+
+def test_a_fused_head_leaves_nothing_behind(tmp_path: Path) -> None:
+    model = whole(tiny(tmp_path))
+    install(model, fused_head=True)
+    uninstall(model)
+    assert "forward" not in vars(model.lm_head)
 
 
 def test_what_cannot_be_served_is_one_line_on_both_ranks(ranks: Pool, tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ import typer
 from vocab_parallel_ce.launch.bench import medians
 from vocab_parallel_ce.launch.bench.command import (
     check_counts,
+    check_table,
     environment,
     rank_counts,
+    read_table,
     start_ranks,
 )
 from vocab_parallel_ce.launch.bench.curve.picture import draw, not_first
@@ -73,13 +75,13 @@ def main(
         shapes, counts = grid(largest), rank_counts(ranks, kind)
         check_counts(counts, shapes, kind)
         make_folder("--out", out)
-        make_writable("--csv", csv)
+        check_table(csv)
         idle = wait_idle if kind == "cpu" else 0.0
         plan = Plan(shapes, ("fp32", "bf16"), kind, repeats, PEERS, idle)
         for count in counts:
             medians.add(csv, start_ranks(plan, count, out), environment(kind))
             show_line(f"{ranks_in_words(count)} measured, medians added to {csv}")
-    rows = medians.read(csv)
+    rows = read_table(csv)
     if not rows:
         raise Refusal(f"--csv {csv} holds no measurement; leave --draw-only out")
     draw(rows, picture)

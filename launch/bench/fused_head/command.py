@@ -36,7 +36,8 @@ from vocab_parallel_ce.launch.command_line import (
     say,
     whole,
 )
-from vocab_parallel_ce.launch.refusal import Refusal
+from vocab_parallel_ce.launch.options import make_writable
+from vocab_parallel_ce.launch.refusal import Refusal, is_rank_0
 from vocab_parallel_ce.launch.terminal import Table, numbers, ranks_in_words, show, words
 
 
@@ -88,8 +89,11 @@ def main(
         raise Refusal(f"--ignored {ignored} must be below 1")
     unknown = set(way or ()) - {c.name for c in CONTENDERS}
     if unknown:
-        raise Refusal(f"--way {min(unknown)!r} is none of {', '.join(c.name for c in CONTENDERS)}")
+        names = "; ".join(c.name for c in CONTENDERS)  # a name may hold commas
+        raise Refusal(f"--way {min(unknown)!r} is none of: {names}")
     chosen = [c for c in CONTENDERS if not way or c.name in way]
+    if json_file is not None and is_rank_0():
+        make_writable("--json", json_file)
     with open_groups(device, None, 1, timeout) as groups, megatron_forgets():
         if vocab % groups.tp:
             raise Refusal(f"--vocab {vocab} must be a multiple of the {groups.tp} ranks")

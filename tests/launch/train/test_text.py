@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.launch.running import launch
 from vocab_parallel_ce.launch.train import text as text_module
 from vocab_parallel_ce.launch.train.text import Batches, load_corpus, text_files
 
@@ -56,6 +57,32 @@ def test_the_text_is_read_from_the_cache_and_comes_back_in_words(
     assert np.array_equal(cached.tokens, made.tokens)
     with pytest.raises(AssertionError, match="the cache was not used"):
         load_corpus([source], 301, tmp_path / "cache")
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text").write_text("the first word " * 40)
+    begun: list[object] = []
+    monkeypatch.setattr(text_module, "_encoded", lambda *given: begun.append(given))
+    with pytest.raises(NotADirectoryError):
+        load_corpus([tmp_path / "text"], 300, tmp_path / "text" / "cache")
+    assert not begun
+
+
+def test_a_vocabulary_is_written_in_any_locale(tmp_path: Path) -> None:
+    """Byte-level BPE spells a space with a letter that ASCII does not have."""
+    (tmp_path / "text").write_text("the first word " * 40)
+    program = (
+        "import sys; from pathlib import Path; "
+        "from vocab_parallel_ce.launch.train.text import load_corpus; "
+        "load_corpus([Path(sys.argv[1]) / 'text'], 300, Path(sys.argv[1]))"
+    )
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = launch("-c", program, str(tmp_path), environ=plain)
+    assert done.returncode == 0, done.stderr
+    (vocabulary,) = tmp_path.glob("*/tokenizer.json")
+    assert "Ġ" in vocabulary.read_text(encoding="utf-8")
 
 
 def _decoded(tokenizer: Any, tokens: Any) -> str:

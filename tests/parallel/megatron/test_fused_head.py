@@ -144,6 +144,11 @@ def _fused_and_back(group: dist.ProcessGroup) -> None:
             with pytest.raises(ValueError, match="fused already"):
                 fuse_head(model)
         assert torch.equal(model(*inputs, labels=ids), losses)
+        assert "forward" not in vars(model)
+        model.forward = somebodys = mock.Mock(wraps=model.forward)
+        somebodys.__signature__ = inspect.signature(type(model).forward)
+        fuse_head(model).undo()
+        assert model.forward is somebodys
         with pytest.raises(ValueError, match="parallel_output=True"):
             fuse_head(new_model(Run(tp=2, gathered=True)))
         with pytest.raises(TypeError, match="must be a GPTModel"):
