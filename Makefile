@@ -6,6 +6,7 @@
 #   TRITON=no                   leaves out what needs Triton: the tests of the CUDA engine
 #   JOBS=2                      how many files of tests run side by side
 #   GRIDS=yes                   the full grids too, as in test-all
+#   DTYPE=bf16                  that demo-megatron trains in, instead of fp32
 #   MEGATRON=0.12.1             the version of megatron-core that unit-megatron runs on
 #   TORCH_NPU=torch-npu==2.13.0, TORCH_OF_NPU=torch==2.13.0
 #                               what unit-npu runs on; each version in an environment of its own
@@ -20,6 +21,7 @@ TORCH_NPU ?= $(TORCH_NPU_OF_CI)
 TORCH_OF_NPU ?= torch==2.13.0
 VENV_NPU ?= .venv-npu$(if $(filter-out $(TORCH_NPU_OF_CI),$(TORCH_NPU)),-$(lastword $(subst =, ,$(TORCH_NPU))))
 MEGATRON ?= 0.12.1
+DTYPE ?= fp32
 TRITON ?= yes
 JOBS ?= 2
 TRITON_PACKAGE ?= triton==3.7.1
@@ -39,7 +41,7 @@ MEGATRON_FOLDER := .megatron-$(MEGATRON)
 TORCHRUN := $(BIN)/torchrun --standalone
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-megatron quick test test-all checks lint types docs unit unit-megatron \
-    unit-npu unit-triton unit-cuda gate record-shares bench hooks ascend-triton environments clean
+    unit-npu unit-triton unit-cuda gate numbers record-shares bench hooks ascend-triton environments clean
 .DELETE_ON_ERROR:
 
 help: ## this list, and the options
@@ -134,7 +136,7 @@ demo: $(VENV)/installed ## a GPT on two CPU ranks, the vocabulary split between 
 # Two ranks compile Megatron's fused loss at its end: some seconds, and a C++ compiler if there is one.
 demo-megatron: $(VENV)/installed ## a GPTModel of megatron-core: Megatron's losses beside ours
 	OMP_NUM_THREADS=1 $(TORCHRUN) --nproc-per-node 2 -m vocab_parallel_ce.launch.megatron_gpt \
-	    --tp 2 --sequence-parallel --compare --device cpu --out runs/megatron
+	    --tp 2 --sequence-parallel --compare --device cpu --dtype $(DTYPE) --out runs/megatron
 
 # What somebody runs between two edits; tests/quick.py is the list.
 quick: lint types ## lint, types, and tests that touch every module: under two minutes
@@ -258,6 +260,16 @@ gate: $(VENV)/installed ## fails where the loss got slower than this machine's l
 	$(BIN)/python -m vocab_parallel_ce.launch.bench --gate --ranks 1 --repeats 5 $(DTYPES) \
 	    --peers ours-inplace,ours,torch --out runs/gate && \
 	echo "== speed gate: $$(( $$(date +%s) - start )) s"
+
+numbers: $(VENV)/installed record-shares ## every measured number of the pages, anew: half an hour, on a quiet machine
+	$(BIN)/vocab-parallel-ce bench --device cpu --csv launch/bench/medians.csv
+	$(BIN)/vocab-parallel-ce curve --device cpu --repeats 5 --largest 33554432 --picture docs/curve.png
+	$(BIN)/vocab-parallel-ce call-cost --json launch/bench/call_cost/results.json
+	$(BIN)/python -m vocab_parallel_ce.launch.bench.fused_head.record
+	$(MAKE) demo && cp runs/demo/result.json launch/train/demo.json
+	$(MAKE) demo-megatron && cp runs/megatron/result.json launch/megatron_gpt/demo_fp32.json
+	$(MAKE) demo-megatron DTYPE=bf16 && cp runs/megatron/result.json launch/megatron_gpt/demo_bf16.json
+	$(BIN)/python -m vocab_parallel_ce.launch.pages
 
 record-shares: $(VENV)/installed ## keeps how near the limits the loss is here: for the gate, on a quiet machine
 	$(BIN)/python -m vocab_parallel_ce.launch.bench --ranks 1 --repeats 15 --wait-idle 10 $(DTYPES) \

@@ -22,7 +22,7 @@ QUICK: dict[str, tuple[str, ...]] = {
         "test_memory_over_budget_is_missed",
         "test_a_wrong_peer_is_named",
     ),
-    "tests/launch/bench/test_table.py": (),
+    "tests/launch/bench/test_pages.py": (),
     "tests/launch/doctor/test_environment.py": (),
     "tests/launch/doctor/test_judging.py": (),
     "tests/launch/doctor/test_scrub.py": (),

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import vocab_parallel_ce
 
@@ -29,9 +30,14 @@ def _run(*command: str, cwd: Path = ROOT) -> str:
 def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(wheel, sdist); the wheel is built from the sdist, as an index would."""
     pytest.importorskip("build")
-    out = tmp_path_factory.mktemp("dist")
-    # Without isolation nothing is downloaded: the `test` extra brings setuptools.
-    _run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT))
+    # Of all workers of pytest one builds: setuptools writes beside the sources.
+    alone = os.environ.get("PYTEST_XDIST_WORKER") is None
+    base = tmp_path_factory.getbasetemp()
+    out = (base if alone else base.parent) / "dist"
+    with FileLock(f"{out}.lock"):
+        if not out.exists():
+            # Without isolation nothing is downloaded: the `test` extra brings setuptools.
+            _run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(ROOT))
     (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
     return wheel, sdist
 

@@ -6,7 +6,8 @@
 Model, schedule, gradient reduction and optimizer are Megatron's; text, vocabulary and order of the
 batches are those of ``launch/train``. Each step says what the loss cost. `--compare` ends with
 Megatron's two losses and ours side by side, on the next batch under the same weights. Leaves
-metrics.jsonl and loss.png in --out; there are no checkpoints, a run starts afresh.
+metrics.jsonl and loss.png in --out, and result.json of the comparison; there are no checkpoints, a
+run starts afresh.
 
 Runs on CPU ranks over Gloo. On cuda and npu, where Megatron (on npu: MindSpeed) is installed, it is
 the same code, which was never run there.
@@ -49,6 +50,7 @@ from vocab_parallel_ce.launch.measuring.memory import settle_malloc
 from vocab_parallel_ce.launch.megatron_gpt.compare import compare, table
 from vocab_parallel_ce.launch.megatron_gpt.loss import LossChoice
 from vocab_parallel_ce.launch.megatron_gpt.model import megatron, require_megatron
+from vocab_parallel_ce.launch.megatron_gpt.result import leave_result
 from vocab_parallel_ce.launch.megatron_gpt.trainer import (
     MegatronMetrics,
     MegatronTrainer,
@@ -115,6 +117,7 @@ def run(trainer: MegatronTrainer, compare_losses: bool) -> None:
     results = compare(trainer)
     if groups.rank == 0:
         show(table(results, trainer))
+        leave_result(results, trainer)
 
 
 def main(

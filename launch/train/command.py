@@ -8,7 +8,7 @@ The vocabulary is byte-level BPE of 32,768 tokens, trained on the spot on the so
 standard library, or on `--text`. Leaves in --out: metrics.jsonl, loss.png and sharded checkpoints,
 from which the same command continues; so a run survives the loss of a rank under
 `torchrun --max-restarts`. At its end it compares its loss and gradient with an unsharded fp64
-reference and fails if they are off.
+reference and fails if they are off; result.json holds what it found.
 
 Exit status: 0, 1 if that comparison failed or the run broke off, 2 if an option cannot be served.
 """
@@ -50,6 +50,7 @@ from vocab_parallel_ce.launch.refusal import FAILED, Refusal
 from vocab_parallel_ce.launch.train.checkpoint import Checkpoints
 from vocab_parallel_ce.launch.train.gpt import GPTShape
 from vocab_parallel_ce.launch.train.progress import TrainingLog, draw_curve, read_metrics
+from vocab_parallel_ce.launch.train.result import Proof, leave_result
 from vocab_parallel_ce.launch.train.selfcheck import (
     check_against_reference,
     compare_cost,
@@ -105,8 +106,8 @@ def begin_or_continue(trainer: Trainer, resume: Resume) -> None:
     trainer.resume()
 
 
-def check_and_compare(trainer: Trainer) -> bool:
-    """Prints what the run proves of itself; False if something is off."""
+def check_and_compare(trainer: Trainer) -> Proof:
+    """Prints what the run proves of itself."""
     groups = trainer.groups
     call = trainer.last_loss_call()
     say(
@@ -133,12 +134,13 @@ def check_and_compare(trainer: Trainer) -> bool:
             f"the hidden\n            states by {fused.hidden_gradient:.1e} of its largest element",
         )
     say(groups, "Forward and backward of that batch, medians of rank 0:")
-    for cost in compare_cost(call, groups):
+    costs = compare_cost(call, groups)
+    for cost in costs:
         say(groups, cost.line())
     ok = all(verdicts)
     failed = [rank for rank, verdict in enumerate(verdicts) if not verdict]
     say(groups, "Check passed." if ok else f"CHECK FAILED on ranks {failed}.")
-    return ok
+    return Proof(ok, len(call.target), errors, costs)
 
 
 def where(groups: ParallelGroups, shard: VocabShard) -> str:
@@ -176,8 +178,8 @@ def prepare(
     return trainer
 
 
-def train_and_check(trainer: Trainer, check: bool) -> bool:
-    """The job itself; False if the self-check failed."""
+def train_and_check(trainer: Trainer, check: bool) -> Proof | None:
+    """The job itself, and what it proves of itself where it shall."""
     groups, options = trainer.groups, trainer.options
     log = None
     if groups.rank == 0:
@@ -192,7 +194,7 @@ def train_and_check(trainer: Trainer, check: bool) -> bool:
         )
         draw_curve(read_metrics(options.metrics), options.out / "loss.png", title)
     say(groups, f"Metrics, curve and checkpoints are in {options.out}.")
-    return check_and_compare(trainer) if check else True
+    return check_and_compare(trainer) if check else None
 
 
 @contextmanager
@@ -289,9 +291,12 @@ def main(
     with groups:
         with what_was_asked_for():
             trainer = prepare(groups, options, text or [], cache or default_cache(), resume)
-        ok = train_and_check(trainer, check)
-        say(groups, f"{time.perf_counter() - begin:.0f} s in all.")
-    if not ok:
+        proof = train_and_check(trainer, check)
+        seconds = time.perf_counter() - begin
+        if proof is not None and groups.rank == 0:
+            leave_result(trainer, proof, seconds)
+        say(groups, f"{seconds:.0f} s in all.")
+    if proof is not None and not proof.ok:
         raise typer.Exit(FAILED)
 
 

@@ -9,6 +9,7 @@ kernel cache (everything is compiled) and once with the cache of that run.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -20,13 +21,15 @@ import typer
 
 from vocab_parallel_ce import cross_entropy
 from vocab_parallel_ce.launch.bench.call_cost.ranks import ALONE, fixed_cost_of_ranks
-from vocab_parallel_ce.launch.command_line import job, whole
+from vocab_parallel_ce.launch.command_line import Json, job, whole
 from vocab_parallel_ce.launch.measuring.calls import first_call_seconds, fixed_costs
 from vocab_parallel_ce.launch.measuring.host_side import (
     Launches,
     launches,
     triton_without_launches,
 )
+from vocab_parallel_ce.launch.measuring.made import made_here
+from vocab_parallel_ce.launch.options import make_writable
 from vocab_parallel_ce.launch.terminal import Table, numbers, show, words
 
 ROWS, VOCAB = 1, 8
@@ -86,10 +89,14 @@ def main(
     first_calls: Annotated[
         bool, typer.Option(help="Also time the first call of a process; takes a minute.")
     ] = True,
+    json_file: Json = None,
 ) -> None:
     """Microseconds of a call on one row of 8 logits, and seconds of a process's first call."""
-    _show("fp32, one process", fixed_cost(rounds), "F.cross_entropy")
-    _show("fp32, two ranks", fixed_cost_of_ranks(ROWS, VOCAB, rounds), ALONE)
+    if json_file is not None:
+        make_writable("--json", json_file)
+    alone, ranks = fixed_cost(rounds), fixed_cost_of_ranks(ROWS, VOCAB, rounds)
+    _show("fp32, one process", alone, "F.cross_entropy")
+    _show("fp32, two ranks", ranks, ALONE)
     micros, counted = host_cost(rounds)
     table = Table(
         "The host on the Triton engine's path, bf16, one process: without launches, seen on CPU "
@@ -98,15 +105,25 @@ def main(
     )
     table.add(f"{micros:.0f}", str(counted.own), str(counted.torch))
     show(table)
-    if not first_calls:
-        return
+    first = _first_calls() if first_calls else {}
+    if json_file is not None:
+        host = {"us": micros, "own": counted.own, "torch": counted.torch}
+        costs = {"one process": alone, "two ranks": ranks, "host": host, "first call": first}
+        json_file.write_text(json.dumps({"made": made_here(), **costs}, indent=1) + "\n")
+
+
+def _first_calls() -> dict[str, tuple[float, float]]:
+    """Seconds by dtype, compiled and from the cache; shows them."""
     columns = [*words("dtype"), *numbers("compiled\ns", "from the cache\non disk, s")]
     table = Table("First call of a process, on CPU tensors", columns)
+    found = {}
     for name, dtype in DTYPES.items():
         with tempfile.TemporaryDirectory() as cache:
             cold, warm = (first_call_seconds(_FIRST_CALL, dtype, cache) for _ in range(2))
+        found[name] = cold, warm
         table.add(name, f"{cold:.1f}", f"{warm:.2f}")
     show(table)
+    return found
 
 
 app = job("call-cost", main)

@@ -24,6 +24,7 @@ from vocab_parallel_ce.launch.bench.command import (
     read_table,
     start_ranks,
 )
+from vocab_parallel_ce.launch.bench.curve.pages import RESULTS
 from vocab_parallel_ce.launch.bench.curve.picture import draw, not_first
 from vocab_parallel_ce.launch.bench.rank import Plan
 from vocab_parallel_ce.launch.command_line import (
@@ -42,7 +43,6 @@ from vocab_parallel_ce.launch.terminal import Table, numbers, ranks_in_words, sh
 ROWS = (1, 64, 1024, 4096, 65536)
 COLUMNS = (8, 64, 512, 2048, 8192, 32768, 131072, 262144)
 PEERS = ("ours-inplace", "ours", "torch", "megatron")
-PATH = Path(__file__).parent / "curve.csv"
 
 
 def grid(largest: int) -> tuple[tuple[int, int], ...]:
@@ -59,7 +59,9 @@ def main(
     ] = 1 << 26,
     repeats: Annotated[int, whole("Timed runs of each; the median is kept.", "--repeats")] = 7,
     device: DeviceName = None,
-    csv: Annotated[Path, file("The table; what it holds of the same is replaced.", "--csv")] = PATH,
+    csv: Annotated[
+        Path, file("The table; what it holds of the same is replaced.", "--csv")
+    ] = RESULTS,
     picture: Annotated[Path, file("Where the picture goes.", "--picture")] = Path("runs/curve.png"),
     out: Annotated[Path, folder("Where logs of the ranks go.", "--out")] = Path("runs/curve"),
     wait_idle: Annotated[

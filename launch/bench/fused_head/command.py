@@ -3,7 +3,7 @@
     vocab-parallel-ce fused-head
     torchrun --nproc-per-node 2 -m vocab_parallel_ce.launch.bench.fused_head --dtype bf16
 
-The table of the pages is made by ``python -m vocab_parallel_ce.launch.bench.fused_head.pages``.
+``record.py`` runs it for the tables of the pages.
 
 The fused head beside F.linear and a loss, beside torch's F.linear_cross_entropy, Megatron-core's
 losses and Liger's; what is not installed is listed as such. The unit is the three matrix products

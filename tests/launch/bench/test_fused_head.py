@@ -11,7 +11,7 @@ import torch
 from megatron.core import parallel_state
 
 from tests.launch.running import invoke, one_line
-from vocab_parallel_ce.launch.bench.fused_head import pages
+from vocab_parallel_ce.launch.bench.fused_head import pages, record
 from vocab_parallel_ce.launch.bench.fused_head.contenders import CONTENDERS, Setting
 from vocab_parallel_ce.launch.bench.fused_head.measure import PRODUCTS, Case
 
@@ -94,8 +94,9 @@ def _run(ranks: int = 1, dtype: str = "fp32", ignored: float = 0.0) -> dict[str,
 
 def test_the_tables_of_the_pages() -> None:
     runs = [_run(), _run(2), _run(ignored=0.7)]
-    here = {"machine": "Some, 2 cores", "date": "2026-01-02", "torch": "2.13.0", "busy": False}
-    text = pages.long({**here, "runs": runs})
+    made = {"machine": "Some, 2 cores", "date": "2026-01-02", "torch": "2.13.0"}
+    text = pages.long({"made": made, "busy": False, "runs": runs})
+    assert "Some, 2 cores, 2026-01-02, torch 2.13.0." in text
     assert "| time / MiB | 1 process, fp32 | 2 ranks, fp32 | 1 process, fp32, 70% ignored |" in text
     assert "| three products alone | 1.00 s | 1.00 s | 1.00 s |" in text
     assert "| **ours, fused** | 1.08x / 270 |" in text
@@ -112,14 +113,10 @@ def test_the_tables_of_the_pages() -> None:
     assert "* 2 ranks, fp32: memory of F.linear + Megatron fused: 0.54, goal 0.50" in text
 
 
-def test_the_pages_are_what_the_file_gives() -> None:
-    pages.main(["--check"])
-
-
 @pytest.mark.full
-def test_the_pages_measure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "RUNS", (pages.Asked(2, "bf16", 0.5, (pages.OURS,)),))
+def test_the_record_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "RUNS", (record.Asked(2, "bf16", 0.5, (pages.OURS,)),))
     small = ["--rows", "256", "--width", "32", "--vocab", "512", "--repeats", "1"]
-    (run,) = pages.measured([*small, "--device", "cpu"])["runs"]
+    (run,) = record.measured([*small, "--device", "cpu"])["runs"]
     assert (run["ranks"], run["dtype"], run["ignored"]) == (2, "bf16", 0.5)
     assert [way["name"] for way in run["ways"]] == [PRODUCTS, pages.OURS]

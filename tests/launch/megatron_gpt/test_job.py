@@ -24,6 +24,7 @@ import torch.distributed as dist
 from tests.forks import run_forked
 from tests.launch.running import Ended, invoke, one_line
 from vocab_parallel_ce.launch import refusal
+from vocab_parallel_ce.launch.megatron_gpt import pages
 from vocab_parallel_ce.launch.megatron_gpt.command import prepare, run
 from vocab_parallel_ce.launch.megatron_gpt.compare import Result, compare
 from vocab_parallel_ce.launch.megatron_gpt.loss import LossChoice
@@ -298,6 +299,12 @@ def test_the_command_on_two_ranks(cache: Path, tmp_path: Path) -> None:
     assert max(len(line) for line in said.splitlines() if line[:1] in "┃│") <= 80
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert len(read_metrics(tmp_path / "metrics.jsonl", MegatronMetrics)) == 3
+    found = json.loads((tmp_path / "result.json").read_text())
+    text = pages.text(found)
+    assert " 128 tokens, 256 columns on each of 2 ranks; " in text
+    for loss in found["losses"]:
+        assert f"| {loss['name']} | {loss['loss']:.6f} | {loss['gradient_norm']:.6f} |" in text
+        assert f"{loss['gradient_error']:.1e}" in said
 
 
 def test_what_nothing_could_predict_is_masked() -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from tests.forks import run_forked
 from tests.launch.running import invoke, launch, one_line
 from vocab_parallel_ce.launch.refusal import Refusal
+from vocab_parallel_ce.launch.train import pages
 from vocab_parallel_ce.launch.train import text as text_module
 from vocab_parallel_ce.launch.train.command import Resume, prepare, train_and_check
 from vocab_parallel_ce.launch.train.gpt import GPTShape
@@ -47,7 +48,9 @@ def _alone(out: Path, cache: Path, check: bool = False, **changes: Any) -> list[
     """One rank, in this process. Returns the losses."""
     with ParallelGroups.open("cpu") as groups:
         trainer = prepare(groups, _options(out, **changes), [cache / "text"], cache, Resume.auto)
-        assert train_and_check(trainer, check)
+        proof = train_and_check(trainer, check)
+    assert (proof is not None) == check
+    assert proof is None or proof.ok
     return _losses(out)
 
 
@@ -110,6 +113,12 @@ def test_two_ranks_train_and_prove_it(straight: tuple[Path, str]) -> None:
     relative = [float(e) for e in re.findall(r"error (\d\.\de-?\d+)", said)]
     assert len(relative) == 2
     assert max(relative) < 2e-6
+    found = json.loads((out / "result.json").read_text())
+    assert found["ok"]
+    assert (found["first_loss"], found["last_loss"]) == (losses[0], losses[-1])
+    assert f"relative error {found['errors']['loss_error']:.1e}" in said
+    for words in ("tp=2", f"loss of {4 * 32} rows of 513", f"falls from {losses[0]:.2f} to"):
+        assert words in pages.text(found)
     assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
     kept = sorted(p.name for p in (out / "checkpoints").iterdir())
     assert kept == ["latest", "step-00000006", "step-00000012"]

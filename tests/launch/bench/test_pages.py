@@ -1,4 +1,4 @@
-"""Measured runs -> the CSV -> the README's table, and the README that is committed."""
+"""Measured runs -> the CSV -> what the pages say of them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from vocab_parallel_ce.launch.bench import medians
-from vocab_parallel_ce.launch.bench import table as readme_table
+from vocab_parallel_ce.launch.bench import medians, pages
 from vocab_parallel_ce.launch.bench.medians import Row
 from vocab_parallel_ce.launch.bench.peers import BY_NAME
+from vocab_parallel_ce.launch.bench.shares import Share
 
 HERE = {
     "device": "Some card",
@@ -95,14 +93,14 @@ def test_a_card_has_shapes_down_and_implementations_across() -> None:
         run(peer("ours-inplace", 4e-6, 12e-6), peer("torch", 1e-3, 2e-3)),
         run(peer("ours-inplace", 4e-3, 12e-3), rows=2000, logits_bytes_per_rank=8_000_000),
     )
-    text = readme_table.table(rows)
+    text = pages.table(rows)
     assert "Some card, 2026-01-02." in text
     assert "| ms | ours, in place | F.cross_entropy |" in text
     assert "| 1 process, [1000, 2000], bf16 | 0.02 (75%) | 3.00 |" in text
     assert (
         "| 1 process, [2000, 2000], bf16 | 16 (0%) |  |" in text
     )  # the other one did not fit there
-    assert readme_table.NO_CUDA not in text
+    assert pages.NO_CUDA not in text
 
 
 def test_a_cpu_has_ratios_to_ours_in_place() -> None:
@@ -111,12 +109,12 @@ def test_a_cpu_has_ratios_to_ours_in_place() -> None:
         run(peer("ours-inplace", 0.02, 0.03), device="cpu", ranks=2),
         device="Some CPU",
     )
-    text = readme_table.table(rows)
+    text = pages.table(rows)
     assert "Some CPU, 2 cores, 2026-01-02." in text
     assert "| ms | 1 process, bf16 | 2 ranks, bf16 |" in text
     assert "| **ours, in place** | **40** | **50** |" in text
     assert "| F.cross_entropy | 900 (22.5x) |  |" in text
-    assert readme_table.NO_CUDA in text
+    assert pages.NO_CUDA in text
 
 
 def test_missed_goals_are_named() -> None:
@@ -131,14 +129,14 @@ def test_missed_goals_are_named() -> None:
         ),
     )
     where = "1 process, [2000, 2000] bf16: ours, in place,"
-    assert readme_table.goals(rows) == (
+    assert pages.goals(rows) == (
         f"Goals of speed met: 2 of 4. Missed: {where} faster than every peer (F.cross_entropy): "
         f"0.50x, goal 1.00x; {where} share of the copy bandwidth: 0%, goal 85%."
     )
     cpu = rows_of(
         run(peer("ours-inplace", 0.01, 0.01), peer("torch", 0.1, 0.1), device="cpu", dtype="fp32")
     )
-    assert readme_table.goals(cpu) == (
+    assert pages.goals(cpu) == (
         "Goals of speed met: 0 of 1. Missed: 1 process, fp32: ours, in place against "
         "F.cross_entropy: 10.00x, goal 12.00x."
     )
@@ -146,68 +144,36 @@ def test_missed_goals_are_named() -> None:
 
 def test_a_busy_machine_is_told() -> None:
     busy = run(peer("ours", 1, 1), device="cpu", idle_checked=True, busy_runs=7, timed_runs=9)
-    assert "found the machine busy: 7 of 9." in readme_table.table(rows_of(busy))
+    assert "found the machine busy: 7 of 9." in pages.table(rows_of(busy))
 
 
-def invoke(*options: str) -> int:
-    try:
-        readme_table.main(options)
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
-def test_only_what_lies_between_the_markers_is_rewritten(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    readme, table = tmp_path / "README.md", tmp_path / "bench.csv"
-    readme.write_text(f"before\n\n{readme_table.BEGIN}\nold\n{readme_table.END}\n\nafter\n")
-    medians.add(table, [run(peer("ours", 1e-6, 2e-6))], HERE)
-    options = ["--csv", str(table), "--page", str(readme)]
-    assert invoke(*options, "--check") == 1
-    assert "run this without --check" in capsys.readouterr().err
-    assert "old" in readme.read_text()
-    assert invoke(*options) == 0
-    assert invoke(*options, "--check") == 0
-    text = readme.read_text()
-    assert text.startswith(f"before\n\n{readme_table.BEGIN}\n")
-    assert text.endswith(f"{readme_table.END}\n\nafter\n")
-    assert "old" not in text
-    medians.write([replace(row, ms=row.ms * 2) for row in medians.read(table)], table)
-    assert invoke(*options, "--check") == 1
-
-
-@pytest.mark.parametrize("text", ["nothing", f"{readme_table.END} {readme_table.BEGIN}"])
-def test_a_readme_without_markers_is_left_alone(
-    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
-    assert invoke("--page", str(readme)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("vocab-parallel-ce bench.table: a page must hold")
-    assert readme.read_text() == text
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--csv", "/not/there.csv"], "--csv /not/there.csv: No such file or directory"),
-        (["--page", "/not/there.md"], "--page /not/there.md: No such file or directory"),
-        (["--xyzzy"], "there is no option --xyzzy; see --help"),
-    ],
-)
-def test_a_bad_option_is_one_line(
-    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert invoke("--check", *options) == 2
-    assert capsys.readouterr().err == f"vocab-parallel-ce bench.table: {words}\n"
-
-
-@pytest.mark.parametrize("page", readme_table.PAGES, ids=lambda page: page.name)
-def test_the_committed_pages_are_what_the_committed_csv_gives(page: Path) -> None:
-    text, rows = page.read_text(), medians.read()
-    assert rows, "the CSV holds no measurement"
-    assert readme_table.rewritten(text, rows) == text, (
-        "run python -m vocab_parallel_ce.launch.bench.table"
+def test_memory_of_the_cpu_alone() -> None:
+    rows = rows_of(
+        run(
+            peer("ours-inplace", 1, 1, peak_bytes=2**20),
+            peer("torch", 1, 1, peak_bytes=3 * 2**30),
+            device="cpu",
+        ),
+        run(peer("ours-inplace", 1, 1, peak_bytes=2**21), device="cpu", ranks=2),
+        run(peer("ours-inplace", 1, 1, peak_bytes=5)),
     )
+    assert pages.memory(rows).splitlines() == [
+        "| MiB | 1 process, bf16 | 2 ranks, bf16 |",
+        "| --- | --- | --- |",
+        "| ours, in place | 1.0 | 2.0 |",
+        "| F.cross_entropy | 3,072.0 |  |",
+    ]
+
+
+def test_shares_by_processor() -> None:
+    share = Share("Some", 2, 1, 8, 8, "fp32", "ours-inplace", 0.714, 1, 2, "", "2026-01-02", "", "")
+    records = [
+        share,
+        replace(share, dtype="bf16", times_limit=1.2, date="2026-01-03T00:00"),
+        replace(share, peer="ours", times_limit=9.0),
+        replace(share, processor="Other"),
+    ]
+    assert pages.shares(records).splitlines() == [
+        "* Some, 2026-01-02 to 2026-01-03: 0.71 (fp32), 1.20 (bf16)",
+        "* Other, 2026-01-02: 0.71 (fp32)",
+    ]

@@ -1,26 +1,14 @@
-"""python -m vocab_parallel_ce.launch.bench.table: the table of times in the pages, from the CSV.
-
-It rewrites what lies between two markers in README.md and docs/numbers.md. With --check it changes
-nothing and fails where a page is not what the CSV gives.
-"""
+"""What the pages say of the benchmark, of the medians and shares that the repository keeps."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-
-from vocab_parallel_ce.launch.bench import medians
 from vocab_parallel_ce.launch.bench.goals import judge_times
 from vocab_parallel_ce.launch.bench.medians import Row, runs_of
 from vocab_parallel_ce.launch.bench.peers import PEERS
-from vocab_parallel_ce.launch.plain_parser import PlainParser
-from vocab_parallel_ce.launch.refusal import FAILED, Refusal, say_and_leave
+from vocab_parallel_ce.launch.bench.shares import Share
+from vocab_parallel_ce.launch.markdown import markdown
 from vocab_parallel_ce.launch.terminal import ranks_in_words
 
-_CLONE = Path(__file__).resolve().parents[2]
-PAGES = (_CLONE / "README.md", _CLONE / "docs" / "numbers.md")
-BEGIN, END = "<!-- bench_table: begin -->", "<!-- bench_table: end -->"
 NO_CUDA = (
     "CUDA: not measured yet; on a card `vocab-parallel-ce bench --device cuda --csv "
     "launch/bench/medians.csv` fills this in."
@@ -29,11 +17,6 @@ NO_CUDA = (
 
 def _milliseconds(row: Row) -> str:
     return f"{row.ms:,.0f}" if row.ms >= 10 else f"{row.ms:.2f}"
-
-
-def _markdown(header: Sequence[str], lines: list[list[str]]) -> str:
-    rows = [list(header), ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
 def _order(rows: list[Row], name: str) -> list[str]:
@@ -63,7 +46,7 @@ def _cpu_table(rows: list[Row]) -> str:
             cells.append(text)
         lines.append([f"**{label}**" if _ours(next(r for r in found if r)) else label, *cells])
     header = ["ms", *(f"{ranks_in_words(ranks)}, {dtype}" for ranks, dtype in columns)]
-    return _markdown(header, lines)
+    return markdown(header, lines)
 
 
 def _card_table(rows: list[Row]) -> str:
@@ -85,7 +68,7 @@ def _card_table(rows: list[Row]) -> str:
                 text += f" ({row.share:.0%})"
             cells.append(text)
         lines.append(cells)
-    return _markdown(["ms", *(labels[peer] for peer in peers)], lines)
+    return markdown(["ms", *(labels[peer] for peer in peers)], lines)
 
 
 def _words(rows: list[Row]) -> str:
@@ -115,7 +98,7 @@ def goals(rows: list[Row]) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """The README's part: every card of the CSV, forward and backward together."""
+    """Every card of the CSV, forward and backward together."""
     both = [row for row in rows if row.pass_ == "both"]
     parts = []
     for card in _order(both, "card"):
@@ -133,43 +116,27 @@ def table(rows: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def rewritten(text: str, rows: list[Row]) -> str:
-    """A page with its table replaced. ValueError where the markers are not there once each."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"a page must hold {BEGIN!r} once, and after it {END!r} once")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.split(END)[1]}"
+def shares(records: list[Share]) -> str:
+    """What the loss takes in place, in units of the limit of each processor."""
+    parts = []
+    for processor in dict.fromkeys(record.processor for record in records):
+        mine = [r for r in records if r.processor == processor and r.peer == "ours-inplace"]
+        told = ", ".join(f"{r.times_limit:.2f} ({r.dtype})" for r in mine)
+        dates = sorted({r.date[:10] for r in mine})
+        parts.append(f"* {processor}, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}: {told}")
+    return "\n".join(parts)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Makes the pages' table of times from the CSV."""
-    parser = PlainParser(prog="python -m vocab_parallel_ce.launch.bench.table", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if stale")
-    parser.add_argument("--csv", type=Path, default=medians.PATH, help="the table of medians")
-    parser.add_argument("--page", type=Path, action="append", help="a file to rewrite")
-    try:
-        asked = parser.parse_args(arguments)
-        for page in asked.page or PAGES:
-            rewrite(page, asked.csv, asked.check)
-    except Refusal as refusal:
-        say_and_leave("bench.table", str(refusal), refusal.status)
-
-
-def rewrite(page: Path, csv: Path, check: bool) -> None:
-    if not csv.is_file():
-        raise Refusal(f"--csv {csv}: No such file or directory")
-    try:
-        old = page.read_text()
-        new = rewritten(old, medians.read(csv))
-        if not check:
-            page.write_text(new)
-    except OSError as error:
-        raise Refusal(f"--page {page}: {error.strerror}") from None
-    except ValueError as error:
-        raise Refusal(error) from None
-    if check and new != old:
-        raise Refusal(f"{page} is not what {csv} gives; run this without --check", FAILED)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def memory(rows: list[Row]) -> str:
+    """The most that each takes beside the logits, forward and backward together, on a CPU."""
+    both = [row for row in rows if row.pass_ == "both" and row.device == "cpu" and row.peak_mib]
+    columns = list(dict.fromkeys((row.ranks, row.dtype) for row in both))
+    by_cell = {(row.peer, row.ranks, row.dtype): row for row in both}
+    labels = {row.peer: row.label for row in both}
+    lines = []
+    for peer in ("ours-inplace", "ours", "torch", "megatron", "megatron-fused"):
+        found = [by_cell.get((peer, *column)) for column in columns]
+        if any(found):
+            cells = ["" if row is None else f"{row.peak_mib:,.1f}" for row in found]
+            lines.append([labels[peer], *cells])
+    return markdown(["MiB", *(f"{ranks_in_words(n)}, {dtype}" for n, dtype in columns)], lines)
