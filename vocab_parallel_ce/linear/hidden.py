@@ -22,14 +22,17 @@ from .call import LinearCall
 from .kept import Portion, is_narrow
 
 
-def preflight_before_gathers(call: LinearCall, like: Tensor, chunk: int) -> None:
+def preflight_before_gathers(
+    call: LinearCall, like: Tensor, chunk: int, shared: bool = False
+) -> None:
     """With check, and parts of a sequence: ranks compare notes before the first of them is sent.
 
-    Else a rank that holds whole hidden states would meet a gather with its preflight.
+    Else a rank that holds whole hidden states would meet a gather with its preflight. ``shared``:
+    sums over other rows come first, too, and would be met in the same way.
     """
-    group = call.group
-    if call.request.sequence_parallel and call.request.checking and group is not None:
-        preflight(call.plan(like, chunk), group)
+    split = call.request.sequence_parallel or shared
+    if split and call.request.checking and call.group is not None:
+        preflight(call.plan(like, chunk), call.group)
 
 
 class HiddenRows:
@@ -90,6 +93,7 @@ class HiddenSum:
         self.out = torch.zeros(like.shape, dtype=dtype, device=like.device)
         alone = call.statics.partial or group is None or group.size() == 1
         self._group = None if alone else group
+        self._checking = call.request.checking
         self._under_way: list[tuple[Any, Tensor, Portion]] = []
 
     def put(self, portion: Portion, values: Tensor) -> None:
@@ -106,6 +110,20 @@ class HiddenSum:
         self._under_way.append((work, values, portion))
         while len(self._under_way) > 1:  # one at a time: the memory of two portions
             self._finish()
+
+    @contextmanager
+    def joined_by_all(self, portion: Portion) -> Iterator[None]:
+        """With check: who fails inside still joins the sum of ``portion``, which others wait for.
+
+        Else they would meet its error in that sum, and not where they compare notes.
+        """
+        try:
+            yield
+        except Exception:
+            joined = self._under_way and self._under_way[-1][2] is portion
+            if self._checking and self._group is not None and not joined:
+                self.put(portion, self.out.new_zeros(portion.count, self.out.shape[1]))
+            raise
 
     def _carried_in(self, values: Tensor) -> torch.dtype:
         if not is_narrow(self.out.dtype):
