@@ -67,10 +67,13 @@ class Layout:
         part = DTensor.from_local(value, self.mesh, partial, run_check=False)
         return part.redistribute(placements=[Replicate()] * len(partial)).to_local()
 
-    def agree(self) -> None:
-        """With ``check``: raise if a rank that holds other rows has raised."""
+    def agree(self, *, more: bool = False) -> None:
+        """With ``check``: raise if a rank that holds other rows has raised.
+
+        ``more``: this will be asked once more.
+        """
         if self.row_groups:
-            play_after(self.row_groups)
+            play_after(self.row_groups, more=more)
 
     def _wrap(
         self, value: Tensor, placements: tuple[Placement, ...], shape: tuple[int, ...]

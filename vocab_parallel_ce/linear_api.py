@@ -169,11 +169,10 @@ def linear_cross_entropy(
     scales = of_rows(options.scale, tensors.input, tensors.target)
     shared = layout.shares_rows
     if in_forward(tensors, options, linear, return_zloss, shared, statics.straight):
-        layout.agree()  # sums over other rows stand between the chunks
         loss, zloss = linear_loss(
             tensors.input, tensors.linear_weight, tensors.linear_bias, tensors.target,
             tensors.weight, as_scalar(tensors.normalizer, tensors.input), scales, statics,
-            options.group, layout.total,
+            options.group, layout,
         )  # fmt: skip
         loss, zloss = layout.scalar(loss), layout.scalar(zloss)
     else:

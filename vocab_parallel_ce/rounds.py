@@ -5,7 +5,8 @@ that share rows exchange partials, losses of different rows are added up. The pr
 the second, and knows the ranks of one group alone. Two rounds stand around it:
 
     before   over every mesh dimension in turn, before anything is redistributed
-    after    over the dimensions that shard rows, when this rank has the statistics of its own
+    after    over the dimensions that shard rows, when this rank has the statistics of its own; and
+             once more before that, where they need sums over other rows
 
 A rank that raises plays the rounds that it has not come to, so that nobody waits for it.
 """
@@ -39,9 +40,14 @@ def play_before(mesh: Any, problem: Exception | None = None) -> None:
     _play([mesh.get_group(dim) for dim in range(mesh.ndim)], problem)
 
 
-def play_after(groups: Sequence[dist.ProcessGroup], problem: Exception | None = None) -> None:
-    """Raise on every rank of these groups if any of them has a problem."""
-    _played.after += 1
+def play_after(
+    groups: Sequence[dist.ProcessGroup], problem: Exception | None = None, *, more: bool = False
+) -> None:
+    """Raise on every rank of these groups if any of them has a problem.
+
+    ``more``: the round will be played once more.
+    """
+    _played.after += not more
     _play(groups, problem)
 
 

@@ -88,17 +88,19 @@ def test_what_one_rank_has_and_another_has_not(pool: Pool, name: str, gradient: 
     assert f"ranks disagree on {said}: rank 0 of the group passed False, rank 1" in texts[0]
 
 
-def _in_a_late_chunk(group: dist.ProcessGroup, gradient: str, split: bool) -> str:
-    """The engine of rank 1 fails in its second chunk of six."""
+def _in_a_late_chunk(
+    group: dist.ProcessGroup, gradient: str, split: bool, step: str = "partials", at: int = 2
+) -> str:
+    """The engine of rank 1 fails in a chunk of six."""
     from unittest import mock
 
     from vocab_parallel_ce.engines import eager
 
-    usual, calls = eager.partials, []
+    usual, calls = getattr(eager, step), []
 
-    def partials(*arguments: Any) -> None:
+    def fails(*arguments: Any) -> None:
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == at:
             raise MemoryError("no room")
         usual(*arguments)
 
@@ -108,7 +110,7 @@ def _in_a_late_chunk(group: dist.ProcessGroup, gradient: str, split: bool) -> st
     call = sharded_call(group, gradient=gradient, check=True, engine="eager", scratch_mib=scratch)
     if split:
         call |= {"input": call["input"].chunk(2)[rank], "sequence_parallel": True}
-    with mock.patch.object(eager, "partials", partials if bad else usual):
+    with mock.patch.object(eager, step, fails if bad else usual):
         try:
             linear_cross_entropy(**call)
         except (RuntimeError, MemoryError) as problem:
@@ -122,5 +124,16 @@ def test_what_fails_in_a_late_chunk_reaches_all_ranks(
     pool: Pool, gradient: str, split: bool
 ) -> None:
     first, second = pool.run(_in_a_late_chunk, 2, (gradient, split))
+    assert "rank 1 of the group: MemoryError: no room" in first
+    assert second == "no room"
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+@pytest.mark.parametrize("at", [2, 6])
+def test_a_gradient_that_fails_in_forward_reaches_all_ranks(
+    pool: Pool, at: int, split: bool
+) -> None:
+    """Others wait for its share of a sum; the last chunk's has no exchange after it."""
+    first, second = pool.run(_in_a_late_chunk, 2, ("forward", split, "gradient", at))
     assert "rank 1 of the group: MemoryError: no room" in first
     assert second == "no room"

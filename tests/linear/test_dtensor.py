@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,9 +23,11 @@ from torch.distributed.tensor import (
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from vocab_parallel_ce import linear_cross_entropy, linear_token_statistics
+from vocab_parallel_ce.engines import eager
 
 from ..cases import Findings
 from ..ranks import Pool
+from .cases import scratch_for
 
 Placements = tuple[Placement, ...]
 S, B, H = 8, 2, 5
@@ -170,6 +173,46 @@ def test_refusals(pool: Pool) -> None:
             assert part in text, (text, part)
 
 
+def _raised(group: dist.ProcessGroup, gradient: str, failing: str) -> str:
+    """With check, on two rows of a grid: what goes wrong where the first half of the rows lies."""
+    full, weight, target = _batch(10)
+    hidden = distribute_tensor(full, _grid(), [Shard(0), Replicate()]).requires_grad_()
+    head = distribute_tensor(weight, _grid(), [Replicate(), Shard(0)]).requires_grad_()
+    options: dict[str, Any] = {"gradient": gradient, "check": True, "engine": "eager"}
+    options["scratch_mib"] = scratch_for(3, 5, torch.float64)
+    usual = eager.gradient
+
+    def fails(*arguments: Any) -> None:
+        raise MemoryError("no room")
+
+    bad = target.clone()
+    if failing == "target":
+        bad[0, 0] = 99
+    engine_fails = failing == "engine" and dist.get_rank() == 1
+    said = ""
+    with mock.patch.object(eager, "gradient", fails if engine_fails else usual):
+        try:
+            linear_cross_entropy(hidden, head, bad, **options)
+        except (ValueError, RuntimeError, MemoryError) as problem:
+            said = str(problem)
+    good = linear_cross_entropy(hidden, head, target, **options)
+    assert isinstance(good, DTensor)
+    want = F.cross_entropy(F.linear(full, weight).flatten(0, 1), target.flatten())
+    torch.testing.assert_close(good.full_tensor(), want)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("gradient", "failing"),
+    [("forward", "target"), ("recompute", "target"), ("forward", "engine")],
+)
+def test_with_check_ranks_that_hold_other_rows_raise_as_well(
+    pool: Pool, gradient: str, failing: str
+) -> None:
+    for said in pool.run(_raised, 4, (gradient, failing)):
+        assert {"target": "row 0 holds 99", "engine": "no room"}[failing] in said
+
+
 def _traced(group: dist.ProcessGroup) -> tuple[float, float]:
     """Rows over the ranks: eagerly, and as a graph that make_fx has traced."""
     full, weight, target = _batch(6)
@@ -183,10 +226,10 @@ def _traced(group: dist.ProcessGroup) -> tuple[float, float]:
         return out
 
     graph = make_fx(loss)(hidden, head)
-    eager, traced = (float(call(hidden, head).full_tensor()) for call in (loss, graph))
-    return eager, traced
+    untraced, traced = (float(call(hidden, head).full_tensor()) for call in (loss, graph))
+    return untraced, traced
 
 
 def test_a_traced_mean_is_that_of_all_rows(pool: Pool) -> None:
-    for eager, traced in pool.run(_traced, 2):
-        assert traced == pytest.approx(eager, rel=1e-12)
+    for untraced, traced in pool.run(_traced, 2):
+        assert traced == pytest.approx(untraced, rel=1e-12)

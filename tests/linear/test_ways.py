@@ -351,6 +351,30 @@ def test_memory_is_gradients_and_a_chunk(gradient: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("gradient", WAYS)
+def test_the_gradient_of_a_bias_widens_no_chunk(gradient: str) -> None:
+    rows, classes, chunk = 2048, 8192, 256
+    hidden = torch.randn(rows, H).bfloat16().requires_grad_()
+    head = torch.randn(classes, H).bfloat16().requires_grad_()
+    bias, target = torch.zeros(classes).bfloat16().requires_grad_(), torch.randint(classes, (rows,))
+    scratch = scratch_for(chunk, classes, torch.bfloat16)
+    run = functools.partial(
+        _step, hidden, head, target, linear_bias=bias, gradient=gradient, scratch_mib=scratch
+    )
+    run()
+    assert max(allocations(run)) <= chunk * classes * 2 + 64
+
+
+def test_recomputed_there_is_one_gradient_of_the_hidden_states() -> None:
+    rows, width, classes = 256, 4096, 512
+    hidden = torch.randn(rows, width, requires_grad=True)
+    head, target = torch.randn(classes, width), torch.randint(classes, (rows,))
+    run = functools.partial(_step, hidden, head, target, gradient="recompute")
+    run()
+    hidden.grad = None
+    assert peak(allocations(run)) <= hidden.nbytes + rows * classes * 4 + (1 << 20)
+
+
+@pytest.mark.parametrize("gradient", WAYS)
 def test_by_default_at_most_half_of_the_logits_exist(gradient: str) -> None:
     rows, width, classes = 1024, 64, 4096  # 16 MiB of logits, far below the budget
     hidden = torch.randn(rows, width, requires_grad=True)

@@ -8,6 +8,7 @@ leave few columns (very many rows), by portions of rows.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -232,6 +233,10 @@ class RowSums:
         self._weight = WeightSum(leaves.weight, size, portions, keep_wide) if needs.weight else None
         self._bias = BiasSum(leaves.bias, size) if needs.bias and leaves.bias is not None else None
         self._hidden = HiddenSum(call, keep_wide) if needs.hidden else None
+
+    def joined_by_all(self, portion: Portion) -> AbstractContextManager[None]:
+        """See ``HiddenSum``."""
+        return nullcontext() if self._hidden is None else self._hidden.joined_by_all(portion)
 
     def add(self, portion: Portion, x: Tensor, hidden: Tensor) -> None:
         """x [n, size] is the gradient of the logits of ``hidden`` [n, H]."""

@@ -19,17 +19,20 @@ from torch import Tensor
 from ..collectives import all_gather_flat, backends_of, check_group_serves, sum_and_scatter
 from ..preflight import preflight
 from .call import LinearCall
-from .kept import Portion, is_narrow
+from .kept import Portion, Rows, count, is_narrow
 
 
-def preflight_before_gathers(call: LinearCall, like: Tensor, chunk: int) -> None:
+def preflight_before_gathers(
+    call: LinearCall, like: Tensor, chunk: int, shared: bool = False
+) -> None:
     """With check, and parts of a sequence: ranks compare notes before the first of them is sent.
 
-    Else a rank that holds whole hidden states would meet a gather with its preflight.
+    Else a rank that holds whole hidden states would meet a gather with its preflight. ``shared``:
+    sums over other rows come first, too, and would be met in the same way.
     """
-    group = call.group
-    if call.request.sequence_parallel and call.request.checking and group is not None:
-        preflight(call.plan(like, chunk), group)
+    split = call.request.sequence_parallel or shared
+    if split and call.request.checking and call.group is not None:
+        preflight(call.plan(like, chunk), call.group)
 
 
 class HiddenRows:
@@ -85,17 +88,17 @@ class HiddenSum:
     def __init__(self, call: LinearCall, keep_wide: bool = False) -> None:
         like, group = call.hidden, call.group
         wide = keep_wide and is_narrow(like.dtype)
-        dtype = torch.float32 if wide else like.dtype
-        # Not zeros_like: hidden states may lie in any order, and the operators promise one.
-        self.out = torch.zeros(like.shape, dtype=dtype, device=like.device)
+        self._like, self._dtype = like, torch.float32 if wide else like.dtype
+        self._out: Tensor | None = None
         alone = call.statics.partial or group is None or group.size() == 1
         self._group = None if alone else group
+        self._checking = call.request.checking
         self._under_way: list[tuple[Any, Tensor, Portion]] = []
 
     def put(self, portion: Portion, values: Tensor) -> None:
         """This rank's share of the gradient of some rows; ``values`` [n, H] are used up."""
         if self._group is None or values.numel() == 0:
-            self.out[portion.rows] = values.to(self.out.dtype)
+            self._write(portion.rows, values)
             return
         values = values.to(self._carried_in(values)).contiguous()
         if portion.own is not None and not _is_gloo(values, self._group):
@@ -107,28 +110,60 @@ class HiddenSum:
         while len(self._under_way) > 1:  # one at a time: the memory of two portions
             self._finish()
 
+    @contextmanager
+    def joined_by_all(self, portion: Portion) -> Iterator[None]:
+        """With check: who fails inside still joins the sum of ``portion``, which others wait for.
+
+        Else they would meet its error in that sum, and not where they compare notes.
+        """
+        try:
+            yield
+        except Exception:
+            joined = self._under_way and self._under_way[-1][2] is portion
+            if self._checking and self._group is not None and not joined:
+                self.put(portion, self._zeros(portion.count))
+            raise
+
     def _carried_in(self, values: Tensor) -> torch.dtype:
-        if not is_narrow(self.out.dtype):
-            return self.out.dtype
-        return torch.float32 if values.device.type == "cpu" else self.out.dtype
+        if not is_narrow(self._dtype):
+            return self._dtype
+        return torch.float32 if values.device.type == "cpu" else self._dtype
 
     def _finish(self) -> None:
         work, values, portion = self._under_way.pop(0)
         if work is not None:
             work.wait()
         if portion.own is None:
-            self.out[portion.rows] = values.to(self.out.dtype)
+            self._write(portion.rows, values)
             return
         assert self._group is not None
         if values.shape[0] == portion.count:  # the sum of every part: this rank's rows of it
             values = values.chunk(self._group.size())[dist.get_rank(self._group)]
-        self.out[portion.own] = values.to(self.out.dtype)
+        self._room()[portion.own] = values.to(self._dtype)
+
+    def _write(self, rows: Rows, values: Tensor) -> None:
+        """Where all rows come at once their memory is the result."""
+        values = values.to(self._dtype)
+        if isinstance(rows, slice) and count(rows) == self._like.shape[0]:
+            self._out = values.contiguous()
+        else:
+            self._room()[rows] = values
+
+    def _room(self) -> Tensor:
+        if self._out is None:
+            self._out = self._zeros(self._like.shape[0])
+        return self._out
+
+    def _zeros(self, rows: int) -> Tensor:
+        # Not zeros_like: hidden states may lie in any order, and the operators promise one.
+        shape = rows, self._like.shape[1]
+        return torch.zeros(shape, dtype=self._dtype, device=self._like.device)
 
     def result(self) -> Tensor:
         """Waits for what is under way."""
         while self._under_way:
             self._finish()
-        return self.out
+        return self._room()
 
 
 def _bytes(values: Tensor) -> Tensor:

@@ -10,19 +10,18 @@ well. Else 1 / N would make zeros of them before a loss scale arrives.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..dtensor import PLAIN, Layout
 from ..engines.contract import Engine, arithmetic_dtype
 from ..passes import RowResult, compute_gradient, exchange_statistics
-from ..preflight import together
+from ..preflight import preflight, together
 from ..reduction import (
     RowLosses,
     denominators,
-    own_rows_only,
     reduce_rows,
     row_coefficients,
     row_losses,
@@ -63,13 +62,13 @@ def loss_with_gradients(
     call: LinearCall,
     leaves: Leaves,
     needs: Needs,
-    total: Callable[[Tensor], Tensor] = own_rows_only,
+    layout: Layout = PLAIN,
 ) -> LossAndGradients:
     """The reduced loss of ``call`` and the gradients that ``needs`` asks for.
 
-    ``total`` adds a 0-d sum up over ranks that hold other rows of the same batch.
+    ``layout`` knows the ranks that hold other rows of the same batch.
     """
-    return _InForward(call, leaves, needs, total).run()
+    return _InForward(call, leaves, needs, layout).run()
 
 
 class _InForward:
@@ -78,9 +77,9 @@ class _InForward:
         call: LinearCall,
         leaves: Leaves,
         needs: Needs,
-        total: Callable[[Tensor], Tensor],
+        layout: Layout,
     ) -> None:
-        self._call, self._request, self._total = call, call.request, total
+        self._call, self._request, self._layout = call, call.request, layout
         self._mean = call.request.reduction == "mean"
         self._postponed = self._mean and call.hidden.dtype == torch.float16
         self._chunk = call.chunk
@@ -100,15 +99,24 @@ class _InForward:
             zeros, torch.zeros_like(zeros) if has_z else None, row_weight, keep
         )
         self._agreed: Tensor | None = None
+        self._denominators: tuple[Tensor, Tensor] | None = None
         self._pending: _Pending | None = None
 
     def run(self) -> LossAndGradients:
-        preflight_before_gathers(self._call, self._scratch, self._call.statics.chunk)
+        call, layout = self._call, self._layout
+        chunk, shares_rows = call.statics.chunk, layout.shares_rows
+        preflight_before_gathers(call, self._scratch, chunk, shares_rows)
+        layout.agree(more=True)
+        self._count()
         for number, portion in enumerate(self._portions):
-            with together(self._call.group, self._request.check):
+            with together(call.group, self._request.check):
                 self._one(portion, first=number == 0)
-        self._finish()
-        loss, of_z = reduce_rows(self._losses, self._request.reduction, self._agreed, self._total)
+        with together(call.group, self._request.check):
+            self._finish()
+            if self._request.checking and call.group is not None:
+                preflight(call.plan(self._scratch, chunk), call.group)
+        layout.agree()
+        loss, of_z = reduce_rows(self._losses, self._request.reduction, self._agreed, layout.total)
         factor = self._factor_of_loss if self._postponed else None
         zloss = torch.zeros_like(loss) if of_z is None else of_z
         return LossAndGradients(loss, zloss, self._sums.result(), factor)
@@ -149,6 +157,19 @@ class _InForward:
             portion, logits, hidden, rows_of(result, slice(0, n)), coefficients
         )
 
+    def _count(self) -> None:
+        """What a mean needs to know of all rows."""
+        if not self._mean:
+            return
+        self._none = self._layout.total(self._keep.sum().to(self._losses.loss.dtype)) == 0
+        if not self._request.normalized:
+            self._denominators = self._denominators_for(None)
+
+    def _denominators_for(self, normalizer: Tensor | None) -> tuple[Tensor, Tensor]:
+        rows, has_z = self._losses, self._losses.zloss is not None
+        dtype, total = rows.loss.dtype, self._layout.total
+        return denominators(rows.row_weight, rows.kept, dtype, has_z, normalizer, total)
+
     def _settle(self, agreed: Tensor | None) -> None:
         """What the sums of losses are multiplied by, once the ranks agree on the normalizer."""
         self._agreed = agreed
@@ -156,14 +177,10 @@ class _InForward:
         self._factor_of_loss = self._factor_of_zloss = one
         if not self._mean:
             return
-        rows, has_z = self._losses, self._losses.zloss is not None
-        of_loss, of_zloss = denominators(
-            rows.row_weight, rows.kept, one.dtype, has_z, agreed, self._total
-        )
+        of_loss, of_zloss = self._denominators or self._denominators_for(agreed)
         # Where no row counts every gradient is 0: divided by 1, not by 0.
-        none = self._total(self._keep.sum().to(of_loss.dtype)) == 0
-        self._factor_of_loss = 1 / torch.where(none, one, of_loss)
-        self._factor_of_zloss = 1 / torch.where(none, one, of_zloss)
+        self._factor_of_loss = 1 / torch.where(self._none, one, of_loss)
+        self._factor_of_zloss = 1 / torch.where(self._none, one, of_zloss)
 
     def _coefficients(self, rows: Rows, stats: Tensor) -> Tensor:
         """The losses of a chunk into their places; the derivative of their sum by ``stats``."""
@@ -182,7 +199,8 @@ class _InForward:
         if self._pending is None:
             return
         chunk, self._pending = self._pending, None
-        x = self._call.room_for_gradient(chunk.logits)
-        grads = chunk.coefficients.unbind(0)
-        compute_gradient(chunk.logits, chunk.result, self._call.weight, grads, self._request, x)
-        self._sums.add(chunk.portion, x, chunk.hidden)
+        with self._sums.joined_by_all(chunk.portion):
+            x = self._call.room_for_gradient(chunk.logits)
+            grads = chunk.coefficients.unbind(0)
+            compute_gradient(chunk.logits, chunk.result, self._call.weight, grads, self._request, x)
+            self._sums.add(chunk.portion, x, chunk.hidden)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..dtensor import Layout
 from ..kinds import Kind, has_memory, kind_of, settled, traced
 from ..passes import RowResult
 from ..primitive import refusing_second_derivative
@@ -101,7 +102,7 @@ class _LinearLoss(torch.autograd.Function):
         scale: Tensor | None,
         statics: Statics,
         group: dist.ProcessGroup | None,
-        total: Callable[[Tensor], Tensor],
+        layout: Layout,
         origin: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """``origin``: 0-d, of the tape of the first three, which are not kept for it."""
@@ -109,7 +110,7 @@ class _LinearLoss(torch.autograd.Function):
             hidden, head_weight, head_bias, target, weight, normalizer, scale, None, statics, group,
         )  # fmt: skip
         needs = Needs(*ctx.needs_input_grad[:3])
-        out = loss_with_gradients(call, Leaves(head_weight, head_bias), needs, total)
+        out = loss_with_gradients(call, Leaves(head_weight, head_bias), needs, layout)
         ctx.gradients, ctx.factor = out.gradients, out.factor
         ctx.save_for_backward(origin)
         ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
@@ -206,11 +207,11 @@ def linear_loss(
     scale: Tensor | None,
     statics: Statics,
     group: dist.ProcessGroup | None,
-    total: Callable[[Tensor], Tensor],
+    layout: Layout,
 ) -> tuple[Tensor, Tensor]:
     """(loss, its z part), 0-d; only the loss is differentiable, once.
 
-    ``total`` adds a 0-d sum up over ranks that hold other rows of the same batch.
+    ``layout`` knows the ranks that hold other rows of the same batch.
     """
     if traced(hidden):
         from . import compiled
@@ -219,7 +220,7 @@ def linear_loss(
             hidden, head_weight, head_bias, target, weight, normalizer, scale, None, statics, group
         )
     out: tuple[Tensor, Tensor] = _LinearLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, head_weight, head_bias, target, weight, normalizer, scale, statics, group, total,
+        hidden, head_weight, head_bias, target, weight, normalizer, scale, statics, group, layout,
         _origin(hidden, head_weight, head_bias),
     )  # fmt: skip
     return out

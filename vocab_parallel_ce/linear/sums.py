@@ -73,7 +73,9 @@ class BiasSum:
 
     def add(self, x: Tensor, columns: slice = slice(None)) -> None:
         """One portion of rows, of all columns or some."""
-        self._used[columns] += x.sum(0, dtype=self._total.dtype)
+        # In blocks: on a CPU a sum in a wider dtype widens all of x first.
+        for block in x.split(_rows_of_a_block(x)):
+            self._used[columns] += block.sum(0, dtype=self._total.dtype)
 
     def result(self) -> Tensor:
         return self._total.to(self._dtype)
@@ -86,8 +88,11 @@ def scale_(values: Tensor, factor: Tensor) -> None:
     if not is_narrow(values.dtype):
         values.mul_(factor)
         return
-    step = max(1, _BLOCK_BYTES // (values[:1].numel() * 4 + 1))
-    if values.device.type != "cpu":
-        step *= 64
-    for block in values.split(step):
+    for block in values.split(_rows_of_a_block(values)):
         block.copy_(block.float().mul_(factor))
+
+
+def _rows_of_a_block(values: Tensor) -> int:
+    """How many rows of narrow ``values`` are widened at a time."""
+    step = max(1, _BLOCK_BYTES // (values[:1].numel() * 4 + 1))
+    return step if values.device.type == "cpu" else step * 64
