@@ -112,6 +112,24 @@ def test_torch_func_is_served_on_one_rank() -> None:
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_inside_a_transform_of_something_else(reduction: str) -> None:
+    """Nothing of the call is seen through the transform, but what torch makes of it is."""
+    call = a_call(normalizer=3.0) if reduction == "mean" else a_call()
+
+    def value() -> Tensor:
+        loss = linear_cross_entropy(**call, reduction=reduction)
+        assert isinstance(loss, Tensor)
+        return loss.sum()
+
+    want = value()
+    leaves = (call["input"], call["linear_weight"])
+    gradients = torch.autograd.grad(want, leaves)
+    by_factor, got = torch.func.grad_and_value(lambda a: a * value())(torch.ones(()))
+    torch.testing.assert_close(by_factor, want)
+    torch.testing.assert_close(torch.autograd.grad(got, leaves), gradients)
+
+
 def test_torch_func_keeps_ignored_rows_out_of_the_head() -> None:
     call = a_call()
     hidden, head, target = (call[n] for n in ("input", "linear_weight", "target"))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import transforms
 from ..arguments import Options, Outputs
 from ..checks import check_group, prepare
 from ..kinds import Kind, check_kinds, kind_of, settled, traced
@@ -18,7 +19,6 @@ from ..option_checks import is_number
 from ..request import LinearRequest, is_on
 from ..shard import Held, group_rank_and_size, rank_suffix
 from ..tensor_checks import LOGITS_DTYPES
-from ..transforms import check_transforms
 from .call import Statics, bytes_of_a_logit
 from .chunks import least_mib, rows_of_a_chunk
 from .straight import goes_straight
@@ -64,7 +64,7 @@ def admit_linear(tensors: LinearTensors, options: Options) -> tuple[LinearTensor
     given = {**tensors._asdict(), **of_options}
     named = {n: v for n, v in given.items() if isinstance(v, Tensor)}
     check_kinds(named, where)
-    check_transforms(named, world == 1, where)
+    transforms.check_transforms(named, world == 1, where)
     memory: dict[str, Any] = {name: settled(value) for name, value in named.items()}
     options = options._replace(**{n: memory.pop(n) for n in of_options if n in memory})
     return tensors._replace(**memory), options
@@ -127,7 +127,9 @@ def seen_through_transforms(tensors: LinearTensors, options: Options) -> bool:
     if torch.compiler.is_compiling():
         return False
     given = (*tensors, options.scale, options.selected)
-    return any(isinstance(x, Tensor) and kind_of(x) is Kind.TRANSFORMED for x in given)
+    return transforms.active() or any(
+        isinstance(x, Tensor) and kind_of(x) is Kind.TRANSFORMED for x in given
+    )
 
 
 def in_forward(
