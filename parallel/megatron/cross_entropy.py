@@ -17,7 +17,7 @@ from torch import Tensor
 from vocab_parallel_ce import VocabShard
 from vocab_parallel_ce.arguments import Options, Outputs
 from vocab_parallel_ce.checks import admit, prepare
-from vocab_parallel_ce.option_checks import check_numbers
+from vocab_parallel_ce.option_checks import check_numbers, is_number
 from vocab_parallel_ce.preflight import together
 from vocab_parallel_ce.primitive import row_statistics
 from vocab_parallel_ce.reduction import reduce_rows, row_losses
@@ -215,7 +215,7 @@ def pytorch_smoothing(label_smoothing: float, classes: int, formula: str) -> flo
     if formula == "pytorch":
         check_numbers(Options(label_smoothing=label_smoothing))
         return label_smoothing
-    if not isinstance(label_smoothing, (int, float)) or not 0 <= label_smoothing < 1:
+    if not is_number(label_smoothing) or not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing!r}")
     if label_smoothing == 0:
         return 0.0

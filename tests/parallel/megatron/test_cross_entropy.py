@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +16,7 @@ from torch import Tensor
 from vocab_parallel_ce import VocabShard
 from vocab_parallel_ce.parallel import megatron as ours
 from vocab_parallel_ce.parallel.megatron import install
+from vocab_parallel_ce.parallel.megatron.cross_entropy import pytorch_smoothing
 
 from ...cases import gloo_events
 from ...ranks import Pool
@@ -102,6 +104,12 @@ def test_label_smoothing_by_both_formulas(pair: Pool, amount: float) -> None:
         want.check(one[0][formula]["loss"], one[0][formula]["grad"])
         want.check(two[0][formula]["loss"], whole(two, formula))
         assert torch.equal(two[0][formula]["loss"], two[1][formula]["loss"])
+
+
+@pytest.mark.parametrize("formula", ["megatron", "pytorch"])
+def test_numpys_numbers_smooth_as_pythons_do(formula: str) -> None:
+    given: Any = np.float32(0.125)
+    assert pytorch_smoothing(given, VOCAB, formula) == pytorch_smoothing(0.125, VOCAB, formula)
 
 
 @pytest.mark.parametrize(
