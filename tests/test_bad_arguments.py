@@ -73,6 +73,9 @@ STATIC: dict[str, tuple[Call, type[Exception], str]] = {
     "engine": ({"engine": "gpu"}, ValueError, "engine must be one of .* got 'gpu'"),
     "collective": ({"collective": "ring"}, ValueError, "collective must be one .* got 'ring'"),
     "check": ({"check": "yes"}, TypeError, "check must be True, False or None, got 'yes'"),
+    "inplace_backward": (
+        {"inplace_backward": "no"}, TypeError, "inplace_backward must be True or False, got 'no'",
+    ),
     "finite_logits": (
         {"finite_logits": 1}, TypeError, "finite_logits must be True or False, got 1",
     ),

@@ -119,9 +119,9 @@ def _prepare(
         check_selected(options.selected, input, target, where)
     request = _once(
         _request, input.shape[-1], rank, world, shard, options.normalizer is not None, row_scale,
-        scale, held, *outputs, options.finite_logits, options.reduction, options.ignore_index,
-        options.label_smoothing, options.lse_square_scale, options.softcap, options.engine,
-        options.collective, options.check,
+        scale, held, *outputs, options.inplace_backward, options.finite_logits, options.reduction,
+        options.ignore_index, options.label_smoothing, options.lse_square_scale, options.softcap,
+        options.engine, options.collective, options.check,
     )  # fmt: skip
     if weight is not None and weight.shape[0] != request.vocab_size:
         raise ValueError(
@@ -147,6 +147,7 @@ def _request(
     argmax: bool,
     squares: bool,
     ignored_rows: bool,
+    inplace_backward: bool,
     finite_logits: bool,
     reduction: str,
     ignore_index: int,
@@ -161,7 +162,7 @@ def _request(
     where = rank_suffix(rank, world)
     check_plain(
         reduction, ignore_index, label_smoothing, lse_square_scale, softcap, engine, collective,
-        finite_logits, check, where,
+        inplace_backward, finite_logits, check, where,
     )  # fmt: skip
     check_scale(scale, where)
     here = resolve(columns, shard, rank, world, where, held)

@@ -24,8 +24,8 @@ def check_numbers(options: Options) -> None:
     """Raise for an option whose value alone is wrong, before there is a call with tensors."""
     check_plain(
         options.reduction, options.ignore_index, options.label_smoothing, options.lse_square_scale,
-        options.softcap, options.engine, options.collective, options.finite_logits, options.check,
-        where="",
+        options.softcap, options.engine, options.collective, options.inplace_backward,
+        options.finite_logits, options.check, where="",
     )  # fmt: skip
     check_scale(options.scale, where="")
     check_normalizer(options.normalizer, options.reduction, where="")
@@ -39,6 +39,7 @@ def check_plain(
     softcap: object,
     engine: object,
     collective: object,
+    inplace_backward: object,
     finite_logits: object,
     check: object,
     where: str,
@@ -68,8 +69,9 @@ def check_plain(
         raise ValueError(
             f"collective must be one of {', '.join(COLLECTIVES)}, got {collective!r}{where}"
         )
-    if not isinstance(finite_logits, bool):
-        raise TypeError(f"finite_logits must be True or False, got {finite_logits!r}{where}")
+    for name, value in (("inplace_backward", inplace_backward), ("finite_logits", finite_logits)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}{where}")
     if check is not None and not isinstance(check, bool):
         raise TypeError(f"check must be True, False or None, got {check!r}{where}")
 
