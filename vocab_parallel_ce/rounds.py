@@ -8,9 +8,9 @@ the second, and knows the ranks of one group alone. Two rounds stand around it:
     after    over the dimensions that shard rows, when this rank has the statistics of its own; and
              once more before that, where they need sums over other rows
 
-A rank that raises plays the rounds that it has not come to, so that nobody waits for it. Ranks along
-a mesh dimension that replicates the rows hear of the first round alone: this call exchanges nothing
-more with them.
+A rank that raises plays the rounds that it has not come to, so that nobody waits for it. Ranks
+along a mesh dimension that replicates the rows hear of the first round alone: this call exchanges
+nothing more with them.
 """
 
 from __future__ import annotations
