@@ -142,7 +142,8 @@ def linear_cross_entropy(
         all_reduces: with "recompute" once for all rows, with "forward" once for each chunk. The
         gradient of ``input`` is summed by one all_reduce, or one for each chunk, while the matrix
         products run. With ``sequence_parallel`` each chunk of ``input`` is gathered as well. With
-        one rank, nothing at all.
+        ``check`` each gather of statistics has a small exchange before it, and gradients in forward
+        have one more at the end. With one rank, nothing at all.
 
     Example:
         ```python

@@ -9,8 +9,8 @@ the second, and knows the ranks of one group alone. Two rounds stand around it:
              once more before that, where they need sums over other rows
 
 A rank that raises plays the rounds that it has not come to, so that nobody waits for it. Ranks
-along a mesh dimension that replicates the rows hear of the first round alone: this call exchanges
-nothing more with them.
+along a mesh dimension that replicates the rows hear of the first round alone: once things are
+redistributed, this call exchanges nothing with them.
 """
 
 from __future__ import annotations
