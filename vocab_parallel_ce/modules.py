@@ -176,8 +176,9 @@ class VocabParallelLinearCrossEntropyLoss(HoldsGroup):
         collective: "all_gather" (one collective; the loss is bitwise the same on every rank),
             "all_reduce" (two collectives), or "auto", which gathers up to about 6 MB.
         check: True adds a small exchange before each call, so that all ranks raise together where
-            one has a wrong argument or where they disagree. None follows the variable
-            VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank.
+            one has a wrong argument or where they disagree. An error in backward is not told to the
+            other ranks. None follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on
+            every rank.
         gradient: "forward", "recompute" or "auto": when gradients are computed.
         hidden_gradient: "summed" over the group, or "partial": this rank's share.
         sequence_parallel: dimension 0 of ``input`` is this rank's part of the sequence.
