@@ -261,7 +261,7 @@ gate: $(VENV)/installed ## fails where the loss got slower than this machine's l
 	    --peers ours-inplace,ours,torch --out runs/gate && \
 	echo "== speed gate: $$(( $$(date +%s) - start )) s"
 
-numbers: $(VENV)/installed record-shares ## every measured number of the pages, anew: half an hour, on a quiet machine
+numbers: $(VENV)/installed record-shares ## measures the CPU's numbers of the pages anew: half an hour, on a quiet machine
 	$(BIN)/vocab-parallel-ce bench --device cpu --csv launch/bench/medians.csv
 	$(BIN)/vocab-parallel-ce curve --device cpu --repeats 5 --largest 33554432 --picture docs/curve.png
 	$(BIN)/vocab-parallel-ce call-cost --json launch/bench/call_cost/results.json

@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 2 examples/megatron_forward_step.py
 
 ``install`` and ``forward_step`` are what goes into a script of your own; the rest builds a small
-GPTModel on CPU ranks, so that the example runs anywhere (pip install 'vocab_parallel_ce[peers]').
+GPTModel on CPU ranks, so that the example runs anywhere (in a clone: pip install '.[peers]').
 """
 
 from functools import partial

@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 examples/transformers_finetuning.py
 
-Needs transformers (`pip install 'vocab_parallel_ce[hooks]'`). The model is a small Llama made on
+Needs transformers (in a clone: `pip install '.[hooks]'`). The model is a small Llama made on
 the spot; with a name of the hub, `from_pretrained` loads that one. Logits are never gathered.
 """
 

@@ -159,10 +159,11 @@ def cross_entropy(
             6 MB.
         check: True adds a small exchange before the call, so that all ranks raise together: where
             one has a wrong argument, or where they disagree on the number of rows, the dtype or an
-            option. None follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every
-            rank: if only some ranks check, the result is undefined (a hang, or a process that
-            ends). Without the check, a disagreement on the number of rows, the dtype or the
-            statistics that are computed is undefined as well.
+            option. An error in backward is not told to the other ranks. None follows the variable
+            VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank: if only some ranks check,
+            the result is undefined (a hang, or a process that ends). Without the check, a
+            disagreement on the number of rows, the dtype or the statistics that are computed is
+            undefined as well.
         finite_logits: a promise of the caller: rows that get no gradient hold neither NaN nor +inf,
             also after ``scale`` (-inf is allowed). These are the rows with ``ignore_index``, and
             those whose loss nothing depends on. It saves a pass over the gradient on Ascend; other
@@ -269,10 +270,11 @@ def cross_entropy_loss(
             6 MB.
         check: True adds a small exchange before the call, so that all ranks raise together: where
             one has a wrong argument, or where they disagree on the number of rows, the dtype or an
-            option. None follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every
-            rank: if only some ranks check, the result is undefined (a hang, or a process that
-            ends). Without the check, a disagreement on the number of rows, the dtype or the
-            statistics that are computed is undefined as well.
+            option. An error in backward is not told to the other ranks. None follows the variable
+            VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank: if only some ranks check,
+            the result is undefined (a hang, or a process that ends). Without the check, a
+            disagreement on the number of rows, the dtype or the statistics that are computed is
+            undefined as well.
         finite_logits: a promise of the caller: rows that get no gradient hold neither NaN nor +inf,
             also after ``scale`` (-inf is allowed). These are the rows with ``ignore_index``, and
             those whose loss nothing depends on. It saves a pass over the gradient on Ascend; other
@@ -397,10 +399,11 @@ def token_statistics(
             6 MB.
         check: True adds a small exchange before the call, so that all ranks raise together: where
             one has a wrong argument, or where they disagree on the number of rows, the dtype or an
-            option. None follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every
-            rank: if only some ranks check, the result is undefined (a hang, or a process that
-            ends). Without the check, a disagreement on the number of rows, the dtype or the
-            statistics that are computed is undefined as well.
+            option. An error in backward is not told to the other ranks. None follows the variable
+            VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank: if only some ranks check,
+            the result is undefined (a hang, or a process that ends). Without the check, a
+            disagreement on the number of rows, the dtype or the statistics that are computed is
+            undefined as well.
         finite_logits: a promise of the caller: rows that get no gradient hold neither NaN nor +inf,
             also after ``scale`` (-inf is allowed). These are the rows with ``ignore_index``, and
             those whose loss nothing depends on. It saves a pass over the gradient on Ascend; other

@@ -104,8 +104,8 @@ def linear_cross_entropy(
             "all_reduce" (two collectives), or "auto", which gathers up to about 6 MB.
         check: True adds a small exchange before the call, so that all ranks raise together: where
             one has a wrong argument, or where they disagree on the number of rows, the dtype or an
-            option. None follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every
-            rank.
+            option. An error in backward is not told to the other ranks. None follows the variable
+            VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank.
         gradient: when gradients are computed. "forward": together with the loss, which takes three
             matrix products; only for "sum" and "mean", and for a single backward. "recompute": in
             backward, from logits that are computed again, which takes four; for every call. "auto"
@@ -142,7 +142,8 @@ def linear_cross_entropy(
         all_reduces: with "recompute" once for all rows, with "forward" once for each chunk. The
         gradient of ``input`` is summed by one all_reduce, or one for each chunk, while the matrix
         products run. With ``sequence_parallel`` each chunk of ``input`` is gathered as well. With
-        one rank, nothing at all.
+        ``check`` each gather of statistics has a small exchange before it, and gradients in forward
+        have one more at the end. With one rank, nothing at all.
 
     Example:
         ```python
@@ -265,8 +266,8 @@ def linear_token_statistics(
             "all_reduce" (two collectives), or "auto", which gathers up to about 6 MB.
         check: True adds a small exchange before the call, so that all ranks raise together: where
             one has a wrong argument, or where they disagree on the number of rows, the dtype or an
-            option. None follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every
-            rank.
+            option. An error in backward is not told to the other ranks. None follows the variable
+            VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank.
         hidden_gradient: "summed": the gradient of ``input`` is summed over the group, as the layers
             below need it. "partial": it is this rank's share, and the caller sums it.
         sequence_parallel: dimension 0 of ``input`` is the sequence, and each rank holds its equal

@@ -42,10 +42,11 @@ class VocabParallelCrossEntropyLoss(HoldsGroup):
             6 MB.
         check: True adds a small exchange before the call, so that all ranks raise together: where
             one has a wrong argument, or where they disagree on the number of rows, the dtype or an
-            option. None follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on every
-            rank: if only some ranks check, the result is undefined (a hang, or a process that
-            ends). Without the check, a disagreement on the number of rows, the dtype or the
-            statistics that are computed is undefined as well.
+            option. An error in backward is not told to the other ranks. None follows the variable
+            VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank: if only some ranks check,
+            the result is undefined (a hang, or a process that ends). Without the check, a
+            disagreement on the number of rows, the dtype or the statistics that are computed is
+            undefined as well.
         finite_logits: a promise of the caller: rows that get no gradient hold neither NaN nor +inf,
             also after ``scale`` (-inf is allowed). These are the rows with ``ignore_index``, and
             those whose loss nothing depends on. It saves a pass over the gradient on Ascend; other
@@ -175,8 +176,9 @@ class VocabParallelLinearCrossEntropyLoss(HoldsGroup):
         collective: "all_gather" (one collective; the loss is bitwise the same on every rank),
             "all_reduce" (two collectives), or "auto", which gathers up to about 6 MB.
         check: True adds a small exchange before each call, so that all ranks raise together where
-            one has a wrong argument or where they disagree. None follows the variable
-            VOCAB_PARALLEL_CE_CHECK. It must be the same on every rank.
+            one has a wrong argument or where they disagree. An error in backward is not told to the
+            other ranks. None follows the variable VOCAB_PARALLEL_CE_CHECK. It must be the same on
+            every rank.
         gradient: "forward", "recompute" or "auto": when gradients are computed.
         hidden_gradient: "summed" over the group, or "partial": this rank's share.
         sequence_parallel: dimension 0 of ``input`` is this rank's part of the sequence.

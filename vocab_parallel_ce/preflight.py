@@ -137,7 +137,7 @@ def tell(problem: Exception | None, group: dist.ProcessGroup) -> Exception | Non
 
 
 def is_told(problem: Exception) -> bool:
-    """Whether every rank of a mesh has raised it already."""
+    """Whether a round has told it already, so that no other must."""
     return getattr(problem, _TOLD, False)
 
 

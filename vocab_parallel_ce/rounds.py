@@ -1,4 +1,4 @@
-"""check=True with DTensor logits: an error reaches every rank of the mesh.
+"""check=True with DTensor logits: an error reaches every rank that would wait for this one.
 
 A call on a mesh communicates up to three times: a target or a normalizer is redistributed, ranks
 that share rows exchange partials, losses of different rows are added up. The preflight belongs to
@@ -8,7 +8,9 @@ the second, and knows the ranks of one group alone. Two rounds stand around it:
     after    over the dimensions that shard rows, when this rank has the statistics of its own; and
              once more before that, where they need sums over other rows
 
-A rank that raises plays the rounds that it has not come to, so that nobody waits for it.
+A rank that raises plays the rounds that it has not come to, so that nobody waits for it. Ranks
+along a mesh dimension that replicates the rows hear of the first round alone: once things are
+redistributed, this call exchanges nothing with them.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ NO_JVP = (
 )
 ONE_RANK_ONLY = (
     "torch.func transforms, vmap and is_grads_batched work on one rank only, and here several hold "
-    "the vocabulary; call the loss once for each sample, or on gathered logits with group=None"
+    "the vocabulary; call the loss outside of them, once for each sample, or inside on gathered "
+    "logits with group=None"
 )
 
 

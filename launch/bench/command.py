@@ -10,7 +10,7 @@ installed; what is not installed is listed as such. Under torchrun it measures t
     torchrun --nproc-per-node 8 -m vocab_parallel_ce.launch.bench --device cuda
 
 It ends with the goals, and says plainly which are missed; bench.json holds every number, and
---csv keeps the medians in a table from which the README's is made (``table.py``). The exit
+--csv keeps the medians in a table from which the README's is made (``pages.py``). The exit
 status is 0 also when goals are missed, 1 when ranks died, and with --gate when a regression gate
 was missed (``gate.py``, ``goals.py``); 2 if an option cannot be served.
 """

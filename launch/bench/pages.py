@@ -13,6 +13,7 @@ NO_CUDA = (
     "CUDA: not measured yet; on a card `vocab-parallel-ce bench --device cuda --csv "
     "launch/bench/medians.csv` fills this in."
 )
+EMPTY = " An empty cell: torch's own losses need whole logits, and its loss_parallel several ranks."
 
 
 def _milliseconds(row: Row) -> str:
@@ -105,6 +106,7 @@ def table(rows: list[Row]) -> str:
         mine = [row for row in both if row.card == card]
         parts.append(_words(mine))
         if mine[0].device == "cpu":
+            parts[-1] += EMPTY
             for shape in dict.fromkeys((row.rows, row.vocab) for row in mine):
                 parts.append(f"Logits [{shape[0]}, {shape[1]}]:")
                 parts.append(_cpu_table([r for r in mine if (r.rows, r.vocab) == shape]))

@@ -148,7 +148,8 @@ def install(
         engine: "auto" takes the fastest engine of the tensors' device; or an engine by name.
         collective: "all_gather" (one), "all_reduce" (two), or "auto", which gathers up to 6 MB.
         check: True adds a small exchange before each call, so that ranks that disagree raise
-            together. None follows the variable VOCAB_PARALLEL_CE_CHECK. The same on every rank.
+            together; an error in backward is not told. None follows the variable
+            VOCAB_PARALLEL_CE_CHECK. The same on every rank.
         finite_logits: a promise that the logits of tokens without a gradient (``ignore_index``, or
             left out by ``loss_mask``) hold no NaN and no +inf. It saves a pass over the gradient on
             Ascend and changes no result. If it does not hold, such a row may get a NaN gradient.
