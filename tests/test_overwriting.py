@@ -78,7 +78,8 @@ def test_overlapping_memory_is_refused(overlap: Layout) -> None:
 
 def test_no_elements_share_no_memory() -> None:
     """A stride of 0 on one rank alone would let the others wait."""
-    leaf, target = random_leaf(3, 0, 1), torch.empty(3, 0, dtype=torch.int64)
+    leaf = random_leaf(3, 0, 1)
+    target = torch.empty(3, 0, dtype=torch.int64, device=leaf.device)
     logits = made_of(leaf).as_strided((3, 0, 1), (0, 1, 0))
     cross_entropy(logits, target, reduction="sum", inplace_backward=True)
 

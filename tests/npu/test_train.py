@@ -52,7 +52,7 @@ def _on_one_cpu(folder: Path) -> list[float]:
     options = TrainOptions(shape, steps=6, batch=4, lr=3e-3, warmup=2, out=folder / "cpu")
     with ParallelGroups.open("cpu") as groups:
         trainer = prepare(groups, options, [folder / "text"], folder / "cache", Resume.never)
-        assert train_and_check(trainer, check=False)
+        train_and_check(trainer, check=False)
     return _losses(folder, "cpu")
 
 
