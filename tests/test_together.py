@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -128,6 +129,25 @@ def test_a_normalizer_that_is_no_float_reaches_all_ranks(pool: Pool) -> None:
     assert first[0] == "ValueError"
     assert first[1].startswith("normalizer is an int that no float can hold")
     assert second[1].startswith("rank 0 of the group: ")
+
+
+def _without_numbers(group: dist.ProcessGroup, inside: bool) -> tuple[str, str]:
+    mode = FakeTensorMode()
+    x, y = mode.from_tensor(torch.randn(4, C)), mode.from_tensor(torch.arange(4))
+    options: Call = {"group": group, "check": True}
+    if dist.get_rank(group) == 1:
+        options["reduction"] = "median"
+    with mode if inside else nullcontext():
+        return _outcome(cross_entropy, {"input": x, "target": y, **options})
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_is_wrong_without_numbers_stays_where_it_is(pool: Pool, inside: bool) -> None:
+    """Nothing is exchanged for shapes alone, so nobody would be there to be told."""
+    good, bad = pool.run(_without_numbers, 2, (inside,))
+    assert good == ("", "")
+    assert bad[0] == "ValueError"
+    assert "reduction must be one of none, sum, mean, got 'median'" in bad[1]
 
 
 def _in_the_engine(group: dist.ProcessGroup, compiled: bool) -> tuple[str, str]:

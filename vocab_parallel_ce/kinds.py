@@ -162,6 +162,20 @@ def traced(logits: Tensor) -> bool:
     return any(_mode(key) is not None for key in ("FAKE", "PROXY", "FUNCTIONAL"))
 
 
+def without_numbers(value: object) -> bool:
+    """Whether a call on ``value`` only finds shapes: it exchanges nothing, on any rank.
+
+    Asked before errors are told to other ranks: of other subclasses nothing is read, it may raise.
+    """
+    if torch.compiler.is_compiling() or _mode("FAKE") is not None:
+        return True
+    if isinstance(value, Tensor) and type(value) in _PLAIN:
+        return value.is_meta
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor)
+
+
 # Refusing
 
 

@@ -6,10 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-import torch
 from torch.distributed.tensor import DTensor
 
 from .dtensor import row_groups, vocabulary_group
+from .kinds import without_numbers
 from .preflight import together
 from .rounds import told_after, told_before
 
@@ -35,9 +35,9 @@ def _telling(function: Callable[P, T], name: str, place: int, dim: int) -> Calla
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if torch.compiler.is_compiling():  # the custom operator tells, when it runs
-            return function(*args, **kwargs)
         holder = args[place] if len(args) > place else kwargs.get(name)
+        if without_numbers(holder):  # the custom operator tells, when it runs
+            return function(*args, **kwargs)
         check = kwargs.get("check")
         if not isinstance(holder, DTensor) or holder.dim() == 0:
             with together(kwargs.get("group"), check):

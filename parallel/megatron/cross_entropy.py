@@ -17,6 +17,7 @@ from torch import Tensor
 from vocab_parallel_ce import VocabShard
 from vocab_parallel_ce.arguments import Options, Outputs
 from vocab_parallel_ce.checks import admit, prepare
+from vocab_parallel_ce.kinds import without_numbers
 from vocab_parallel_ce.option_checks import check_numbers, is_number
 from vocab_parallel_ce.preflight import together
 from vocab_parallel_ce.primitive import row_statistics
@@ -132,7 +133,7 @@ def per_token_loss(
     """
     group = process_group(tp_group)
     arguments = (logits, target, label_smoothing, group, options, trust_shards)
-    if torch.compiler.is_compiling():
+    if without_numbers(logits):
         return _per_token_loss(*arguments)
     with together(group, options.check):
         return _per_token_loss(*arguments)
