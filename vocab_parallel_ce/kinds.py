@@ -169,8 +169,8 @@ def without_numbers(value: object) -> bool:
     """
     if torch.compiler.is_compiling() or _mode("FAKE") is not None:
         return True
-    if isinstance(value, Tensor) and type(value) in _PLAIN:
-        return value.is_meta
+    if type(value) in _PLAIN:
+        return False  # on meta as well: no group serves it, so every rank raises
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(value, FakeTensor)
